@@ -1,0 +1,88 @@
+"""What the commands share for writing to a terminal: coloured and aligned there, plain and unwrapped in a pipe.
+
+Results go to standard output, everything else (progress, notes, errors) to standard error. Text is printed
+as it is: rich's [markup] is off, so that a file or token name can never be taken for a style; use `style=`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+UNWRAPPED = 100_000  # columns; a pipe has no width, and a table that is cut off there is of no use
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich Console for standard output, or standard error; plain, without colours or wrapping, in a pipe."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not made.is_terminal:
+        made.width = UNWRAPPED
+        made.soft_wrap = True
+    return made
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
+    """Print a table; a column called ">name" is aligned to the right.
+
+    Cells are printed by str, or as they are where they are rich renderables (`Text("FAIL", "red")`).
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    out = console()
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False
+    )
+    for column in columns:
+        table.add_column(
+            Text(column.removeprefix(">")), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*(cell if hasattr(cell, "__rich_console__") else Text(str(cell)) for cell in row))
+    out.print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print one value as one line of strict JSON (NaN and infinities are refused: give None or a string)."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+@contextmanager
+def progress(description: str, total: float | None, unit: str = "") -> Iterator[Callable[[float], None]]:
+    """A progress bar with rate and time left on standard error, for a terminal only; yields `advance(amount)`.
+
+    `total` and the amounts are counted in `unit` ("tokens", "bytes", ...); None where the total is unknown.
+    """
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if task.speed is None else f"{task.speed:,.0f} {unit}/s")
+
+    out = console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, Rate(), TimeRemainingColumn(), console=out, disable=not out.is_terminal) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda amount: bar.advance(task, amount)
+
+
+def note(message: str) -> None:
+    """Tell the user something that is not a result, on standard error."""
+    console(stderr=True).print(message, style="dim")
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print "error: message" on standard error and leave the command with `code` (2: usage, unreadable input)."""
+    import typer
+
+    console(stderr=True).print(f"error: {message}", style="red")
+    raise typer.Exit(code)
