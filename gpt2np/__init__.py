@@ -1,0 +1,52 @@
+"""gpt2np: GPT-2 from model.onnx in NumPy and numba, checked against ONNX Runtime.
+
+Importing this package loads neither numba, onnx nor onnxruntime; each comes in when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_PUBLIC = {
+    "load": "model",
+    "GPT2": "model",
+    "Output": "model",
+    "GPT2Config": "config",
+    "GPT2Weights": "weights",
+    "KVCache": "cache",
+    "InferenceSession": "session",
+    "set_num_threads": "kernels",
+    "get_num_threads": "kernels",
+    "Gpt2npError": "errors",
+}
+_MODULES = ("errors", "generate", "kernels", "parity", "reference", "sampling", "testing", "tokenizer", "zoo")
+
+if TYPE_CHECKING:
+    from .cache import KVCache as KVCache
+    from .config import GPT2Config as GPT2Config
+    from .errors import Gpt2npError as Gpt2npError
+    from .kernels import get_num_threads as get_num_threads
+    from .kernels import set_num_threads as set_num_threads
+    from .model import GPT2 as GPT2
+    from .model import Output as Output
+    from .model import load as load
+    from .session import InferenceSession as InferenceSession
+    from .weights import GPT2Weights as GPT2Weights
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

@@ -1,0 +1,71 @@
+"""The `gpt2np` command: one Typer app, one module in `commands/` for each of its commands.
+
+Exit codes: 0 pass, 1 a numerical comparison failed, 2 usage or unreadable input, 3 nothing or too little was
+compared, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+import typer
+
+from .errors import Gpt2npError
+
+app = typer.Typer(
+    name="gpt2np",
+    help="GPT-2 from model.onnx in NumPy and numba, checked against ONNX Runtime.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+# command name -> (module in commands/, help panel), in the order of `gpt2np --help`
+COMMANDS = {
+    "parity": ("parity", "Check"),
+    "diff": ("diff", "Check"),
+    "trace": ("trace", "Check"),
+    "info": ("info", "Check"),
+    "generate": ("generate", "Use"),
+    "score": ("score", "Use"),
+    "embed": ("embed", "Use"),
+    "warmup": ("warmup", "Use"),
+    "convert": ("convert", "Files"),
+    "synth": ("synth", "Files"),
+    "fetch": ("fetch", "Files"),
+    "verify": ("verify", "Files"),
+    "list": ("list_models", "Files"),
+}
+for _name, (_module, _panel) in COMMANDS.items():
+    _command = getattr(import_module(f".commands.{_module}", __package__), _module)
+    app.command(_name, rich_help_panel=_panel)(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"gpt2np {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a Gpt2npError becomes one line on standard error and exit code 2."""
+    try:
+        app()
+    except Gpt2npError as error:
+        print(f"gpt2np: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # the reader of a pipe left early, as in `gpt2np info | head`
+        sys.stderr.close()
+        raise SystemExit(0) from None

@@ -1,0 +1,134 @@
+"""GPT-2's weights under OpenAI's names.
+
+Each NamedTuple holds what one operation needs, in the order in which the function of that name in
+`reference.py` and `kernels.py` takes it, so that parameters unpack as arguments:
+`layer_norm(x, *w.h[0].ln_1)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from .config import GPT2Config
+
+# `Any` float dtype: float32 in the engines, float64 in the oracle.
+Array = np.ndarray
+
+
+class LayerNorm(NamedTuple):
+    weight: Array  # (C,)
+    bias: Array  # (C,)
+    epsilon: float
+
+
+class Linear(NamedTuple):
+    weight: Array  # (inputs, outputs), as OpenAI stores it: y = x @ weight + bias
+    bias: Array  # (outputs,)
+
+
+class Attention(NamedTuple):
+    c_attn: Linear  # (C, 3HD)
+    c_proj: Linear  # (HD, C)
+    n_head: int  # H
+    scale: float  # scores = q·k * scale
+
+
+class MLP(NamedTuple):
+    c_fc: Linear  # (C, F)
+    c_proj: Linear  # (F, C)
+    activation: str  # "gelu_tanh", "gelu_erf", "gelu_quick" or "relu"
+
+
+class BlockWeights(NamedTuple):
+    ln_1: LayerNorm
+    attn: Attention
+    ln_2: LayerNorm
+    mlp: MLP
+
+
+class GPT2Weights(NamedTuple):
+    wte: Array  # (V, C) token embedding
+    wpe: Array  # (N, C) position embedding
+    h: tuple[BlockWeights, ...]  # L blocks
+    ln_f: LayerNorm
+    lm_head: Array  # (V, C); the same object as wte when the head is tied
+    lm_head_bias: Array  # (V,), or (0,) where the head has no bias (GPT-2 has none)
+
+
+class WeightSource(Protocol):
+    """One weight that has been found but not yet read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def load(self) -> Array:
+        """A new, aligned, C-contiguous float array of that shape, owned by the caller."""
+        ...
+
+
+WeightSources = Mapping[str, WeightSource]  # under the names of `weight_shapes`
+
+
+def weight_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of a GPT-2, in the checkpoint's order.
+
+    `lm_head.weight` (V, C) is among them only when the head is separate. A file without biases has sources
+    of zeros for them. `lm_head.bias` (V,) is optional in every file and therefore not listed.
+    """
+    V, N, C, F = config.vocab_size, config.n_ctx, config.n_embd, config.n_inner
+    HD = config.n_head * config.head_size
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C), "wpe.weight": (N, C)}
+    for i in range(config.n_layer):
+        linears = {"attn.c_attn": (C, 3 * HD), "attn.c_proj": (HD, C), "mlp.c_fc": (C, F), "mlp.c_proj": (F, C)}
+        for part in ("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"):
+            shape = linears.get(part, (C,))
+            shapes[f"h.{i}.{part}.weight"] = shape
+            shapes[f"h.{i}.{part}.bias"] = shape[-1:]
+    shapes["ln_f.weight"] = shapes["ln_f.bias"] = (C,)
+    if not config.tied:
+        shapes["lm_head.weight"] = (V, C)
+    return shapes
+
+
+def assemble(config: GPT2Config, read: Callable[[str], Array], head_bias: bool = False) -> GPT2Weights:
+    """Build the tree of weights from a function that reads one weight by its name.
+
+    Weights are read one at a time, in file order, so that a `read` which converts or packs needs room for
+    one original at most. `head_bias` says whether `lm_head.bias` can be read.
+    """
+
+    def layer_norm(name: str) -> LayerNorm:
+        return LayerNorm(read(f"{name}.weight"), read(f"{name}.bias"), config.epsilon(name))
+
+    def linear(name: str) -> Linear:
+        return Linear(read(f"{name}.weight"), read(f"{name}.bias"))
+
+    def block(i: int) -> BlockWeights:
+        return BlockWeights(
+            ln_1=layer_norm(f"h.{i}.ln_1"),
+            attn=Attention(
+                c_attn=linear(f"h.{i}.attn.c_attn"),
+                c_proj=linear(f"h.{i}.attn.c_proj"),
+                n_head=config.n_head,
+                scale=config.layer_scale(i),
+            ),
+            ln_2=layer_norm(f"h.{i}.ln_2"),
+            mlp=MLP(
+                c_fc=linear(f"h.{i}.mlp.c_fc"),
+                c_proj=linear(f"h.{i}.mlp.c_proj"),
+                activation=config.layer_activation(i),
+            ),
+        )
+
+    wte, wpe = read("wte.weight"), read("wpe.weight")
+    return GPT2Weights(
+        wte=wte,
+        wpe=wpe,
+        h=tuple(block(i) for i in range(config.n_layer)),
+        ln_f=layer_norm("ln_f"),
+        lm_head=wte if config.tied else read("lm_head.weight"),
+        lm_head_bias=read("lm_head.bias") if head_bias else np.zeros(0, wpe.dtype),
+    )

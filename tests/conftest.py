@@ -1,0 +1,39 @@
+"""Options, skips and files that the whole suite shares."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"  # optional: further exporters' files, present on some machines only
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests that need minutes or gigabytes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    jit_off = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if "jit" in item.keywords and jit_off:
+            item.add_marker(pytest.mark.skip(reason="needs compiled kernels"))
+
+
+@pytest.fixture(scope="session")
+def mini() -> Path:
+    """The embedded model's folder."""
+    return ROOT / "weights" / "mini"
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Small GPT-2 files of many exporters, where they are present."""
+    folder = SHARED / "fixtures"
+    if not folder.is_dir():
+        pytest.skip("no ../shared/fixtures on this machine")
+    return folder
