@@ -69,7 +69,8 @@ class KVCache:
         """Raise ContextOverflowError unless `new` further positions fit."""
         if self._length + new > self.max_length:
             raise ContextOverflowError(
-                f"{new} new positions after {self._length} cached ones exceed the cache's max_length of {self.max_length}"
+                f"{new} new positions after {self._length} cached ones exceed the cache's max_length "
+                f"of {self.max_length}"
             )
 
     def advance(self, new: int) -> None:

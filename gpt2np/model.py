@@ -305,12 +305,13 @@ def load(path: str | Path | None = None, engine: str = "numba", dtype: str = "fl
     >>> model([[1, 2, 3]]).last_hidden_state.shape[:2]
     (1, 3)
     """
-    from .onnx.reader import open_model
-    from .onnx.recognise import recognise
-
     place = embedded_model_path() if path is None else Path(path)
     if not place.exists():
         raise ModelFileError(f"{place}: no such file or folder")
+
+    from .onnx.reader import open_model
+    from .onnx.recognise import recognise
+
     file = open_model(place)
     recognised = recognise(file)
     return GPT2(recognised.config, recognised.sources, engine, dtype, file.path, recognised)

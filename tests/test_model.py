@@ -1,0 +1,196 @@
+"""GPT2 and KVCache: one path for prefill, chunks, single tokens and batches; errors before any work."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gpt2np
+from gpt2np.errors import ContextOverflowError, InputError, ModelFileError, TokenRangeError, WeightError
+from gpt2np.model import GPT2
+from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
+
+ENGINES = ["numpy", "numba"]
+shared_model = functools.cache(tiny_model)  # hypothesis calls a test many times: one model for each engine
+
+
+def agree(engine, a, b):
+    """Bit for bit with the kernels; to rounding in NumPy, whose matrix products depend on the shapes."""
+    if engine == "numba":
+        np.testing.assert_array_equal(a, b)
+    else:
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@given(data=st.data())
+def test_full_pass_equals_any_chunks_with_a_cache(engine, data):
+    model = shared_model(engine)
+    T = data.draw(st.integers(1, model.config.n_ctx), label="T")
+    cuts = sorted(data.draw(st.sets(st.integers(1, T)), label="cuts") - {T})
+    ids = random_ids(model.config, data.draw(st.integers(1, 3), label="B"), T, seed=T)
+    whole = model(ids)
+    cache = model.new_cache(len(ids))
+    chunks = [model(part, cache=cache) for part in np.split(ids, cuts, axis=1)]
+    assert cache.length == T
+    agree(engine, np.concatenate([c.last_hidden_state for c in chunks], axis=1), whole.last_hidden_state)
+    agree(engine, np.concatenate([c.logits for c in chunks], axis=1), whole.logits)
+    for got, expected in zip(cache.views(), whole.past, strict=True):
+        agree(engine, got, expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@given(data=st.data())
+def test_a_batch_gives_each_row_what_it_gets_alone(engine, data):
+    model = shared_model(engine)
+    B, T = data.draw(st.integers(2, 5)), data.draw(st.integers(1, model.config.n_ctx))
+    ids = random_ids(model.config, B, T, seed=B)
+    together = model(ids)
+    for row in range(B):
+        alone = model(ids[row])
+        agree(engine, together.last_hidden_state[row : row + 1], alone.last_hidden_state)
+        for a, b in zip(together.past, alone.past, strict=True):
+            agree(engine, a[:, row : row + 1], b)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_crop_and_copy_go_back_in_time(engine):
+    model = shared_model(engine)
+    ids = random_ids(model.config, 1, 9)
+    cache = model.new_cache()
+    model(ids[:, :5], cache=cache)
+    branch = cache.copy()
+    first = model(ids[:, 5:], cache=cache).last_hidden_state
+    agree(engine, model(ids[:, 5:], cache=branch).last_hidden_state, first)  # the copy is independent
+    cache.crop(5)
+    assert cache.length == 5
+    agree(engine, model(ids[:, 5:], cache=cache).last_hidden_state, first)
+    cache.crop(-4)
+    assert cache.length == 5
+    for bad in (6, -6):
+        with pytest.raises(InputError, match="crop"):
+            cache.crop(bad)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_left_padding_is_masked_out(engine):
+    model = shared_model(engine)
+    ids = random_ids(model.config, 1, 6)
+    padded = np.concatenate([np.zeros((1, 3), np.int64), ids], axis=1)
+    mask = np.array([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
+    positions = np.array([[0, 0, 0, 0, 1, 2, 3, 4, 5]])
+    got = model(padded, attention_mask=mask, position_ids=positions).last_hidden_state
+    assert np.isfinite(got).all()
+    agree(engine, got[:, 3:], model(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_results_do_not_alias_and_inputs_are_not_written(engine):
+    model = shared_model(engine)
+    ids = random_ids(model.config, 2, 7)
+    before = ids.copy()
+    first = model(ids)
+    kept = [a.copy() for a in (first.last_hidden_state, first.logits, *first.past)]
+    model(random_ids(model.config, 2, 7, seed=1))
+    np.testing.assert_array_equal(ids, before)
+    for now, then in zip((first.last_hidden_state, first.logits, *first.past), kept, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_ids_of_every_rank_and_integer_type():
+    model = shared_model("numpy")
+    ids = random_ids(model.config, 2, 3, 4)
+    rank3 = model(ids).last_hidden_state
+    assert rank3.shape == (6, 4, model.config.n_embd)
+    np.testing.assert_array_equal(model(ids.reshape(6, 4)).last_hidden_state, rank3)
+    np.testing.assert_array_equal(model(ids.astype(np.uint8)).last_hidden_state, rank3)
+    assert model(ids[0, 0].tolist()).last_hidden_state.shape == (1, 4, model.config.n_embd)
+
+
+def test_logits_can_be_left_out_or_asked_for_the_last_position():
+    model = shared_model("numpy")
+    ids = random_ids(model.config, 2, 5)
+    assert model(ids, logits=False).logits is None
+    np.testing.assert_allclose(model(ids, logits="last").logits, model(ids).logits[:, -1:], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "words"),
+    [
+        ([[1.0, 2.0]], InputError, "integers.*float64"),
+        (5, InputError, r"\(T,\).*got \(\)"),
+        (np.zeros((1, 1, 1, 1), int), InputError, "got"),
+        (np.zeros((1, 0), int), InputError, "at least one"),
+        ([[3, 37]], TokenRangeError, r"37 at \(0, 1\).*0\.\.36"),
+        ([[-1, 3]], TokenRangeError, r"-1 at \(0, 0\)"),
+        (np.zeros((1, 21), int), ContextOverflowError, "21 positions.*20"),
+    ],
+)
+def test_bad_ids_say_what_was_given_and_expected(ids, error, words):
+    with pytest.raises(error, match=words):
+        shared_model("numpy")(ids)
+
+
+def test_a_full_cache_raises_and_is_left_as_it_was():
+    model = shared_model("numpy")
+    cache = model.new_cache(max_length=4)
+    model([1, 2, 3], cache=cache)
+    with pytest.raises(ContextOverflowError, match="2 new positions after 3"):
+        model([1, 2], cache=cache)
+    assert cache.length == 3
+    with pytest.raises(ContextOverflowError, match="n_ctx"):
+        model.new_cache(max_length=21)
+    with pytest.raises(InputError, match="batch"):
+        model([[1], [2]], cache=cache)
+    with pytest.raises(InputError, match="batch_size"):
+        model.new_cache(batch_size=0)
+
+
+def test_bad_masks_and_positions():
+    model = shared_model("numpy")
+    with pytest.raises(InputError, match=r"attention_mask.*\(1, 3\)"):
+        model([1, 2, 3], attention_mask=np.ones((1, 2)))
+    with pytest.raises(InputError, match=r"position_ids.*\(1, 3\)"):
+        model([1, 2, 3], position_ids=np.zeros((1, 2), int))
+    with pytest.raises(ContextOverflowError, match="20"):
+        model([1], position_ids=[[20]])
+
+
+def test_missing_misshapen_and_left_over_weights_are_named():
+    config = tiny_config()
+    sources = tiny_sources(config)
+    missing = {k: v for k, v in sources.items() if k != "h.1.ln_2.bias"}
+    with pytest.raises(WeightError, match=r"h\.1\.ln_2\.bias.*missing"):
+        GPT2(config, missing, "numpy")
+    with pytest.raises(WeightError, match=r"wpe\.weight has shape \(3, 3\)"):
+        GPT2(config, {**sources, "wpe.weight": ArraySource(np.zeros((3, 3), np.float32))}, "numpy")
+    with pytest.raises(WeightError, match="extra.*left over"):
+        GPT2(config, {**sources, "extra": ArraySource(np.zeros(1, np.float32))}, "numpy")
+
+
+def test_unknown_engine_dtype_and_file():
+    for wrong in ({"engine": "jax"}, {"dtype": "float16"}):
+        with pytest.raises(InputError, match="must be"):
+            GPT2(tiny_config(), tiny_sources(tiny_config()), **wrong)
+    with pytest.raises(ModelFileError, match="nowhere"):
+        gpt2np.load("nowhere/model.onnx")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_variants_of_gpt2_run_with_both_engines(engine):
+    """Untied head, another MLP width and head size, mixed activations: float64 of the textbook decides."""
+    changes = {
+        "tied": False,
+        "n_inner": 20,
+        "head_size": 5,
+        "activation": "gelu_erf",
+        "overrides": (("h.1.mlp.activation", "relu"), ("h.0.ln_2.epsilon", 1e-2), ("h.1.attn.scale", 0.1)),
+        "position_offset": 1,
+        "causal_shift": 1,
+    }
+    got = tiny_model(engine, **changes)(ids := random_ids(tiny_config(), 2, 9))
+    oracle = tiny_model("numpy", "float64", **changes)(ids)
+    np.testing.assert_allclose(got.logits, oracle.logits, rtol=1e-4, atol=1e-5)
+    assert np.abs(oracle.logits - tiny_model("numpy", "float64")(ids).logits).max() > 0.1

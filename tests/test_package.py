@@ -1,0 +1,65 @@
+"""The package as a whole: what it exports, how light it is, what the command line does with errors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gpt2np
+
+
+def test_every_public_name_is_there():
+    public = {
+        *("load", "GPT2", "Output", "GPT2Config", "GPT2Weights", "KVCache", "InferenceSession"),
+        *("set_num_threads", "get_num_threads", "Gpt2npError"),
+    }
+    assert set(gpt2np.__all__) == public
+    for name in public:
+        assert getattr(gpt2np, name) is not None
+    assert gpt2np.tokenizer.load
+    assert not hasattr(gpt2np, "no_such_name")
+
+
+def test_importing_is_light():
+    heavy = {"numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "rich", "typer", "httpx", "google.protobuf"}
+    code = f"import sys, gpt2np; print(sorted({heavy!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_command_line_is_light_and_lists_every_command():
+    heavy = {"numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "httpx"}
+    code = f"import sys, gpt2np.cli; print(sorted({heavy!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    done = command("--help")
+    assert done.returncode == 0
+    for name in (
+        "parity",
+        "diff",
+        "trace",
+        "info",
+        "generate",
+        "score",
+        "embed",
+        "convert",
+        "synth",
+        "fetch",
+        "verify",
+    ):
+        assert name in done.stdout
+
+
+def test_errors_are_one_line_and_exit_code_2():
+    done = command("info", "nowhere.onnx")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nowhere.onnx" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert command("no-such-command").returncode == 2
+
+
+def test_the_version_is_the_same_everywhere():
+    assert command("--version").stdout.split() == ["gpt2np", gpt2np.__version__]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gpt2np", *arguments], capture_output=True, text=True, check=False, cwd=Path.home()
+    )
