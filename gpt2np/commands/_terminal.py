@@ -38,9 +38,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     from rich.text import Text
 
     out = console()
-    table = Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False
-    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD if out.is_terminal else None, pad_edge=False)
     for column in columns:
         table.add_column(
             Text(column.removeprefix(">")), justify="right" if column.startswith(">") else "left", overflow="fold"

@@ -1,0 +1,192 @@
+"""GPT-2's byte-level BPE: find it, load it, and turn tokens back into text one at a time.
+
+The merging itself is the `tokenizers` library's. Sennrich et al. 2016, "Neural Machine Translation of Rare
+Words with Subword Units"; Radford et al. 2019, section 2.2, for its byte-level form.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError, TokenizerError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+# Hugging Face's and OpenAI's names of the same two files.
+VOCABULARIES = ("vocab.json", "encoder.json")
+MERGES = ("merges.txt", "vocab.bpe")
+
+HOW_TO_GET_ONE = (
+    "give one with --tokenizer PATH (a tokenizer.json, or a folder with vocab.json or encoder.json and merges.txt "
+    "or vocab.bpe), or put it beside the model; `gpt2np fetch tokenizer` downloads GPT-2's"
+)
+
+
+def load(path: str | Path) -> tokenizers.Tokenizer:
+    """Load a tokenizer.
+
+    Parameters
+    ----------
+    path : path
+        A tokenizer.json; a folder with one; or a folder with vocab.json or encoder.json and merges.txt or
+        vocab.bpe, which hold GPT-2's vocabulary and merges.
+
+    Returns
+    -------
+    tokenizers.Tokenizer
+        `tokenizer.encode(text).ids` and `tokenizer.decode(ids)`. The text "<|endoftext|>" is text like any
+        other; after `tokenizer.encode_special_tokens = False` it is the special token (see also `encode`).
+
+    Raises
+    ------
+    TokenizerError
+        If nothing of the kind is there, or a file cannot be read.
+    """
+    import tokenizers
+
+    found = locate(path)
+    if found is None:
+        problem = "has no tokenizer in it" if Path(path).is_dir() else "is not a tokenizer.json or a folder with one"
+        raise TokenizerError(f"{path} {problem}; {HOW_TO_GET_ONE}")
+    try:
+        if len(found) == 1:
+            tokenizer = tokenizers.Tokenizer.from_file(str(found[0]))
+        else:
+            tokenizer = _from_vocabulary(*found)
+    except Exception as error:  # the library raises bare Exceptions
+        raise TokenizerError(f"cannot read {' and '.join(map(str, found))}: {error}") from error
+    # A tokenizer.json may carry the limits of somebody's training run; they would cut texts in silence.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # as the text they are
+    return tokenizer
+
+
+def locate(path: str | Path) -> tuple[Path, ...] | None:
+    """The files that `load(path)` reads: (tokenizer.json,), (vocabulary, merges), or None."""
+    path = Path(path)
+    if path.is_file():
+        return (path,) if path.suffix == ".json" and path.name not in VOCABULARIES else None
+    if (path / "tokenizer.json").is_file():
+        return (path / "tokenizer.json",)
+    vocabulary = next((path / name for name in VOCABULARIES if (path / name).is_file()), None)
+    merges = next((path / name for name in MERGES if (path / name).is_file()), None)
+    return (vocabulary, merges) if vocabulary and merges else None
+
+
+def find_beside(model_path: str | Path) -> tokenizers.Tokenizer | None:
+    """The tokenizer in the folder of a model's file (or in the folder given), or None where there is none."""
+    folder = Path(model_path)
+    folder = folder if folder.is_dir() else folder.parent
+    return None if locate(folder) is None else load(folder)
+
+
+def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    if tokenizer.token_to_id(END_OF_TEXT) is not None:
+        tokenizer.add_special_tokens([END_OF_TEXT])
+    return tokenizer
+
+
+def encode(tokenizer: tokenizers.Tokenizer, text: str, special: bool = False) -> list[int]:
+    """Text to token ids; with `special`, "<|endoftext|>" and its like in the text become those tokens.
+
+    Raises
+    ------
+    InputError
+        If `text` holds half of a surrogate pair, which is not Unicode text.
+    TokenizerError
+        If the vocabulary has no token for one of the text's bytes (GPT-2's has all 256).
+    """
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"text is not valid Unicode: {error}") from None
+    before = tokenizer.encode_special_tokens
+    tokenizer.encode_special_tokens = not special
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    finally:
+        tokenizer.encode_special_tokens = before
+    missing = {byte for byte in set(raw) if tokenizer.token_to_id(_bytes_to_unicode()[byte]) is None}
+    if missing:  # the library would leave such bytes out
+        raise TokenizerError(f"the vocabulary has no token for the byte {min(missing):#04x}, which the text needs")
+    return ids
+
+
+def end_of_text_id(tokenizer: tokenizers.Tokenizer | None) -> int | None:
+    """The id of "<|endoftext|>", or None."""
+    found: int | None = None if tokenizer is None else tokenizer.token_to_id(END_OF_TEXT)
+    return found
+
+
+@cache
+def _bytes_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte, as in OpenAI's encoder.py: bytes that Latin-1 prints stand for
+    themselves, the other 68 are moved in order to 256 and up."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+@cache
+def _unicode_to_bytes() -> dict[str, int]:
+    return {character: byte for byte, character in _bytes_to_unicode().items()}
+
+
+class StreamDecoder:
+    """Tokens to text, one token at a time, in constant time for each.
+
+    A token may end in the middle of a UTF-8 character; its bytes are held back until the character is
+    complete. The pieces and `flush()` joined are the text of the whole, where bytes that can belong to no
+    character are U+FFFD, as `tokenizer.decode(ids, skip_special_tokens=False)` has them.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._added: dict[int, bytes] = {
+            index: token.content.encode() for index, token in tokenizer.get_added_tokens_decoder().items()
+        }
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for; none for an id that the vocabulary does not have."""
+        if token_id in self._added:
+            return self._added[token_id]
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        alphabet = _unicode_to_bytes()
+        try:
+            return bytes([alphabet[character] for character in token])
+        except KeyError:
+            raise TokenizerError(
+                f"token {token_id} {token!r} is not byte-level BPE, which GPT-2's tokens are"
+            ) from None
+
+    def push(self, token_id: int) -> str:
+        """The text that has become complete with this token."""
+        return self._utf8.decode(self.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """What was held back, as U+FFFD; the decoder is then as new."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def decode(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> str:
+    """Token ids to text, special tokens included."""
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=False)
+    return text
