@@ -1,0 +1,1 @@
+"""ONNX files: `reader` (file -> tensors), `recognise` (graph -> which tensor is which weight), `writer` (weights -> file)."""
