@@ -1,0 +1,205 @@
+"""From the scores of one position to the next token: penalties, filters, and a reproducible draw.
+
+All functions take the logits (V,) of one position in float32 or float64 and work in that dtype; only sums over
+the vocabulary are float64. The order in which the filters are applied, and what each keeps, is that of Hugging
+Face's `generate`: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import InputError
+from .weights import Array
+
+BLOCK = 128  # entries that are looked at together, so that 50257 of them need neither a sort nor a running sum
+COLDEST = 1e-6  # temperatures below cannot be told from greedy in float32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Parameters
+    ----------
+    temperature : float, optional
+        What the logits are divided by; 0 means greedy. Default: 1 if top_k, top_p or min_p is given, else 0.
+    top_k : int, optional
+        Keep the k most probable tokens (and those as probable as the last of them). Fan et al. 2018.
+    top_p : float, optional
+        Keep the fewest most probable tokens whose probabilities add up to at least p. Holtzman et al. 2020.
+    min_p : float, optional
+        Keep tokens at least p times as probable as the most probable one. Nguyen et al. 2024.
+    repetition_penalty : float
+        Divide positive and multiply negative logits of tokens seen so far, prompt included. Keskar et al. 2019.
+
+    Raises
+    ------
+    InputError
+        If a value is out of its range, or a filter is given with temperature 0.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        filters = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if self.temperature is None:
+            object.__setattr__(self, "temperature", 1.0 if filters else 0.0)
+        elif self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+            raise InputError(f"temperature must be 0 (greedy) or a number from {COLDEST} up, got {self.temperature}")
+        elif self.temperature == 0 and filters:
+            raise InputError(
+                f"{filters[0]} has no effect at temperature 0, which is greedy; give a temperature above 0"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be in 0..1, got {self.min_p}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise InputError(f"repetition_penalty must be a positive number (1: none), got {self.repetition_penalty}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is taken, without chance."""
+        return self.temperature == 0
+
+    def choose(self, logits: Array, seen: Array, rng: np.random.Generator) -> int:
+        """The next token's id.
+
+        Parameters
+        ----------
+        logits : (V,)
+        seen : integers (n,)
+            The distinct ids of prompt and continuation so far, for the repetition penalty.
+        rng : numpy Generator
+            Gives one uniform number for each token that is not chosen greedily.
+
+        Raises
+        ------
+        InputError
+            If no logit is above -inf, or one is NaN or inf.
+        """
+        if self.repetition_penalty != 1:
+            logits = penalise_repetition(logits, seen, self.repetition_penalty)
+        best = int(logits.argmax())  # of equal ones the first; a NaN comes out on top
+        if not math.isfinite(logits[best]):
+            raise InputError(f"no token can be chosen: the largest logit, that of token {best}, is {logits[best]}")
+        if not self.temperature:
+            return best
+        with np.errstate(over="ignore"):  # -inf is right for what is that improbable
+            scores = (logits - logits[best]) / self.temperature  # at most 0, so that exp cannot overflow
+        kept = None  # ids of the tokens that `scores` are about; None: all
+        if self.top_k is not None:
+            kept = top_k(scores, self.top_k)
+            scores = scores[kept]
+        if self.top_p is not None:
+            inside = top_p(scores, self.top_p)
+            kept, scores = inside if kept is None else kept[inside], scores[inside]
+        if self.min_p is not None:
+            inside = min_p(scores, self.min_p)
+            kept, scores = inside if kept is None else kept[inside], scores[inside]
+        drawn = draw(np.exp(scores), rng.random())
+        return drawn if kept is None else int(kept[drawn])
+
+
+def random_stream(seed: int, prompt: Sequence[int], copy: int = 0) -> np.random.Generator:
+    """The random numbers of one sequence: they depend on the seed and the prompt, not on the rest of a batch.
+
+    `copy` counts equal prompts in one batch, which thus get different continuations.
+    """
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, copy, *prompt])))
+
+
+def penalise_repetition(logits: Array, seen: Array, penalty: float) -> Array:
+    """A copy of the logits (V,) where those of `seen` tokens are divided (if negative: multiplied) by the penalty."""
+    penalised = logits.copy()
+    scores = logits[seen]
+    penalised[seen] = np.where(scores < 0, scores * penalty, scores / penalty)
+    return penalised
+
+
+def top_k(logits: Array, k: int) -> Array:
+    """Indices of the k largest logits, and of any equal to the smallest of these, in ascending order."""
+    if k >= len(logits):
+        return np.arange(len(logits))
+    maxima = np.maximum.reduceat(logits, np.arange(0, len(logits), BLOCK))
+    candidates = np.arange(len(logits))
+    if k < len(maxima):
+        # k blocks hold something as large as the k-th largest maximum: nothing smaller can be among the k largest
+        candidates = np.flatnonzero(logits >= _largest(maxima, k))
+    values = logits[candidates]
+    return candidates[values >= _largest(values, k)]
+
+
+def top_p(logits: Array, p: float) -> Array:
+    """Indices of the fewest largest logits that hold at least p of the probability, in descending order.
+
+    Of equal logits at the edge the first are kept. At least one token always is.
+    """
+    probabilities = np.exp(logits - logits.max())
+    wanted = p * probabilities.sum(dtype=np.float64)
+    candidates, k = top_k(logits, BLOCK), BLOCK
+    while k < len(logits) and probabilities[candidates].sum(dtype=np.float64) < wanted:
+        k *= 8
+        candidates = top_k(logits, k)
+    order = candidates[np.argsort(-logits[candidates], kind="stable")]
+    held = probabilities[order].cumsum(dtype=np.float64)
+    return order[: 1 + int(np.searchsorted(held[:-1], wanted))]
+
+
+def min_p(logits: Array, p: float) -> Array:
+    """Indices of tokens at least p times as probable as the most probable one, in ascending order."""
+    return np.flatnonzero(np.exp(logits - logits.max()) >= p)
+
+
+def draw(weights: Array, uniform: float) -> int:
+    """Index i with probability weights[i] / sum(weights), where `uniform` is in [0, 1): the inverse of the CDF.
+
+    An entry of weight 0 is never drawn.
+    """
+    blocks = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64).cumsum()
+    target = uniform * blocks[-1]
+    block = _first_above(blocks, target)
+    inside = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
+    return block * BLOCK + _first_above(inside, target - (blocks[block - 1] if block else 0.0))
+
+
+def log_probabilities(logits: Array, ids: Array) -> Array:
+    """Natural logarithms of the softmax probabilities of the tokens `ids`: float64, of the shape of `ids`."""
+    logs: Array = logits[ids].astype(np.float64) - log_sum_exp(logits)
+    return logs
+
+
+def log_sum_exp(logits: Array) -> float:
+    """log(sum(exp(logits))) in float64, from exponentials in the dtype of the logits."""
+    largest = logits.max()
+    return float(largest) + math.log(np.exp(logits - largest).sum(dtype=np.float64))
+
+
+def most_probable(logits: Array, n: int) -> Array:
+    """Indices of the n largest logits, the largest first; of equal ones the first in the vocabulary."""
+    candidates = top_k(logits, n)
+    return candidates[np.argsort(-logits[candidates], kind="stable")][:n]
+
+
+def _largest(values: Array, k: int) -> Array:
+    """The k-th largest value."""
+    place = len(values) - k
+    value: Array = np.partition(values, place)[place]
+    return value
+
+
+def _first_above(running_sum: Array, target: float) -> int:
+    """First index whose running sum exceeds target; where rounding leaves none, the last that adds anything."""
+    found = int(np.searchsorted(running_sum, target, side="right"))
+    return found if found < len(running_sum) else int(np.searchsorted(running_sum, running_sum[-1]))
