@@ -325,7 +325,7 @@ class _Walker:
                 name, child = _CHILDREN[message][number]
                 skeleton += self.keep(kept, at, where)
                 body = self.strip(content, stop, child, f"{where}.{name}", depth + 1)
-                skeleton += _bytes_field(number, body)
+                skeleton += bytes_field(number, body)
                 kept = stop
             at = stop
         skeleton += self.keep(kept, end, where)
@@ -336,10 +336,10 @@ class _Walker:
 
     def _mark(self, index: int) -> bytes:
         """An external_data entry that leads from the stripped TensorProto to its payload."""
-        return _bytes_field(13, _bytes_field(1, self.marker.encode()) + _bytes_field(2, b"%d" % index))
+        return bytes_field(13, bytes_field(1, self.marker.encode()) + bytes_field(2, b"%d" % index))
 
 
-def _bytes_field(number: int, content: bytes) -> bytes:
+def bytes_field(number: int, content: bytes) -> bytes:
     """A length-delimited protobuf field."""
     return encode_varint(number << 3 | BYTES) + encode_varint(len(content)) + content
 
@@ -443,9 +443,7 @@ class ModelFile:
         varint = _PAYLOADS[number][1] == VARINT
         return Tensor(name, dtype, shape, nbytes, origin, bits, varint, self._file, pieces)
 
-    def _locate(
-        self, proto: onnx.TensorProto, nbytes: int, wrong: Callable[[str], NoReturn]
-    ) -> tuple[File, int, str]:
+    def _locate(self, proto: onnx.TensorProto, nbytes: int, wrong: Callable[[str], NoReturn]) -> tuple[File, int, str]:
         """The file with a tensor's external data, and the offset, both checked."""
         entries = {entry.key: entry.value for entry in proto.external_data}
         location = entries.get("location", "")
