@@ -1,0 +1,244 @@
+"""A canonical view of an ONNX graph: who computes which value, what is constant, and what only changes the view."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import UnsupportedModelError
+from .reader import ModelFile, Tensor
+
+if TYPE_CHECKING:
+    import onnx
+
+Array = np.ndarray
+
+# What hands its first input on, with at most another shape or float type.
+RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+SAME = frozenset({"Identity", "Cast", "CastLike", "Dropout"})
+VIEWS = RESHAPES | SAME
+# Rounding of activations to integers and back: the graph means the float value.
+ROUNDINGS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One node; `op` carries the domain unless it is ONNX's own: "MatMul", "com.microsoft.FastGelu"."""
+
+    op: str
+    domain: str
+    name: str
+    inputs: tuple[str, ...]  # "" where an optional one is left out
+    outputs: tuple[str, ...]
+    attributes: dict[str, Any]  # tensors as arrays; bodies as GraphProto
+
+    def describe(self) -> str:
+        """How error messages name it."""
+        return f"{self.op} node {self.name or self.outputs[0]!r}"
+
+    def input(self, index: int) -> str:
+        """An input's name, "" if it is left out."""
+        return self.inputs[index] if index < len(self.inputs) else ""
+
+
+class Graph:
+    """The graph of a file, functions inlined, seen by value names.
+
+    Parameters
+    ----------
+    file : ModelFile
+    branch : "" or "then" or "else"
+        Which branch of an If on a graph input (as in merged decoders) is taken for the graph itself.
+    """
+
+    def __init__(self, file: ModelFile, branch: str = "") -> None:
+        self.file = file
+        proto = file.proto
+        if proto.functions:
+            import onnx.inliner
+
+            proto = onnx.inliner.inline_local_functions(proto)
+        self._opsets = {_domain(o.domain): o.version for o in proto.opset_import}
+        self.constants: dict[str, Tensor | Array] = {}  # initializers and Constant nodes, not yet read
+        self.initializers: dict[str, Tensor] = {}
+        self.nodes: list[Node] = []
+        self._producers: dict[str, tuple[Node, int]] = {}
+        self._consumers: dict[str, list[Node]] = {}
+        self._folded: dict[str, bool] = {}
+        self._read: dict[str, Array] = {}
+        self._add(proto.graph, branch)
+        self.inputs = [i for i in proto.graph.input if i.name not in self.initializers]
+        self.outputs = list(proto.graph.output)
+        self._input_names = {i.name for i in self.inputs}
+
+    def _add(self, proto: onnx.GraphProto, branch: str) -> None:
+        for tensor in proto.initializer:
+            self.constants[tensor.name] = self.initializers[tensor.name] = self.file.tensor(tensor)
+        for node in proto.node:
+            body = self._taken(node, branch)
+            if body is not None:
+                self._add(body, branch)
+                for inner, outer in zip(body.output, node.output, strict=True):
+                    self._add_node(Node("Identity", "", node.name, (inner.name,), (outer,), {}))
+                continue
+            attributes = {a.name: self._attribute(node, a) for a in node.attribute}
+            if node.op_type == "Constant":
+                self.constants[node.output[0]] = _constant_value(attributes)
+                continue
+            domain = _domain(node.domain)
+            op = f"{domain}.{node.op_type}" if domain else node.op_type
+            self._add_node(Node(op, domain, node.name, tuple(node.input), tuple(node.output), attributes))
+
+    def _add_node(self, node: Node) -> None:
+        self.nodes.append(node)
+        for index, output in enumerate(node.outputs):
+            if output:
+                self._producers[output] = node, index
+        for name in dict.fromkeys(node.inputs):
+            self._consumers.setdefault(name, []).append(node)
+
+    @staticmethod
+    def _taken(node: onnx.NodeProto, branch: str) -> onnx.GraphProto | None:
+        if node.op_type != "If" or not branch:
+            return None
+        return next((a.g for a in node.attribute if a.name == f"{branch}_branch"), None)
+
+    def _attribute(self, node: onnx.NodeProto, proto: onnx.AttributeProto) -> Any:
+        from onnx import AttributeProto, helper
+
+        if proto.type == AttributeProto.TENSOR:
+            tensor = self.file.tensor(proto.t, node.output[0])
+            return tensor if tensor.nbytes > 1024 and node.op_type == "Constant" else tensor.load()
+        if proto.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+            return proto.g
+        value = helper.get_attribute_value(proto)
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+    def opset(self, domain: str = "") -> int:
+        """Version of a domain's operators that the file asks for."""
+        return self._opsets.get(domain, 1)
+
+    @property
+    def opsets(self) -> dict[str, int]:
+        """{domain: version}; "" is ONNX's own domain."""
+        return dict(self._opsets)
+
+    def producer(self, name: str) -> Node | None:
+        """The node that computes a value; None for inputs, constants and unknown names."""
+        found = self._producers.get(name)
+        return found[0] if found else None
+
+    def output_index(self, name: str) -> int:
+        """Which of its node's outputs a value is."""
+        return self._producers[name][1]
+
+    def consumers(self, name: str) -> list[Node]:
+        """The nodes that read a value."""
+        return self._consumers.get(name, [])
+
+    def is_input(self, name: str) -> bool:
+        """Whether the caller feeds this value."""
+        return name in self._input_names
+
+    def is_constant(self, name: str) -> bool:
+        """Whether a value can be computed from the file alone."""
+        stack = [name]
+        while stack:
+            current = stack[-1]
+            if current in self._folded:
+                stack.pop()
+            elif current in self.constants:
+                self._folded[current] = True
+            elif current not in self._producers:
+                self._folded[current] = False
+            else:
+                inputs = [i for i in self._producers[current][0].inputs if i]
+                unknown = [i for i in inputs if i not in self._folded]
+                if any(self._folded.get(i) is False for i in inputs):
+                    self._folded[current] = False
+                elif unknown:
+                    stack.extend(unknown[:1])  # one at a time: most values turn out not to be constant early
+                else:
+                    self._folded[current] = bool(inputs)
+        return self._folded[name]
+
+    def constant(self, name: str) -> Array:
+        """The array of an initializer or Constant node; small ones are kept after the first reading."""
+        value = self.constants[name]
+        if not isinstance(value, Tensor):
+            return value
+        if name in self._read:
+            return self._read[name]
+        array = value.load()
+        if array.nbytes <= 1 << 16:
+            self._read[name] = array
+        return array
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an initializer or Constant node."""
+        return tuple(self.constants[name].shape)
+
+    def scalar(self, name: str) -> float | None:
+        """A constant of one element as a number, else None."""
+        if not name or not self.is_constant(name):
+            return None
+        if name in self.constants and np.prod(self.shape(name)) != 1:
+            return None
+        from .evaluate import Evaluator
+
+        value = Evaluator(self, {})(name)
+        return float(value.reshape(-1)[0]) if value.size == 1 else None
+
+    def strip(self, name: str, through: frozenset[str] = VIEWS) -> str:
+        """The value behind a chain of nodes that only change the view."""
+        while (
+            (node := self.producer(name)) is not None and node.op in through and self.output_index(name) == 0
+        ):
+            name = node.inputs[0]
+        return name
+
+    def chain(self, name: str, through: frozenset[str] = VIEWS) -> list[str]:
+        """The values met by `strip`, from the given one to the one behind."""
+        names = [name]
+        while (
+            (node := self.producer(name)) is not None and node.op in through and self.output_index(name) == 0
+        ):
+            name = node.inputs[0]
+            names.append(name)
+        return names
+
+    def ancestors(self, name: str, stop: frozenset[str] | set[str] = frozenset()) -> Iterator[str]:
+        """Values that a value depends on, nearest first, itself included; not past `stop`, Shape, or constants."""
+        seen, level = {name}, [name]
+        while level:
+            following = []
+            for current in level:
+                yield current
+                node = self.producer(current)
+                if node is None or current in stop or node.op in ("Shape", "Size"):
+                    continue
+                for i in node.inputs:
+                    if i and i not in seen and i not in self.constants:
+                        seen.add(i)
+                        following.append(i)
+            level = following
+
+
+def _domain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
+
+
+def _constant_value(attributes: dict[str, Any]) -> Tensor | Array:
+    if "value" in attributes:
+        value: Tensor | Array = attributes["value"]
+        return value
+    for name, dtype in (("value_float", np.float32), ("value_floats", np.float32)):
+        if name in attributes:
+            return np.asarray(attributes[name], dtype)
+    for name in ("value_int", "value_ints"):
+        if name in attributes:
+            return np.asarray(attributes[name], np.int64)
+    raise UnsupportedModelError(f"a Constant node holds {', '.join(attributes) or 'nothing'}, not numbers")

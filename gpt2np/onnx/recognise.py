@@ -1,0 +1,949 @@
+"""Which GPT-2 a graph is: hyper-parameters, weights, intermediate values, inputs and outputs.
+
+The search runs from the outputs backwards: the head, the last layer norm, then the terms of the residual
+stream, each of them an attention or an MLP behind a layer norm of its own, down to the embeddings. Structure
+finds the borders of each part (patterns.py). What a part does inside its borders is found by running it on
+inputs that tell (evaluate.py): the columns of c_attn that become the query of head 3 are those whose numbers
+arrive there, whatever mixture of Split, Slice, Reshape and Transpose carries them; the mask is what it does to
+scores; the activation is the function whose values come out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .. import reference
+from ..config import GPT2Config
+from ..errors import UnsupportedModelError, WeightError
+from ..weights import weight_shapes
+from . import patterns
+from .evaluate import Evaluator, is_float
+from .graph import SAME, VIEWS, Graph, Node
+from .patterns import Addend, AttentionCore, LayerNorm, Linear, Lookup
+from .reader import ModelFile
+from .sources import Source, joined, ones, zeros
+
+if TYPE_CHECKING:
+    import onnx
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output of the file."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]  # as declared: a size, a symbol, or unknown
+    role: str  # "input_ids", "attention_mask", "position_ids", "past", "past_key", ..., "logits", "present", ...
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class TapLocation:
+    """Where a tap lives in the graph, and how its array becomes ours."""
+
+    tensor: str
+    convert: Callable[[Array, int], Array] = field(repr=False)
+
+    def to_tap(self, array: Array, config: GPT2Config, batch: int = 1) -> Array:
+        """The graph's array in the tap's own shape; `batch` is B, for graphs that merge batch and time."""
+        return self.convert(array, batch)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What `recognise` found."""
+
+    config: GPT2Config
+    sources: dict[
+        str, Source
+    ]  # under the names of weights.weight_shapes, plus "lm_head.bias" if there is one
+    taps: dict[str, TapLocation]  # absent where the graph does not hold the value
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    ignored: tuple[tuple[str, str], ...]  # (initializer, why it is no weight)
+    notes: tuple[str, ...]  # anything odd
+    positions: str = (
+        "range"  # how rows of wpe are chosen: "range", "input", or "mask" (counted in attention_mask)
+    )
+
+
+def recognise(file: ModelFile) -> Recognised:
+    """Find the GPT-2 in an ONNX file.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a part of the graph is no part of a GPT-2; the message names the node.
+    WeightError
+        If a floating-point initializer is left over, missing, or of a shape that does not fit.
+    """
+    return _Recogniser(Graph(file)).run()
+
+
+# What a probe runs on: no two sizes equal, so that an axis is known by its size.
+BATCH, NEW, PAST = 2, 4, 3
+
+
+@dataclass
+class _Branch:
+    """One term of the residual stream: an attention or an MLP."""
+
+    addend: Addend
+    out: Linear  # c_proj
+    norm: LayerNorm
+    before: list[Addend]  # the residual stream that it reads
+    core: AttentionCore | None = None  # of an attention
+    maps: tuple[Linear, ...] = ()  # c_attn (or three maps), or c_fc
+
+
+class _Recogniser:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.sources: dict[str, Source] = {}
+        self.taps: dict[str, TapLocation] = {}
+        self.notes: list[str] = []
+        self.known: dict[str, Array] = {}  # values of the probe at the borders of parts
+        self.base = Evaluator(graph, {})  # what follows from them, kept
+        self.touched: set[str] = set()
+        self.roles: dict[str, tuple[str, int | None]] = {}
+        self.output_roles: dict[str, tuple[str, int | None]] = {}
+        self.epsilons: dict[str, float] = {}
+        self.activations: dict[int, str] = {}
+        self.scales: dict[int, float] = {}
+        self.masks: dict[int, Mask] = {}
+        self.heads: dict[int, tuple[int, int]] = {}
+
+    # ------------------------------------------------------------------------------------ structure
+    def run(self) -> Recognised:
+        graph = self.graph
+        head, final = self.find_top()
+        lookups, branches = self.find_branches(final)
+        layers = self.pair(lookups, branches, final)
+        words, places = self.tell_lookups(lookups)
+        self.find_inputs(words, places, layers)
+        self.feed_inputs()
+
+        for lookup in (words, places):
+            rows = self.evaluate(lookup.rows)
+            self.know(lookup.out, np.full((*rows.shape, lookup.table.shape[1]), np.nan))
+        self.sources["wte.weight"], self.sources["wpe.weight"] = words.table, places.table
+        offset, positions = self.find_positions(places)
+        self.embed_tap(layers[0][0] if layers else None, final)
+        for i, (attention, mlp) in enumerate(layers):
+            self.layer_norm(f"h.{i}.ln_1", attention.norm)
+            self.attention(i, attention)
+            self.layer_norm(f"h.{i}.ln_2", mlp.norm)
+            self.mlp(i, mlp)
+            self.taps[f"h.{i}.resid_mid"] = self.stream(mlp.norm.x)
+            after = layers[i + 1][0].norm if i + 1 < len(layers) else final
+            self.taps[f"h.{i}.resid_post"] = self.stream(after.x)
+        self.layer_norm("ln_f", final)
+        tied, head_bias = self.head(head, words)
+        self.touched.update(n for n in self.base.values if n in graph.constants)
+        config = self.make_config(len(layers), tied, offset)
+        self.check_shapes(config)
+        ignored = self.check_leftovers()
+        self.find_presents(layers, config)
+        inputs, outputs = self.ports(graph.inputs, self.roles), self.ports(graph.outputs, self.output_roles)
+        order = list(weight_shapes(config)) + (["lm_head.bias"] if head_bias else [])
+        return Recognised(
+            config,
+            {name: self.sources[name] for name in order},
+            self.taps,
+            inputs,
+            outputs,
+            ignored,
+            tuple(self.notes),
+            positions,
+        )
+
+    def find_top(self) -> tuple[Linear | None, LayerNorm]:
+        """The head (if there is one) and the last layer norm, from the outputs."""
+        graph = self.graph
+        head: Linear | None = None
+        final: LayerNorm | None = None
+        for output in graph.outputs:
+            value = graph.strip(output.name)
+            norm, linear = patterns.match_layer_norm(graph, value), None
+            if norm is None and (linear := patterns.match_linear(graph, value)) is not None:
+                norm = patterns.match_layer_norm(graph, graph.strip(linear.x))
+            if norm is None:
+                continue
+            if final is not None and final.out != norm.out:
+                longer = len(patterns.addends(graph, norm.x)) > len(patterns.addends(graph, final.x))
+                final = norm if longer else final
+            final = final or norm
+            head = linear or head
+            self.output_roles[output.name] = ("logits" if linear else "last_hidden_state", None)
+        if final is None:
+            names = ", ".join(o.name for o in graph.outputs)
+            raise UnsupportedModelError(
+                f"none of the outputs {names} is a layer norm, or a linear map behind one: no GPT-2 ends like this"
+            )
+        return head, final
+
+    def find_branches(self, final: LayerNorm) -> tuple[list[Lookup], list[_Branch]]:
+        """The terms of the residual stream: embeddings, attentions and MLPs."""
+        graph = self.graph
+        lookups: list[Lookup] = []
+        branches: list[_Branch] = []
+        for addend in patterns.addends(graph, final.x):
+            if (lookup := patterns.match_lookup(graph, addend.value)) is not None:
+                lookups.append(lookup)
+            elif (linear := patterns.match_linear(graph, addend.value)) is not None:
+                branches.append(self.find_branch(addend, linear))
+            else:
+                node = graph.producer(addend.value)
+                where = node.describe() if node else f"the value {addend.value!r}"
+                raise UnsupportedModelError(
+                    f"{where} adds to the residual stream, but is no embedding, attention or MLP"
+                )
+        return lookups, branches
+
+    def find_branch(self, addend: Addend, out: Linear) -> _Branch:
+        """Is this map the end of an attention or of an MLP?"""
+        graph = self.graph
+        core: AttentionCore | None = None
+        maps: list[Linear] = []
+        for value in graph.ancestors(out.x):
+            if (linear := patterns.match_linear(graph, value)) is not None:
+                maps = [linear]
+                break
+            if patterns.match_product(graph, value) is not None:
+                core = patterns.match_attention(graph, out.x)
+                break
+        if core is not None:
+            found = [
+                patterns.nearest_linears(graph, v)[0] for v in (core.scores.a, core.scores.b, core.heads.b)
+            ]
+            maps = list({m.out: m for part in found for m in part}.values())
+        if not maps:
+            raise UnsupportedModelError(
+                f"{out.node.describe()} adds to the residual stream, but what it reads is no attention and no MLP"
+            )
+        norms = {graph.strip(m.x): patterns.match_layer_norm(graph, graph.strip(m.x)) for m in maps}
+        norm = next(iter(norms.values()))
+        if len(norms) != 1 or norm is None:
+            raise UnsupportedModelError(f"{maps[0].node.describe()} does not read a layer norm")
+        return _Branch(addend, out, norm, patterns.addends(graph, norm.x), core, tuple(maps))
+
+    def pair(
+        self, lookups: list[Lookup], branches: list[_Branch], final: LayerNorm
+    ) -> list[tuple[_Branch, _Branch]]:
+        """Order the branches: each must read the embeddings and all branches before it, in turns."""
+        branches = sorted(branches, key=lambda b: len(b.before))
+        stream = Counter(lookup.out for lookup in lookups)
+        for n, branch in enumerate(branches):
+            if Counter(a.value for a in branch.before) != stream:
+                raise UnsupportedModelError(
+                    f"{branch.norm.node.describe()} (layer norm {n + 1}) does not read the residual stream: "
+                    "the embeddings plus every attention and MLP before it"
+                )
+            if (branch.core is None) != bool(n % 2):
+                kind = "an MLP" if branch.core is None else "an attention"
+                raise UnsupportedModelError(
+                    f"{branch.out.node.describe()} ends {kind} where the other is due"
+                )
+            stream[branch.addend.value] += 1
+        if len(branches) % 2 or not branches:
+            raise UnsupportedModelError(f"{len(branches)} attentions and MLPs do not make whole blocks")
+        return list(zip(branches[::2], branches[1::2], strict=True))
+
+    def tell_lookups(self, lookups: list[Lookup]) -> tuple[Lookup, Lookup]:
+        """Which table is wte, which is wpe."""
+        if len(lookups) != 2:
+            tables = ", ".join(lookup.table.describe() for lookup in lookups) or "none"
+            raise UnsupportedModelError(
+                f"GPT-2 starts with two embeddings, tokens and positions; here are: {tables}"
+            )
+
+        def likely_words(lookup: Lookup) -> tuple[bool, bool, bool, int]:
+            source = self.graph.strip(lookup.rows)
+            name = " ".join(lookup.table.origin)
+            return (
+                "wte" in name and "wpe" not in name,
+                self.graph.is_input(source),
+                "position" not in source,
+                lookup.table.shape[0],
+            )
+
+        words, places = sorted(lookups, key=likely_words, reverse=True)
+        if not self.graph.is_input(self.graph.strip(words.rows)):
+            raise UnsupportedModelError(f"{words.node.describe()} does not look up the ids of an input")
+        return words, places
+
+    # ------------------------------------------------------------------------------------ inputs
+    def find_inputs(self, words: Lookup, places: Lookup, layers: list[tuple[_Branch, _Branch]]) -> None:
+        graph = self.graph
+        self.roles[graph.strip(words.rows)] = "input_ids", None
+        if graph.is_input(place := graph.strip(places.rows)):
+            self.roles[place] = "position_ids", None
+        for i, (branch, _) in enumerate(layers):
+            core = branch.core
+            assert core is not None
+            for value, kind in ((core.scores.b, "past_key"), (core.heads.b, "past_value")):
+                for name in patterns.nearest_linears(graph, value)[1]:
+                    if name not in self.roles:
+                        self.roles[name] = kind, i
+                    elif self.roles[name] == ("past_key", i):
+                        self.roles[name] = "past", i  # one tensor with both
+            stop = {core.scores.out, *self.roles}
+            for value in graph.ancestors(core.masked, stop):
+                if graph.is_input(value) and value not in self.roles:
+                    self.roles[value] = "attention_mask", None
+        for value in graph.ancestors(places.rows, set(self.roles)):
+            if graph.is_input(value) and value not in self.roles:
+                self.roles[value] = "attention_mask", None
+        for port in graph.inputs:
+            if port.name not in self.roles:
+                self.roles[port.name] = "unused", None
+                if any(True for _ in graph.consumers(port.name)):
+                    self.notes.append(f"input {port.name!r} has no part in what the outputs are")
+
+    def feed_inputs(self) -> None:
+        """The probe's inputs, of the sizes that the file declares where it declares any."""
+        declared = {p.name: _declared(p) for p in self.graph.inputs}
+        ids = next(n for n, (role, _) in self.roles.items() if role == "input_ids")
+        shape = declared[ids]
+        if len(shape) not in (1, 2, 3):
+            raise UnsupportedModelError(f"input {ids!r} has {len(shape)} axes; token ids have 1 to 3")
+        sizes = [1] * (len(shape) - 2) + [BATCH, NEW][-len(shape) :]
+        sizes = [s if isinstance(s, int) and s > 0 else size for s, size in zip(shape, sizes, strict=True)]
+        self.B, self.T = int(np.prod(sizes[:-1])), sizes[-1]
+        past = any(role.startswith("past") for role, _ in self.roles.values())
+        self.P = PAST if past else 0
+        for port in self.graph.inputs:
+            role, shape = self.roles[port.name][0], declared[port.name]
+            dtype = _dtype(port)
+            if role == "input_ids":
+                self.know(port.name, np.zeros(sizes, dtype))
+            elif role == "position_ids":
+                steps = np.arange(self.B * self.T)[::-1] % 7  # no run of positions
+                self.know(port.name, steps.reshape([-1, self.T][-len(shape) :]).astype(dtype))
+            elif role == "attention_mask":
+                self.know(port.name, np.ones((self.B, self.P + self.T), dtype))
+            elif role.startswith("past"):
+                sizes_past = [s if isinstance(s, int) and s > 0 else 0 for s in shape]
+                if len(shape) not in (4, 5) or not sizes_past[-1] or not sizes_past[-3]:
+                    raise UnsupportedModelError(
+                        f"input {port.name!r} is a cache of shape {shape}, expected ([2,] batch, {'heads'}, past, head size)"
+                    )
+                sizes_past[-4], sizes_past[-2] = self.B, self.P
+                if len(shape) == 5:
+                    sizes_past[0] = 2
+                self.know(port.name, np.full(sizes_past, np.nan))
+
+    def know(self, name: str, value: Array) -> None:
+        """Give the probe the value at a border."""
+        self.known[name] = self.base.values[name] = value
+
+    def evaluate(self, name: str) -> Array:
+        """A value of the probe; activations are NaN, only their shape counts."""
+        value = self.base(name)
+        return value
+
+    def run_with(self, feeds: dict[str, Array], *names: str) -> list[Array]:
+        """Values of the probe, with some values replaced."""
+        evaluator = Evaluator(self.graph, {**self.known, **feeds})
+        values = [evaluator(name) for name in names]
+        self.touched.update(n for n in evaluator.values if n in self.graph.constants)
+        return values
+
+    def feed_linear(self, linear: Linear) -> tuple[int, ...]:
+        """Let the probe know the shape of a linear map's output."""
+        shape = (*self.evaluate(linear.x).shape[:-1], linear.weight.shape[1])
+        self.know(linear.out, np.full(shape, np.nan))
+        return shape
+
+    def find_positions(self, places: Lookup) -> tuple[int, str]:
+        """The offset of the first row of wpe, and how rows are chosen."""
+        B, T, P = self.B, self.T, self.P
+        rows = np.broadcast_to(self.evaluate(places.rows).reshape(-1, T), (B, T))
+        given = [n for n, (role, _) in self.roles.items() if role == "position_ids"]
+        expected = self.known[given[0]].reshape(-1, T) if given else np.arange(P, P + T)
+        offset = rows - expected
+        if (offset != offset.flat[0]).any():
+            raise UnsupportedModelError(
+                f"{places.node.describe()} takes the rows {rows[0].tolist()} of wpe for positions {P}..{P + T - 1}"
+            )
+        how = "input" if given else "range"
+        masks = [n for n, (role, _) in self.roles.items() if role == "attention_mask"]
+        if how == "range" and masks:
+            padded = np.ones_like(self.known[masks[0]])
+            padded[:, :1] = 0
+            moved = np.broadcast_to(self.run_with({masks[0]: padded}, places.rows)[0].reshape(-1, T), (B, T))
+            if (moved == rows - 1).all():
+                how = "mask"
+            elif (moved != rows).any():
+                raise UnsupportedModelError(
+                    f"{places.node.describe()} derives positions from {masks[0]!r} in an unknown way"
+                )
+        if offset.flat[0]:
+            self.notes.append(f"the first token takes row {int(offset.flat[0])} of wpe")
+        return int(offset.flat[0]), how
+
+    # ------------------------------------------------------------------------------------ parts
+    def stream(self, name: str) -> TapLocation:
+        """A value (B, T, width), or with batch and time merged."""
+        return TapLocation(name, lambda a, batch: a if a.ndim == 3 else a.reshape(batch, -1, a.shape[-1]))
+
+    def widest(self, name: str) -> str:
+        """Of the views of a value, one that has a batch and a time axis."""
+        for view in [*self.graph.chain(name), *self.views_of(name)]:
+            try:
+                if self.evaluate(view).ndim == 3:
+                    return view
+            except UnsupportedModelError:
+                continue
+        return name
+
+    def views_of(self, name: str) -> list[str]:
+        """Outputs of nodes that only reshape a value."""
+        return [n.outputs[0] for n in self.graph.consumers(name) if n.op in VIEWS and n.inputs[0] == name]
+
+    def embed_tap(self, first: _Branch | None, final: LayerNorm) -> None:
+        self.taps["embed"] = self.stream((first.norm if first else final).x)
+
+    def layer_norm(self, name: str, norm: LayerNorm) -> None:
+        width = self.sources["wte.weight"].shape[1]
+        self.sources[f"{name}.weight"] = norm.weight or ones((width,), "no gain in the file")
+        self.sources[f"{name}.bias"] = norm.bias or zeros((width,), "no bias in the file")
+        self.epsilons[name] = float(str(np.float32(norm.epsilon)))  # 1e-05, as float32 holds it
+        shape = self.evaluate(norm.x).shape
+        self.know(norm.x, np.full(shape, np.nan))
+        self.know(norm.out, np.full(shape, np.nan))
+        self.taps[name] = self.stream(norm.out)
+
+    def linear(self, name: str, linear: Linear) -> None:
+        self.sources[f"{name}.weight"] = linear.weight
+        self.sources[f"{name}.bias"] = linear.bias or zeros(linear.weight.shape[1:], "no bias in the file")
+
+    def mlp(self, i: int, branch: _Branch) -> None:
+        (fc,) = branch.maps
+        name = f"h.{i}.mlp"
+        shape = self.feed_linear(fc)
+        self.linear(f"{name}.c_fc", fc)
+        self.linear(f"{name}.c_proj", branch.out)
+        self.activations[i] = self.activation(fc, branch.out, shape)
+        self.feed_linear(branch.out)
+        self.taps[f"{name}.c_fc"] = self.stream(self.widest(fc.out))
+        self.taps[f"{name}.gelu"] = self.stream(self.widest(branch.out.x))
+        self.taps[f"{name}.out"] = self.stream(self.widest(branch.out.out))
+
+    def activation(self, fc: Linear, out: Linear, shape: tuple[int, ...]) -> str:
+        """Which function lies between the two maps of an MLP: that whose values come out."""
+        grid = np.resize(np.linspace(-8, 8, 8191), shape) if np.prod(shape) > 8191 else _spread(shape)
+        (got,) = self.run_with({fc.out: grid}, out.x)
+        errors = {
+            n: float(np.abs(got.ravel() - f(grid.ravel())).max()) for n, f in reference.ACTIVATIONS.items()
+        }
+        best = min(errors, key=lambda n: errors[n])
+        if not errors[best] < 2e-4:  # erf and tanh GELU lie 4.7e-4 apart; float16 constants are off by 1e-4
+            node = self.graph.producer(self.graph.strip(out.x)) or out.node
+            raise UnsupportedModelError(
+                f"{node.describe()} ends an activation that is none of {', '.join(errors)}; "
+                f"nearest is {best}, off by up to {errors[best]:.2g}"
+            )
+        if errors[best] > 1e-6:
+            self.notes.append(
+                f"{fc.node.describe()}: the {best} behind it is off by up to {errors[best]:.1e}"
+            )
+        return best
+
+    def attention(self, i: int, branch: _Branch) -> None:
+        core, name = branch.core, f"h.{i}.attn"
+        assert core is not None
+        B, T, P = self.B, self.T, self.P
+        S = P + T
+        # 1. Number every output of the maps and every cached element, and see which numbers arrive where.
+        codes: dict[str, Array] = {}
+        starts: dict[str, int] = {}
+        start = 1
+        values = (core.scores.a, core.scores.b, core.heads.b)
+        pasts = {n for v in values for n in patterns.nearest_linears(self.graph, v)[1]} & set(self.roles)
+        for value, shape in [(m.out, self.feed_linear(m)) for m in branch.maps] + [
+            (p, self.known[p].shape) for p in sorted(pasts)
+        ]:
+            size = int(np.prod(shape))
+            codes[value] = np.arange(start, start + size, dtype=np.float64).reshape(shape)
+            starts[value] = start
+            start += size
+        flat = self.run_with({n: np.ones_like(c) for n, c in codes.items()}, *values)
+        factors = [float(f.flat[0]) for f in flat]
+        for what, value, ones_out, factor in zip("qkv", values, flat, factors, strict=True):
+            if not np.allclose(ones_out, factor, rtol=1e-6) or factor == 0 or not np.isfinite(factor):
+                self.fail(value, f"{what} of layer {i} is not its linear map's output times one number")
+        if factors[2] != 1:
+            self.fail(core.heads.b, f"v of layer {i} is scaled by {factors[2]:g}")
+        q, k, v = (a / f for a, f in zip(self.run_with(codes, *values), factors, strict=True))
+        if not core.scores.transposed:
+            k = k.swapaxes(-1, -2)
+        if core.heads.transposed:
+            v = v.swapaxes(-1, -2)
+        D = q.shape[-1]
+        if q.size % (B * T * D) or q.size == 0 or k.shape[-2] != S:
+            self.fail(core.scores.out, f"q {q.shape} and k {k.shape} are not (batch, heads, time, head size)")
+        H = q.size // (B * T * D)
+        q, k, v = q.reshape(B, H, T, D), k.reshape(B, H, -1, D), v.reshape(B, H, -1, v.shape[-1])
+        if v.shape != (B, H, S, D) or k.shape != (B, H, S, D):
+            self.fail(core.heads.out, f"k {k.shape} and v {v.shape} are not {(B, H, S, D)}")
+        self.heads[i] = H, D
+
+        # 2. Columns of the maps, in our order: q, k, v; each head after head.
+        numbers = [np.rint(a).astype(np.int64) for a in (q, k[:, :, P:], v[:, :, P:])]
+        columns = [
+            self.columns(i, branch.maps, starts, n, what) for n, what in zip(numbers, "qkv", strict=True)
+        ]
+        self.c_attn(i, branch.maps, columns)
+        for what, array, index in (("past_key", k, 0), ("past_value", v, 1)):
+            self.check_past(i, what, index, np.rint(array[:, :, :P]).astype(np.int64), codes)
+
+        # 3. Rows of c_proj.
+        shape = (*self.evaluate(core.scores.a).shape[:-1], D)
+        order = np.arange(B * H * T * D, dtype=np.float64).reshape(B, H, T, D)
+        self.know(core.heads.out, np.full(shape, np.nan))
+        (merged,) = self.run_with({core.heads.out: order.reshape(shape)}, branch.out.x)
+        expected = order.transpose(0, 2, 1, 3).reshape(B * T, H * D)
+        merged = merged.reshape(B * T, -1)
+        row_order = np.argsort(merged[0])
+        if merged.shape != expected.shape or (merged[:, row_order] != expected).any():
+            self.fail(branch.out.x, f"the heads of layer {i} are merged in an unknown way")
+        self.linear(f"{name}.c_proj", branch.out)
+        self.sources[f"{name}.c_proj.weight"] = branch.out.weight.taken(row_order, 0, "rows reordered")
+        if (row_order != np.arange(H * D)).any():
+            self.notes.append(f"h.{i}: the heads are merged in another order; rows of c_proj are reordered")
+
+        # 4. Scale and mask.
+        self.feed_linear(branch.out)
+        before = core.scores.alpha * factors[0] * factors[1]
+        self.know(core.scores.out, np.full((*shape[:-1], S), np.nan))
+        after, mask = self.mask(i, core, (*shape[:-1], S), H)
+        scale = before * after
+        self.scales[i] = (
+            D**-0.5 if np.isclose(scale, D**-0.5, rtol=1e-6) else scale
+        )  # rounded to float32 on the way
+        self.masks[i] = mask
+
+        # 5. Taps.
+        self.attention_taps(name, branch, codes, (q, k[:, :, P:], v[:, :, P:]), before, row_order)
+
+    def fail(self, value: str, why: str) -> None:
+        node = self.graph.producer(value)
+        raise UnsupportedModelError(f"{node.describe() if node else repr(value)}: {why}")
+
+    def columns(
+        self, i: int, maps: tuple[Linear, ...], starts: dict[str, int], numbers: Array, what: str
+    ) -> tuple[Linear, Array]:
+        """Which columns of which map make q, k or v: numbers (B, H, T, D) -> (map, (HD,))."""
+        B, H, T, D = numbers.shape
+        for linear in maps:
+            width = linear.weight.shape[1]
+            offset = numbers - starts[linear.out]
+            if (offset < 0).any() or (offset >= B * T * width).any():
+                continue
+            row, column = offset // width, offset % width
+            expected = np.arange(B * T).reshape(B, 1, T, 1)
+            if (row != expected).any() or (column != column[:1, :, :1]).any():
+                break
+            return linear, column[0, :, 0].reshape(-1)
+        raise UnsupportedModelError(
+            f"{maps[0].node.describe()}: {what} of layer {i} mixes positions, maps, or the cache"
+        )
+
+    def c_attn(self, i: int, maps: tuple[Linear, ...], columns: list[tuple[Linear, Array]]) -> None:
+        name = f"h.{i}.attn.c_attn"
+        if len({m.out for m, _ in columns}) == 1:
+            linear = columns[0][0]
+            index = np.concatenate([c for _, c in columns])
+            parts = [(linear, index)]
+        else:
+            parts = columns
+        step = "columns reordered"
+        weights = [m.weight.taken(c, 1, step) for m, c in parts]
+        biases = [
+            (m.bias or zeros(m.weight.shape[1:], "no bias in the file")).taken(c, 0, step) for m, c in parts
+        ]
+        self.sources[f"{name}.weight"] = joined(weights, "Concat q, k, v")
+        self.sources[f"{name}.bias"] = joined(biases, "Concat q, k, v")
+        if step in self.sources[f"{name}.weight"].through:
+            self.notes.append(
+                f"{name}: {_order_in_words(columns, self.heads[i])}; columns are reordered to q, k, v by head"
+            )
+
+    def check_past(self, i: int, what: str, index: int, numbers: Array, codes: dict[str, Array]) -> None:
+        """Cached keys and values must come first, in their own order."""
+        if self.P == 0:
+            return
+        for name, (role, layer) in self.roles.items():
+            if layer != i or role not in (what, "past"):
+                continue
+            given = codes[name][index] if role == "past" else codes[name]
+            if numbers.shape == given.shape and (numbers == given).all():
+                return
+        raise UnsupportedModelError(
+            f"layer {i}: the {what.replace('_', ' ')} inputs do not come before the new positions"
+        )
+
+    def mask(self, i: int, core: AttentionCore, shape: tuple[int, ...], H: int) -> tuple[float, Mask]:
+        """What happens to scores before the softmax: a factor, and what is masked how."""
+        names = [n for n, (role, _) in self.roles.items() if role == "attention_mask"]
+        B, T, S = self.B, self.T, self.P + self.T
+        dtype = next((_dtype(p) for p in self.graph.inputs if p.name in names), np.dtype(np.int64))
+
+        def run(attention_mask: Array | None) -> tuple[Array, Array]:
+            feeds = {n: attention_mask.astype(dtype) for n in names} if attention_mask is not None else {}
+            rng = np.random.default_rng(i)
+            low, high = rng.uniform(1, 2, shape), rng.uniform(-2, -1, shape)
+            (one,), (two,) = (self.run_with({**feeds, core.scores.out: s}, core.masked) for s in (low, high))
+            with np.errstate(invalid="ignore"):
+                factor = np.where(one == two, 0.0, (one - two) / (low - high))
+                added = np.where(np.isinf(one), one, one - factor * low)
+            added = np.where(np.abs(added) < 1e-9, 0.0, added)
+            return factor.reshape(B, H, T, S), added.reshape(B, H, T, S)
+
+        try:
+            return read_mask(run, B, T, S, bool(names))
+        except ValueError as error:
+            self.fail(core.masked, f"the mask of layer {i}: {error}")
+            raise
+
+    def attention_taps(
+        self,
+        name: str,
+        branch: _Branch,
+        codes: dict[str, Array],
+        expected: tuple[Array, Array, Array],
+        before: float,
+        row_order: Array,
+    ) -> None:
+        graph, core = self.graph, branch.core
+        assert core is not None
+        for what, value, numbers in zip(
+            "qkv", (core.scores.a, core.scores.b, core.heads.b), expected, strict=True
+        ):
+            location = self.find_heads(value, numbers, codes)
+            if location is not None:
+                self.taps[f"{name}.{what}"] = location
+        H = expected[0].shape[1]
+
+        # scores: behind the last factor, before anything is masked
+        value, factor = core.scores.out, before
+        while True:
+            following = None
+            for node in graph.consumers(value):
+                if node.op in ("Mul", "Div") and len(node.inputs) == 2:
+                    other = node.inputs[1] if node.inputs[0] == value else node.inputs[0]
+                    number = self.number(other)
+                    if number is not None and (node.op == "Mul" or node.inputs[0] == value):
+                        following = node.outputs[0], number if node.op == "Mul" else 1 / number
+            if following is None or value == core.masked:
+                break
+            value, factor = following[0], factor * following[1]
+        rest = self.scales[int(name.split(".")[1])] / factor
+        self.taps[f"{name}.scores"] = TapLocation(value, _by_head(H, rest))
+        self.taps[f"{name}.probs"] = TapLocation(core.probs, _by_head(H, 1.0))
+        merged = self.widest(branch.out.x)
+        if (row_order == np.arange(len(row_order))).all():
+            self.taps[f"{name}.heads"] = self.stream(merged)
+        else:
+            self.taps[f"{name}.heads"] = TapLocation(
+                merged, lambda a, batch: a.reshape(batch, -1, a.shape[-1])[..., row_order]
+            )
+        self.taps[f"{name}.out"] = self.stream(self.widest(branch.out.out))
+
+    def number(self, name: str) -> float | None:
+        """A value that is one number, constant or computed from sizes."""
+        try:
+            value = self.evaluate(name)
+        except UnsupportedModelError:
+            return None
+        if value.size != 1 or not is_float(value) or not np.isfinite(value).all():
+            return None
+        return float(value.reshape(-1)[0])
+
+    def find_heads(self, value: str, numbers: Array, codes: dict[str, Array]) -> TapLocation | None:
+        """On the way from the map to the product: a value that holds all new positions, split into heads."""
+        for candidate in self.graph.ancestors(value):
+            try:
+                (array,) = self.run_with(codes, candidate)
+                (unit,) = self.run_with({n: np.ones_like(c) for n, c in codes.items()}, candidate)
+            except UnsupportedModelError:
+                continue
+            if array.size != numbers.size or not is_float(array):
+                continue
+            factor = float(unit.flat[0])
+            for axes in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 1, 3, 2), (0, 3, 1, 2)):
+                if array.ndim == 4 and factor:
+                    moved = array.transpose(axes)
+                    if moved.shape == numbers.shape and np.allclose(moved / factor, numbers, rtol=1e-9):
+                        return TapLocation(candidate, _moved(axes, factor))
+        return None
+
+    def head(self, head: Linear | None, words: Lookup) -> tuple[bool, bool]:
+        """The head's weights; tied if they are wte's own bytes."""
+        if head is None:
+            return True, False
+        weight = head.weight.transposed("Transpose")
+        if head.bias is not None:
+            self.sources["lm_head.bias"] = head.bias
+        self.taps["logits"] = TapLocation(
+            head.out,
+            lambda a, batch: (
+                a.reshape(-1, *a.shape[-2:]) if a.ndim != 2 else a.reshape(batch, -1, a.shape[-1])
+            ),
+        )
+        self.head_source = weight
+        tied = _same_tensor(head, words) or (
+            weight.shape == words.table.shape and _equal(weight, words.table)
+        )
+        if not tied:
+            self.sources["lm_head.weight"] = weight
+        return tied, head.bias is not None
+
+    # ------------------------------------------------------------------------------------ summary
+    def make_config(self, L: int, tied: bool, offset: int) -> GPT2Config:
+        V, C = self.sources["wte.weight"].shape
+        (H, D), *others = self.heads.values()
+        if any(o != (H, D) for o in others):
+            raise UnsupportedModelError(
+                f"the layers have different heads: {sorted(set(self.heads.values()))}"
+            )
+        mask = self.masks[0]
+        for i, other in self.masks.items():
+            if other != mask:
+                raise UnsupportedModelError(f"layer {i} is masked otherwise ({other}) than layer 0 ({mask})")
+        epsilon, activation, scale = (
+            Counter(d.values()).most_common(1)[0][0] for d in (self.epsilons, self.activations, self.scales)
+        )
+        overrides: list[tuple[str, float | str]] = []
+        overrides += [(f"{n}.epsilon", e) for n, e in self.epsilons.items() if e != epsilon]
+        overrides += [(f"h.{i}.mlp.activation", a) for i, a in self.activations.items() if a != activation]
+        overrides += [(f"h.{i}.attn.scale", s) for i, s in self.scales.items() if s != scale]
+        self.notes += [f"{n} is {v}, unlike in the other layers" for n, v in overrides]
+        if mask.shift:
+            self.notes.append(f"query i sees keys up to i{mask.shift:+d}: GPT-2 sees keys up to i")
+        if not np.isclose(scale, D**-0.5, rtol=1e-3):
+            self.notes.append(f"scores are scaled by {scale:g}; GPT-2 scales by 1/sqrt({D}) = {D**-0.5:g}")
+        return GPT2Config(
+            n_layer=L,
+            n_head=H,
+            n_embd=C,
+            n_ctx=self.sources["wpe.weight"].shape[0],
+            vocab_size=V,
+            n_inner=self.sources["h.0.mlp.c_fc.weight"].shape[1],
+            head_size=D,
+            layer_norm_epsilon=epsilon,
+            activation=activation,
+            attn_scale=scale,
+            tied=tied,
+            mask_kind=mask.kind,
+            mask_value=mask.value,
+            causal_shift=mask.shift,
+            position_offset=offset,
+            overrides=tuple(overrides),
+        )
+
+    def check_shapes(self, config: GPT2Config) -> None:
+        for name, shape in weight_shapes(config).items():
+            source = self.sources[name]
+            if source.shape != shape:
+                raise WeightError(
+                    f"{name} from {source.describe()} has shape {source.shape}, expected {shape}"
+                )
+        if "lm_head.bias" in self.sources and self.sources["lm_head.bias"].shape != (config.vocab_size,):
+            source = self.sources["lm_head.bias"]
+            raise WeightError(
+                f"lm_head.bias from {source.describe()} has shape {source.shape}, expected ({config.vocab_size},)"
+            )
+
+    def check_leftovers(self) -> tuple[tuple[str, str], ...]:
+        """Every floating-point initializer is a weight, or its part is known."""
+        used = {name for source in self.sources.values() for name in source.origin}
+        head = getattr(self, "head_source", None)
+        ignored: list[tuple[str, str]] = []
+        for name, tensor in self.graph.initializers.items():
+            if name in used:
+                continue
+            floating = is_float(np.empty(0, tensor.dtype)) if tensor.dtype.kind != "O" else False
+            if head is not None and name in head.origin:
+                ignored.append((name, "the head: the same bytes as wte"))
+            elif name in self.touched:
+                size = int(np.prod(tensor.shape))
+                ignored.append(
+                    (
+                        name,
+                        "mask buffer"
+                        if size > 4096 or (size > 1 and len(tensor.shape) > 1)
+                        else "constant of the graph",
+                    )
+                )
+            elif floating and int(np.prod(tensor.shape)) > 1:
+                raise WeightError(
+                    f"initializer {name!r} {tensor.shape} is left over: it is no weight of this GPT-2"
+                )
+            else:
+                ignored.append((name, "constant of the graph"))
+        return tuple(ignored)
+
+    def find_presents(self, layers: list[tuple[_Branch, _Branch]], config: GPT2Config) -> None:
+        """Outputs that hold keys and values."""
+        graph = self.graph
+        for output in graph.outputs:
+            if output.name in self.output_roles:
+                continue
+            found = self.present(output.name, layers)
+            if found is None:
+                node = graph.producer(output.name)
+                where = f" ({node.describe()})" if node else ""
+                raise UnsupportedModelError(
+                    f"output {output.name!r}{where} is neither hidden states, logits, nor keys and values"
+                )
+            self.output_roles[output.name] = found
+
+    def present(self, output: str, layers: list[tuple[_Branch, _Branch]]) -> tuple[str, int] | None:
+        linears, pasts = patterns.nearest_linears(self.graph, output)
+        outs = {linear.out for linear in linears}
+        for i, (branch, _) in enumerate(layers):
+            core = branch.core
+            assert core is not None
+            if not outs & {m.out for m in branch.maps}:
+                continue
+            codes: dict[str, Array] = {}
+            start = 1
+            for name in [m.out for m in branch.maps] + sorted(set(pasts)):
+                size = self.known[name].size
+                codes[name] = np.arange(start, start + size, dtype=np.float64).reshape(self.known[name].shape)
+                start += size
+            got, k, v = self.run_with(codes, output, core.scores.b, core.heads.b)
+            unit = {n: np.ones_like(c) for n, c in codes.items()}
+            (k_unit,) = self.run_with(unit, core.scores.b)
+            k = np.rint(k / k_unit.flat[0])
+            k = k if core.scores.transposed else k.swapaxes(-1, -2)
+            H, D = self.heads[i]
+            k, v = (a.reshape(self.B, H, -1, D) for a in (k, v))
+            for role, expected in (("present_key", k), ("present_value", v), ("present", np.stack([k, v]))):
+                if got.shape == expected.shape and (got == expected).all():
+                    return role, i
+        return None
+
+    def ports(
+        self, protos: Iterable[onnx.ValueInfoProto], roles: dict[str, tuple[str, int | None]]
+    ) -> tuple[Port, ...]:
+        return tuple(Port(p.name, _dtype(p), _declared(p), *roles[p.name]) for p in protos)
+
+
+# ---------------------------------------------------------------------------------------------------- masks
+@dataclass(frozen=True)
+class Mask:
+    """How scores are masked."""
+
+    kind: str
+    value: float
+    shift: int
+
+
+def read_mask(
+    run: Callable[[Array | None], tuple[Array, Array]], B: int, T: int, S: int, padded: bool
+) -> tuple[float, Mask]:
+    """Read the factor and the mask from what happens to scores.
+
+    `run(attention_mask)` gives (factor, added), (B, H, T, S) each: a score s becomes factor * s + added.
+    """
+    factor, added = run(np.ones((B, S)) if padded else None)
+    if (factor != factor[:, :1]).any() and not np.allclose(factor, factor[:, :1]):
+        raise ValueError("the heads differ")
+    factor, added = factor[:, 0], added[:, 0]
+    allowed = (added == 0) & (factor != 0)
+    scale = float(np.median(factor[allowed])) if allowed.any() else 0.0
+    if not allowed.any() or not np.allclose(factor[allowed], scale, rtol=1e-6):
+        raise ValueError("scores are not multiplied by one number")
+    query, key = np.arange(S - T, S)[:, None], np.arange(S)
+    shift = next((s for s in (0, *range(-S, S + 1)) if (allowed == (key <= query + s)).all()), None)
+    if shift is None:
+        raise ValueError(
+            f"query {S - T} sees keys {np.flatnonzero(allowed[0, 0]).tolist()}, not all up to its own"
+        )
+    forbidden = ~allowed
+    if not forbidden.any():
+        return scale, Mask("none", 0.0, S)
+    values, factors = np.unique(added[forbidden]), np.unique(np.round(factor[forbidden] / scale, 6))
+    if len(values) != 1 or len(factors) != 1:
+        raise ValueError("forbidden scores are treated in several ways")
+    kind = "replaced" if factors[0] == 0 else "added"
+    return scale, Mask(kind, float(values[0]), shift)
+
+
+# -------------------------------------------------------------------------------------------------- helpers
+def _spread(shape: tuple[int, ...]) -> Array:
+    return np.linspace(-8, 8, int(np.prod(shape))).reshape(shape)
+
+
+def _declared(port: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
+    dims = port.type.tensor_type.shape.dim
+    return tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in dims)
+
+
+def _dtype(port: onnx.ValueInfoProto) -> np.dtype[Any]:
+    from onnx import helper
+
+    return np.dtype(helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type))
+
+
+def _moved(axes: tuple[int, ...], factor: float) -> Callable[[Array, int], Array]:
+    return lambda a, batch: a.transpose(axes) if factor == 1 else (a.transpose(axes) / factor).astype(a.dtype)
+
+
+def _by_head(H: int, factor: float) -> Callable[[Array, int], Array]:
+    def convert(a: Array, batch: int) -> Array:
+        a = a if a.ndim == 4 else a.reshape(-1, H, *a.shape[-2:])
+        return a if np.isclose(factor, 1, rtol=1e-6) else (a * factor).astype(a.dtype)
+
+    return convert
+
+
+def _order_in_words(columns: list[tuple[Linear, Array]], heads: tuple[int, int]) -> str:
+    H, D = heads
+    firsts = [int(c[0]) for _, c in columns]
+    runs = all((c == c[0] + np.arange(H * D)).all() for _, c in columns)
+    if runs:
+        return (
+            "the graph takes "
+            + ", ".join(w for _, w in sorted(zip(firsts, "qkv", strict=True)))
+            + " in this order"
+        )
+    if sorted(firsts) == [0, D, 2 * D]:
+        return "q, k and v lie side by side within each head"
+    return "the graph takes q, k and v in an order of its own"
+
+
+def _same_tensor(head: Linear, words: Lookup) -> bool:
+    return (
+        head.weight.origin == words.table.origin
+        and head.weight.shape == words.table.shape[::-1]
+        and set(head.weight.through) <= {"Transpose", "Gemm transB", "MatMul transB", *words.table.through}
+    )
+
+
+def _equal(a: Source, b: Source) -> bool:
+    """Whether two weights have the same bytes (a NaN equals the same NaN)."""
+    x, y = a.read(), b.read()
+    if x.dtype != y.dtype:
+        return False
+    bits = f"u{x.dtype.itemsize}"
+    return all(
+        np.array_equal(
+            np.ascontiguousarray(x[i : i + 1024]).view(bits), np.ascontiguousarray(y[i : i + 1024]).view(bits)
+        )
+        for i in range(0, len(x), 1024)
+    )
+
+
+_ = (Node, SAME, replace)

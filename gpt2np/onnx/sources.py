@@ -1,0 +1,150 @@
+"""Weights that have been found in a graph, each with the way to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import WeightError
+from .evaluate import Evaluator, is_float
+from .graph import Graph
+from .reader import Tensor, empty_aligned
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Source:
+    """One weight: its shape, the initializers it comes from, and what it is seen through on the way.
+
+    Satisfies `weights.WeightSource`. `key` tells whether two sources are one and the same tensor.
+    """
+
+    shape: tuple[int, ...]
+    origin: tuple[
+        str, ...
+    ]  # initializers (or Constant nodes); empty where the file has none and zeros stand in
+    through: tuple[str, ...]  # from the file to the weight: "Cast", "Transpose", "DequantizeLinear", ...
+    read: Callable[[], Array] = field(repr=False, compare=False)
+
+    def load(self) -> Array:
+        """A new, 64-byte-aligned, C-contiguous float array: float32, or float64 if the file has float64."""
+        array = self.read()
+        if array.shape != self.shape:
+            raise WeightError(f"{self.describe()} has shape {array.shape}, expected {self.shape}")
+        if not is_float(array):
+            raise WeightError(f"{self.describe()} is {array.dtype}, not a floating-point weight")
+        dtype = np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
+        if array.dtype == dtype and array.flags.c_contiguous and array.flags.writeable:
+            return array
+        out = empty_aligned(array.shape, dtype)
+        out[...] = array
+        return out
+
+    def describe(self) -> str:
+        """The initializers' names, for messages."""
+        return " + ".join(repr(name) for name in self.origin) or "zeros"
+
+    def then(self, step: str, shape: tuple[int, ...], change: Callable[[Array], Array]) -> Source:
+        """This source, seen through one more step."""
+        return Source(shape, self.origin, (*self.through, step), lambda: change(self.read()))
+
+    def transposed(self, step: str = "Transpose") -> Source:
+        """The matrix with its axes exchanged."""
+        return self.then(step, self.shape[::-1], lambda a: a.T)
+
+    def scaled(self, factor: float, step: str) -> Source:
+        """The weight times a number."""
+        return self if factor == 1 else self.then(step, self.shape, lambda a: a * a.dtype.type(factor))
+
+    def reshaped(self, shape: tuple[int, ...]) -> Source:
+        """The same elements in another shape."""
+        return (
+            self
+            if shape == self.shape
+            else Source(shape, self.origin, self.through, lambda: self.read().reshape(shape))
+        )
+
+    def taken(self, index: Array, axis: int, step: str) -> Source:
+        """Rows or columns in another order."""
+        size = self.shape[axis]
+        if len(index) == size and bool((index == np.arange(size)).all()):
+            return self
+        shape = tuple(len(index) if i == axis % len(self.shape) else n for i, n in enumerate(self.shape))
+        return self.then(step, shape, lambda a: np.take(a, index, axis))
+
+
+def zeros(shape: tuple[int, ...], why: str) -> Source:
+    """A weight that the file leaves out."""
+    return Source(shape, (), (why,), lambda: np.zeros(shape, np.float32))
+
+
+def ones(shape: tuple[int, ...], why: str) -> Source:
+    """A gain that the file leaves out."""
+    return Source(shape, (), (why,), lambda: np.ones(shape, np.float32))
+
+
+def joined(parts: Sequence[Source], step: str) -> Source:
+    """Several maps side by side, along the last axis."""
+    if len(parts) == 1:
+        return parts[0]
+    shape = (*parts[0].shape[:-1], sum(p.shape[-1] for p in parts))
+    origin = tuple(dict.fromkeys(name for p in parts for name in p.origin))
+    through = tuple(dict.fromkeys(step for p in parts for step in p.through))
+
+    def read() -> Array:
+        out = empty_aligned(shape, np.dtype(np.float32))
+        start = 0
+        for part in parts:
+            out[..., start : start + part.shape[-1]] = part.read()
+            start += part.shape[-1]
+        return out
+
+    return Source(shape, origin, (*through, step), read)
+
+
+def constant_source(graph: Graph, name: str) -> Source:
+    """The constant value of that name, whatever chain of nodes makes it from initializers."""
+    steps: list[str] = []
+    origin: list[str] = []
+    pending = [name]
+    while pending:
+        current = pending.pop(0)
+        if current in graph.constants:
+            if current not in origin:
+                origin.append(current)
+        elif (node := graph.producer(current)) is not None:
+            if node.op != "Identity":
+                steps.insert(0, node.op)
+            pending.extend(i for i in node.inputs if i)
+    direct = graph.strip(name, frozenset({"Identity"}))
+    if direct in graph.constants:
+        return Source(graph.shape(direct), (direct,), (), lambda: _fresh(graph, direct))
+    main = max(origin, key=lambda o: int(np.prod(graph.shape(o))), default=name)
+    ordered = (main, *(o for o in origin if o != main and np.prod(graph.shape(o)) > 1))
+    return Source(constant_shape(graph, name), ordered, tuple(steps), lambda: Evaluator(graph, {})(name))
+
+
+def _fresh(graph: Graph, name: str) -> Array:
+    """An array that nobody else holds."""
+    value = graph.constants[name]
+    return value.load() if isinstance(value, Tensor) else np.array(value)
+
+
+def constant_shape(graph: Graph, name: str) -> tuple[int, ...]:
+    """Shape of a constant value, found without reading large tensors where the nodes are common ones."""
+    if name in graph.constants:
+        return graph.shape(name)
+    node = graph.producer(name)
+    assert node is not None, name
+    if node.op in ("Identity", "Cast", "CastLike", "DequantizeLinear", "com.microsoft.DequantizeLinear"):
+        return constant_shape(graph, node.inputs[0])
+    if node.op == "Transpose":
+        shape = constant_shape(graph, node.inputs[0])
+        perm = node.attributes.get("perm") or range(len(shape))[::-1]
+        return tuple(shape[p] for p in perm)
+    if node.op in ("Mul", "Div", "Add", "Sub"):
+        return tuple(np.broadcast_shapes(*(constant_shape(graph, i) for i in node.inputs)))
+    return tuple(Evaluator(graph, {})(name).shape)
