@@ -1,0 +1,323 @@
+"""The real GPT-2's files: what is published (weights/manifest.json), what is here, and how to get the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import DownloadError, ModelFileError
+from ..model import embedded_model_path, weights_folder
+from .transfer import DISK_FULL, Mirror, Wanted, download, file_hash, nothing
+
+MODEL = "model.onnx"
+State = Literal["missing", "verified", "not verifiable", "wrong"]
+# (description, total, unit) -> a context manager that gives `advance(amount)`
+Progress = Callable[[str, float | None, str], AbstractContextManager[Callable[[float], None]]]
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One published file."""
+
+    path: str  # its name here, in the entry's folder
+    name: str  # its published name, looked for under `fetch --mirror URL`
+    bytes: int | None  # None where no published figure is known
+    sha256: str | None
+    mirrors: tuple[Mirror, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What `gpt2np fetch NAME` brings into weights/NAME/."""
+
+    name: str
+    title: str
+    licence: str
+    files: tuple[RemoteFile, ...]  # what it needs
+    extras: tuple[RemoteFile, ...]  # what lies beside it: the tokenizer
+    archive: RemoteFile | None  # a .tar.gz of the first of the files and of test_data_set_0
+    convert: bool  # model.onnx is made from model.safetensors
+
+
+@cache
+def manifest() -> dict[str, Entry]:
+    """What can be fetched, by name, from weights/manifest.json."""
+    models = json.loads((weights_folder() / "manifest.json").read_text(encoding="utf-8"))["models"]
+
+    def remote(record: dict[str, Any]) -> RemoteFile:
+        mirrors = tuple(Mirror(mirror["url"], mirror.get("md5_url")) for mirror in record["mirrors"])
+        return RemoteFile(record["path"], record["name"], record["bytes"], record["sha256"], mirrors)
+
+    return {
+        name: Entry(
+            name=name,
+            title=record["title"],
+            licence=record["licence"],
+            files=tuple(map(remote, record["files"])),
+            extras=tuple(remote(file) for other in record.get("with", ()) for file in models[other]["files"]),
+            archive=remote(record["archive"]) if "archive" in record else None,
+            convert=record.get("convert", False),
+        )
+        for name, record in models.items()
+    }
+
+
+def default_folder() -> Path:
+    """Where downloads go: weights/ of the clone that this package runs from, else ./weights."""
+    folder = weights_folder()
+    return folder if folder.name == "weights" else Path("weights")
+
+
+def find(model: str | Path) -> Path:
+    """A model's path from its path, or from its name in the manifest where it has been fetched.
+
+    Raises
+    ------
+    ModelFileError
+        If there is neither; the message says how to fetch it.
+    """
+    if Path(model).exists():
+        return Path(model)
+    if str(model) not in manifest():
+        raise ModelFileError(f"{model}: no such file or folder, and not the name of a model that can be fetched")
+    fetched = default_folder() / model
+    if not (fetched / MODEL).is_file():
+        raise ModelFileError(f"{fetched / MODEL} is not here; get it with: gpt2np fetch {model}")
+    return fetched
+
+
+def state(path: Path, file: RemoteFile) -> State:
+    """What `path` is, compared with the published file; reads all of it where a hash is known."""
+    if not path.is_file():
+        return "missing"
+    if file.bytes is not None and path.stat().st_size != file.bytes:
+        return "wrong"
+    if file.sha256 is None:
+        return "not verifiable"
+    return "verified" if file_hash(path) == file.sha256 else "wrong"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file that lies in the weights folder."""
+
+    name: str  # of the model's folder
+    file: str
+    bytes: int
+    state: str
+
+
+def inventory(folder: Path) -> list[Item]:
+    """The models, tokenizers and unfinished downloads in `folder`; published files are hashed."""
+    items = []
+    for path in sorted(folder.glob("*/*")):
+        entry = manifest().get(path.parent.name)
+        published = {file.path: file for file in entry.files + entry.extras} if entry else {}
+        if path.name in published:
+            found = state(path, published[path.name])
+            words = {"verified": "verified: SHA-256", "wrong": "NOT the published file"}.get(found, found)
+        elif path.suffix == ".part":
+            words = "unfinished: the same fetch goes on"
+        elif path.name == MODEL:
+            words = "converted here" if entry else "the embedded model" if path == embedded_model_path() else "a model"
+        else:
+            continue
+        items.append(Item(path.parent.name, path.name, path.stat().st_size, words))
+    return items
+
+
+def download_size(entry: Entry) -> str:
+    """How much there is to fetch, in words."""
+    sizes = [file.bytes for file in entry.files]
+    return "unknown" if None in sizes else f"{sum(size for size in sizes if size is not None):,}"
+
+
+def fetch(
+    name: str,
+    to: Path | None = None,
+    mirror: str | None = None,
+    source: Path | None = None,
+    offline: bool = False,
+    note: Callable[[str], None] = nothing,
+    progress: Progress = lambda *_: nullcontext(nothing),
+    sleep: Callable[[float], None] = time.sleep,
+) -> Path:
+    """Bring a model, or the tokenizer, into the folder `to`/`name`, whole and verified; returns that folder.
+
+    Files that are there already are verified and kept. An interrupted download goes on where it stopped.
+
+    Parameters
+    ----------
+    name : str
+        An entry of the manifest.
+    to : Path, optional
+        Default: `default_folder()`.
+    mirror : str, optional
+        A URL under which the files lie by their published names; used instead of the published mirrors.
+    source : Path, optional
+        A file, or a folder of files, that was got by other means; nothing is then fetched from the network.
+    offline : bool
+        Only verify what is there.
+
+    Raises
+    ------
+    DownloadError
+        If something is missing and cannot be had, or a file that is there is not the published one.
+    """
+    entry = _entry(name)
+    folder = (default_folder() if to is None else to) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _lock(folder, note):
+            missing = [file for file in entry.files + entry.extras if _is_missing(folder / file.path, file)]
+            if missing and source is not None:
+                _take(entry, missing, source, folder, note)
+            elif missing and not offline:
+                _get(entry, missing, mirror, folder, note, progress, sleep)
+            _require(entry, folder, note)
+            if entry.convert and not (folder / MODEL).is_file():
+                _convert(folder, note)
+    except OSError as error:
+        problem = "the disk is full" if error.errno in DISK_FULL else error.strerror
+        raise DownloadError(f"{folder}: {problem}") from error
+    return folder
+
+
+def _entry(name: str) -> Entry:
+    try:
+        return manifest()[name]
+    except KeyError:
+        raise DownloadError(f"nothing is known of {name!r}; what can be fetched is {', '.join(manifest())}") from None
+
+
+def _is_missing(path: Path, file: RemoteFile) -> bool:
+    found = state(path, file)
+    if found == "wrong":
+        raise DownloadError(f"{path} is not the published {file.name}; move it away, and fetch again")
+    return found == "missing"
+
+
+def _require(entry: Entry, folder: Path, note: Callable[[str], None]) -> None:
+    """Raise unless all that the entry needs is there; what only lies beside it is worth a note."""
+    for file in entry.files:
+        if not (folder / file.path).is_file():
+            urls = "\n  ".join(mirror.url for mirror in file.mirrors)
+            raise DownloadError(f"{folder / file.path} is not here; it can be had from\n  {urls}")
+    for file in entry.extras:
+        if not (folder / file.path).is_file():
+            note(f"{folder / file.path} is not here; text needs it (gpt2np fetch tokenizer)")
+
+
+@contextmanager
+def _lock(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
+    """Let one process at a time work on a folder."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        note(f"another process is fetching {folder.name}; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _get(
+    entry: Entry,
+    missing: Sequence[RemoteFile],
+    mirror: str | None,
+    folder: Path,
+    note: Callable[[str], None],
+    progress: Progress,
+    sleep: Callable[[float], None],
+) -> None:
+    def bring(file: RemoteFile) -> Path:
+        wanted = Wanted(folder / file.path, file.bytes, file.sha256)
+        mirrors = file.mirrors if mirror is None else (Mirror(f"{mirror.rstrip('/')}/{file.name}"),)
+        with progress(file.name, file.bytes, "bytes") as advance:
+            download(wanted, mirrors, note, advance, sleep)
+        return wanted.path
+
+    first = entry.files[0]
+    begun = (folder / f"{first.path}.part").exists()
+    if entry.archive is not None and first in missing and not begun:
+        try:
+            _open_archive(bring(entry.archive), folder, first, note)
+        except DownloadError as error:
+            note(f"{error}\nwithout {entry.archive.name}, and so without the test data in it; trying {first.name}")
+    for file in missing:
+        if not (folder / file.path).is_file():
+            bring(file)
+
+
+def _open_archive(archive: Path, folder: Path, model: RemoteFile, note: Callable[[str], None]) -> None:
+    """Move the model and the test data out of a verified archive, which is then deleted."""
+    from .unpack import unpack
+
+    unpacked = folder / "unpacked"
+    shutil.rmtree(unpacked, ignore_errors=True)  # of a run that was killed
+    try:
+        for path in unpack(archive, unpacked):
+            if path.parent.name.startswith("test_data_set_"):
+                target = folder / path.parent.name / path.name
+                target.parent.mkdir(exist_ok=True)
+                os.replace(path, target)
+            elif path.suffix == ".onnx" and state(path, model) in ("verified", "not verifiable"):
+                os.replace(path, folder / model.path)
+    finally:
+        shutil.rmtree(unpacked, ignore_errors=True)
+    if not (folder / model.path).is_file():
+        note(f"{archive.name} holds no file that is {model.name}")
+    archive.unlink()
+
+
+def _take(entry: Entry, missing: Sequence[RemoteFile], source: Path, folder: Path, note: Callable[[str], None]) -> None:
+    """Copy what is missing from a file, or a folder of files, that the user has."""
+    if not source.exists():
+        raise DownloadError(f"{source}: no such file or folder")
+    given = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
+    wanted = [*missing, *([entry.archive] if entry.archive and entry.files[0] in missing else [])]
+    taken = 0
+    for file in wanted:
+        for path in given:
+            named = path.name == Path(file.name).name
+            fits = state(path, file) if file.bytes is not None or file.sha256 is not None or named else "wrong"
+            if fits == "verified" or (fits == "not verifiable" and named):
+                if fits != "verified":
+                    note(f"warning: no hash of {file.name} is known; {path} was taken for it by its name")
+                _copy(path, folder / file.path, file)
+                if file is entry.archive:
+                    _open_archive(folder / file.path, folder, entry.files[0], note)
+                taken += 1
+                break
+    if not taken:
+        known = "\n  ".join(f"{file.name}: {file.bytes} bytes, SHA-256 {file.sha256}" for file in wanted)
+        found = "\n  ".join(f"{path}: {path.stat().st_size} bytes, SHA-256 {file_hash(path)}" for path in given)
+        raise DownloadError(f"none of these is a file that {entry.name} lacks:\n  {found}\nit lacks\n  {known}")
+
+
+def _copy(path: Path, target: Path, file: RemoteFile) -> None:
+    """Copy so that the target's name is taken by a whole and checked file only."""
+    copy = target.with_name(target.name + ".copy")
+    try:
+        shutil.copyfile(path, copy)
+        if state(copy, file) == "wrong":
+            raise DownloadError(f"{path} changed while it was copied")
+        os.replace(copy, target)
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _convert(folder: Path, note: Callable[[str], None]) -> None:
+    raise NotImplementedError
