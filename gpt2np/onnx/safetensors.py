@@ -1,0 +1,229 @@
+"""Read a GPT-2 as Hugging Face keeps it: model.safetensors (in one file or in shards) and config.json.
+
+The format, https://huggingface.co/docs/safetensors: eight bytes with the length of a JSON header, the header
+with each tensor's type, shape and place, then the bytes of all tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import numpy as np
+
+from ..config import Activation, GPT2Config
+from ..errors import ModelFileError, UnsupportedModelError, WeightError
+from ..weights import Array, WeightSource, weight_shapes
+from .reader import File, Tensor
+
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+# Types that a weight may have. ml_dtypes' bfloat16 is float32 without its lower half.
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
+OTHERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}  # buffers, such as the causal mask
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu": "gelu_erf",
+    "gelu_python": "gelu_erf",
+    "quick_gelu": "gelu_quick",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True)
+class Float32:
+    """A tensor of another float type, read as float32 (exact, but for float64)."""
+
+    tensor: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    def load(self) -> Array:
+        return self.tensor.load().astype(np.float32, copy=False)
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """Every float tensor of one .safetensors file, checked but not yet read.
+
+    Raises
+    ------
+    ModelFileError
+        If the file is not safetensors, is truncated, or a tensor's type, shape and place contradict each other.
+    """
+    import ml_dtypes
+
+    file = File(path)
+    with file.open() as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if file.size < 10 or length > min(MAX_HEADER, file.size - 8):
+            raise ModelFileError(f"{path} is no safetensors file: a header of {length} bytes in {file.size}")
+        text = opened.read(length)
+    header = _json(text, f"the header of {path}")
+    start = 8 + length
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+
+        def wrong(what: str, name: str = name) -> ModelFileError:
+            return ModelFileError(f"{path}: tensor {name!r}: {what}")
+
+        if not isinstance(entry, dict):
+            raise wrong("its entry is no object")
+        kind, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+        if not _sizes(shape) or not _sizes(place) or len(place) != 2 or len(shape) > 32:
+            raise wrong(f"shape {str(shape)[:80]} or data_offsets {str(place)[:80]} are not lists of sizes")
+        if not place[0] <= place[1] <= file.size - start:
+            raise wrong(f"bytes {place[0]} to {place[1]} of the {file.size - start} that the file has")
+        if kind in OTHERS:
+            continue
+        if kind not in DTYPES:
+            raise wrong(f"its type {str(kind)[:40]!r} is none that a weight can have ({', '.join(DTYPES)})")
+        dtype = np.dtype(ml_dtypes.bfloat16 if kind == "BF16" else DTYPES[kind])
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes != place[1] - place[0]:
+            raise wrong(f"{kind} {shape} takes {nbytes} bytes, not {place[1] - place[0]}")
+        pieces = ((start + place[0], nbytes),)
+        tensors[name] = Tensor(name, dtype, tuple(shape), nbytes, path.name, _file=file, _pieces=pieces)
+    return tensors
+
+
+def read_checkpoint(path: Path) -> tuple[GPT2Config, dict[str, WeightSource]]:
+    """The configuration and the weights of a Hugging Face GPT-2.
+
+    Parameters
+    ----------
+    path : Path
+        A folder with config.json and either model.safetensors or model.safetensors.index.json with its shards;
+        or one of the two latter files.
+
+    Raises
+    ------
+    ModelFileError
+        If a file is missing or malformed.
+    UnsupportedModelError
+        If config.json describes another model than GPT-2, or something of it that gpt2np cannot run.
+    WeightError
+        If a weight is missing, left over, or of another shape than config.json says.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in _files(path):
+        tensors |= read_header(file)
+    folder = path if path.is_dir() else path.parent
+    raw = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    if len(raw) != len(tensors):
+        raise WeightError(f"{path}: a weight is there twice, with and without 'transformer.' before its name")
+    config = read_config(folder / "config.json")
+    expected = weight_shapes(config)
+    sources: dict[str, WeightSource] = {}
+    for name, tensor in raw.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # mask buffers of older releases
+        if name == "lm_head.weight" and config.tied:
+            continue  # the checkpoint repeats wte, which is what Hugging Face then uses
+        if name not in expected and name != "lm_head.bias":
+            raise WeightError(f"{path}: {name} is no weight of a GPT-2 language model with this config.json")
+        sources[name] = Float32(tensor)
+    for name, shape in expected.items():
+        if name not in sources:
+            raise WeightError(f"{path}: weight {name} {shape} is missing")
+        if sources[name].shape != shape:
+            raise WeightError(f"{path}: weight {name} has shape {sources[name].shape}, but config.json says {shape}")
+    return config, sources
+
+
+def read_config(path: Path) -> GPT2Config:
+    """GPT2Config from Hugging Face's config.json."""
+    file = File(path)
+    if file.size > MAX_HEADER:
+        raise ModelFileError(f"{path} is no config.json: {file.size} bytes")
+    with file.open() as opened:
+        config = _json(opened.read(), str(path))
+    if config.get("model_type", "gpt2") != "gpt2":
+        raise UnsupportedModelError(f"{path} describes a model of type {config['model_type']!r}, not gpt2")
+    if config.get("add_cross_attention"):
+        raise UnsupportedModelError(f"{path}: add_cross_attention is not part of GPT-2")
+
+    def size(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value < 1 << 31:
+            raise ModelFileError(f"{path}: {key} must be a positive number, got {value!r}")
+        return value
+
+    C, H = size("n_embd"), size("n_head")
+    if C % H:
+        raise ModelFileError(f"{path}: n_embd {C} is not divisible by n_head {H}")
+    activation = config.get("activation_function", "gelu_new")
+    if activation not in ACTIVATIONS:
+        raise UnsupportedModelError(f"{path}: activation_function {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    epsilon = config.get("layer_norm_epsilon", 1e-5)
+    if not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
+        raise ModelFileError(f"{path}: layer_norm_epsilon must be a small positive number, got {epsilon!r}")
+    scale = 1 / math.sqrt(C // H) if config.get("scale_attn_weights", True) else 1.0
+    L = size("n_layer")
+    overrides: tuple[tuple[str, float | str], ...] = ()
+    if config.get("scale_attn_by_inverse_layer_idx", False):
+        overrides = tuple((f"h.{i}.attn.scale", scale / (i + 1)) for i in range(1, L))
+    return GPT2Config(
+        n_layer=L,
+        n_head=H,
+        n_embd=C,
+        n_ctx=size("n_positions", config.get("n_ctx")),
+        vocab_size=size("vocab_size"),
+        n_inner=size("n_inner", 4 * C),
+        head_size=C // H,
+        layer_norm_epsilon=float(epsilon),
+        activation=ACTIVATIONS[activation],
+        attn_scale=scale,
+        tied=bool(config.get("tie_word_embeddings", True)),
+        overrides=overrides,
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    """The .safetensors files that a path means."""
+    index = path
+    if path.is_dir():
+        if (path / "model.safetensors").exists():
+            return [path / "model.safetensors"]
+        index = path / "model.safetensors.index.json"
+        if not index.exists():
+            pickled = next((p.name for p in path.glob("*.bin")), None)
+            found = (
+                f"{pickled}, a PyTorch pickle (save it again with safe_serialization=True)" if pickled else "neither"
+            )
+            raise ModelFileError(f"{path} has {found} instead of model.safetensors or an ONNX file")
+    if index.suffix != ".json":
+        return [path]
+    file = File(index)
+    with file.open() as opened:
+        names = _json(opened.read(MAX_HEADER), str(index)).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise ModelFileError(f"{index} has no weight_map from weights to files")
+    for name in names.values():
+        if Path(name).name != name:
+            raise ModelFileError(f"{index}: {name!r} is not the name of a file in the same folder")
+    return [index.parent / name for name in dict.fromkeys(names.values())]
+
+
+def _json(text: bytes, where: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{where} is no JSON object")
+    return value
+
+
+def _sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 48 for v in value)
