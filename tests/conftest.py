@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("gpt2np", deadline=None)  # compiling takes seconds, once
+settings.load_profile("gpt2np")
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # optional: further exporters' files, present on some machines only

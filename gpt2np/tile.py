@@ -1,0 +1,144 @@
+"""The register tile: the one loop in which a GPT-2 spends its time, written so that the machine runs it well.
+
+A product out += a @ b is cut into tiles of a few rows by PANEL columns. One tile keeps its sums in vector
+registers and walks down the depth once. Each step reads PANEL numbers of b and one number of every row of a:
+
+                   |----------- PANEL -----------|
+            b[k]   |  .  .  .  .  .  .  .  .  .  |
+    a[0, k]  x     |  sum[0]                     |
+    a[1, k]  x     |  sum[1]                     |      sum[r] = fma(a[r, k], b[k], sum[r])
+    ...            |  ...                        |
+
+numba has no vector type, so this loop is written for LLVM directly (`numba.extending.intrinsic`). LLVM cuts
+the vectors to what the machine has: a row is two 512-bit registers with AVX-512, two of 256 bits with AVX2,
+four of 128 bits on arm64. Every element of the result is one chain of multiply-adds in the order of k, for
+any number of rows: the bits do not depend on how rows are grouped.
+
+Under NUMBA_DISABLE_JIT=1 the same names are plain Python functions, which also define what is computed.
+"""
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# (numba infers the types of compiled functions from their arguments)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import llvmlite.binding as llvm
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.core import config as numba_config
+from numba.extending import intrinsic
+
+config: Any = numba_config  # its fields are made at run time, from NUMBA_... in the environment
+
+
+def _has_avx512() -> bool:
+    if config.CPU_FEATURES is not None:  # the user compiles for another machine: NUMBA_CPU_FEATURES
+        return "+avx512f" in config.CPU_FEATURES
+    return config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("avx512f", False))
+
+
+# A full tile leaves registers for b[k] and a[r, k]: 12 x 32 float32 sums take 24 of AVX-512's 32 registers,
+# 6 x 16 take 12 of AVX2's 16 and 24 of arm64's 32.
+PANEL, ROWS = (32, 12) if _has_avx512() else (16, 6)
+
+
+def make_tile(rows: int) -> Callable[..., None]:
+    """The tile with a fixed number of rows.
+
+        tile(a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride)
+
+    computes out[r, c] += sum over k < depth of a[r, k] * b[k, c], for r < rows and c < PANEL, each sum by itself
+    started from zero. The arrays are C-contiguous, of any shape and one float dtype; a[r, k] is their element
+    number a_start + r * a_stride + k in memory order, and so on. depth >= 1.
+    """
+
+    def tile_in_python(a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride):
+        def window(array, start, stride, height, width):
+            strides = (stride * array.itemsize, array.itemsize)
+            return np.lib.stride_tricks.as_strided(array.reshape(-1)[start:], (height, width), strides)
+
+        left = window(a, a_start, a_stride, rows, depth).astype(np.float64)
+        right = window(b, b_start, b_stride, depth, PANEL).astype(np.float64)
+        total = np.zeros((rows, PANEL), out.dtype)
+        for k in range(depth):
+            total = (left[:, k, None] * right[k] + total).astype(out.dtype)
+        window(out, out_start, out_stride, rows, PANEL)[:] += total
+
+    @intrinsic
+    def tile(_, a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride):
+        size = types.intp
+
+        def generate(context, builder, _, values):
+            a_array, a_start, a_stride, b_array, b_start, b_stride, depth, out_array, out_start, out_stride = values
+            index = depth.type
+            vector = ir.VectorType(context.get_value_type(a.dtype), PANEL)
+            undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0.0] * PANEL)
+            lane_0 = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL)
+            align = a.dtype.bitwidth // 8
+
+            def pointer(kind, array, start):
+                return builder.gep(context.make_array(kind)(context, builder, array).data, [start])
+
+            def vector_pointer(base, offset):
+                return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
+
+            a_base, b_base, out_base = (
+                pointer(a, a_array, a_start),
+                pointer(b, b_array, b_start),
+                pointer(out, out_array, out_start),
+            )
+            a_rows = [builder.gep(a_base, [builder.mul(a_stride, index(r))]) for r in range(rows)]
+
+            # k = 0; do { sum[r] = fma(a[r, k], b[k], sum[r]) } while (++k < depth), the sums in registers
+            before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("end")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            k, *sums = [builder.phi(kind) for kind in (index, *[vector] * rows)]
+            b_vector = builder.load(vector_pointer(b_base, builder.mul(k, b_stride)), align=align)
+            new_sums = []
+            for a_row, total in zip(a_rows, sums, strict=True):
+                number = builder.load(builder.gep(a_row, [k]))
+                number = builder.insert_element(undefined, number, ir.IntType(32)(0))
+                a_vector = builder.shuffle_vector(number, undefined, lane_0)
+                new_sums.append(_fmuladd(builder, a_vector, b_vector, total))
+            next_k = builder.add(k, index(1))
+            for phi, start, new in zip([k, *sums], [index(0), *[zeros] * rows], [next_k, *new_sums], strict=True):
+                phi.add_incoming(start, before)
+                phi.add_incoming(new, loop)
+            builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, after)
+
+            # out[r] += sum[r]
+            builder.position_at_end(after)
+            for r, total in enumerate(new_sums):
+                target = vector_pointer(out_base, builder.mul(out_stride, index(r)))
+                builder.store(builder.fadd(builder.load(target, align=align), total), target, align=align)
+            return context.get_dummy_value()
+
+        return types.void(a, size, size, b, size, size, size, out, size, size), generate
+
+    chosen: Callable[..., None] = tile_in_python if config.DISABLE_JIT else tile
+    return chosen
+
+
+def _fmuladd(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    """a * b + c, with one rounding where the machine can, with two where it cannot (never a slow library call)."""
+    element, lanes = (a.type.element, f"v{a.type.count}") if isinstance(a.type, ir.VectorType) else (a.type, "")
+    name = f"llvm.fmuladd.{lanes}{'f32' if isinstance(element, ir.FloatType) else 'f64'}"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
+    return builder.call(function, [a, b, c])
+
+
+@intrinsic
+def _fma(_, a, b, c):
+    return a(a, a, a), lambda context, builder, signature, values: _fmuladd(builder, *values)
+
+
+def _fma_in_python(a: Any, b: Any, c: Any) -> Any:
+    return type(c)(np.float64(a) * np.float64(b) + np.float64(c))
+
+
+# fma(a, b, c): a * b + c of three numbers of one float type; LLVM makes vectors of it in a loop over an array
+fma: Callable[..., Any] = _fma_in_python if config.DISABLE_JIT else _fma
