@@ -34,8 +34,8 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 from numba import float32, prange
-from numba.np.ufunc.parallel import threading_layer
 from numba.extending import overload
+from numba.np.ufunc.parallel import threading_layer
 
 from .errors import InputError
 from .reference import Tap, no_tap, split_heads
