@@ -1,0 +1,233 @@
+"""How far two arrays are apart, and whether that is within a budget. Defined for NaN and infinities too.
+
+Two elements that are both NaN, or the same infinity, agree (difference 0). Where only one of them is finite,
+or the infinities differ, the difference is infinite. No metric is ever NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import ComparisonError
+from ..weights import Array
+
+BLOCK = 1 << 22  # elements compared at a time: bounds the float64 temporaries
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An element passes if |actual - expected| <= atol + rtol * |expected|."""
+
+    rtol: float
+    atol: float
+    source: str = "given"
+
+    def __str__(self) -> str:
+        return f"rtol {self.rtol:g}, atol {self.atol:g} ({self.source})"
+
+
+# Customary tolerances, each with the tool it is taken from.
+PRESETS = {
+    "zoo": Budget(1e-3, 1e-5, "zoo: the export script of the zoo's GPT-2"),
+    "onnx": Budget(1e-3, 1e-7, "onnx: the backend test runner's default"),
+    "ort-gpt2": Budget(5e-4, 5e-4, "ort-gpt2: ONNX Runtime's GPT-2 conversion tools"),
+    "strict": Budget(1.3e-6, 1e-5, "strict: torch.testing.assert_close for float32"),
+}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Differences of `actual` from `expected` over all elements; `at` is the index of the largest."""
+
+    shape: tuple[int, ...]
+    elements: int
+    failing: int  # elements outside the budget
+    max_abs: float
+    at: tuple[int, ...]
+    actual_at: float
+    expected_at: float
+    max_rel: float  # |a - b| / |b|; shown only: it explodes where b is near 0
+    rms: float
+    rms_expected: float
+    p99: float  # 99th percentile of |a - b|
+    cosine: float
+    snr_db: float  # 10 log10(sum b^2 / sum (a - b)^2)
+    scaled_ulp: float  # largest |a - b| in float32 ulp of the largest |b| of its row
+    max_ulp: float  # float32 numbers between a and b; shown only, as max_rel
+    nonfinite: tuple[int, int]  # NaN and infinities in actual, in expected
+
+    @property
+    def ok(self) -> bool:
+        return self.failing == 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(actual: Array, expected: Array, budget: Budget) -> Metrics:
+    """All metrics of `actual` against `expected`.
+
+    Raises
+    ------
+    ComparisonError
+        If the shapes differ or an array does not hold real numbers.
+    """
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    if actual.shape != expected.shape:
+        raise ComparisonError(f"shapes differ: {actual.shape}, expected {expected.shape}")
+    for array in (actual, expected):
+        if array.dtype.kind in "cOSUM":
+            raise ComparisonError(f"cannot compare arrays of dtype {array.dtype}")
+    n = actual.size
+    distances = np.empty(n, np.float32)
+    failing = nonfinite_a = nonfinite_b = 0
+    max_abs, at, max_rel, scaled, ulps = -1.0, 0, 0.0, 0.0, 0.0
+    squares = aa = bb = ab = 0.0
+    for start, a, b in _blocks(actual, expected):  # float64 (rows, width) each
+        finite_a, finite_b = np.isfinite(a), np.isfinite(b)
+        nonfinite_a += int((~finite_a).sum())
+        nonfinite_b += int((~finite_b).sum())
+        distance = difference(a, b)
+        allowed = budget.atol + budget.rtol * np.where(finite_b, np.abs(b), 0)
+        failing += int((distance > allowed).sum())
+        block = distances[start : start + distance.size]
+        block[:] = distance.ravel()
+        where = int(distance.argmax())
+        if distance.flat[where] > max_abs:
+            max_abs, at = float(distance.flat[where]), start + where
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            relative = np.where(distance == 0, 0.0, distance / np.where(finite_b, np.abs(b), 1.0))
+            row_max = np.where(finite_b, np.abs(b), 0).max(axis=-1, keepdims=True)
+            ulp = np.spacing(np.maximum(row_max, np.finfo(np.float32).tiny).astype(np.float32)).astype(np.float64)
+            scaled = max(scaled, float((distance / ulp).max()))
+            ulps = max(ulps, float(_ulp_distance(a, b, distance).max()))
+            squares += float((distance * distance).sum())
+        max_rel = max(max_rel, float(relative.max()))
+        both = finite_a & finite_b
+        fa, fb = np.where(both, a, 0), np.where(both, b, 0)
+        with np.errstate(over="ignore"):
+            aa, bb, ab = aa + float((fa * fa).sum()), bb + float((fb * fb).sum()), ab + float((fa * fb).sum())
+    if n == 0:
+        return Metrics(actual.shape, 0, 0, 0.0, (), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, math.inf, 0.0, 0.0, (0, 0))
+    index = tuple(int(i) for i in np.unravel_index(at, actual.shape))
+    if squares == 0:
+        cosine, snr = 1.0, math.inf
+    else:
+        cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 else 0.0
+        snr = -math.inf if bb == 0 or math.isinf(squares) else 10 * math.log10(bb / squares)
+    return Metrics(
+        shape=tuple(actual.shape),
+        elements=n,
+        failing=failing,
+        max_abs=max_abs,
+        at=index,
+        actual_at=float(actual[index]),
+        expected_at=float(expected[index]),
+        max_rel=max_rel,
+        rms=math.sqrt(squares / n),
+        rms_expected=math.sqrt(bb / n),
+        p99=float(np.partition(distances, (99 * (n - 1)) // 100)[(99 * (n - 1)) // 100]),
+        cosine=cosine,
+        snr_db=snr,
+        scaled_ulp=scaled,
+        max_ulp=ulps,
+        nonfinite=(nonfinite_a, nonfinite_b),
+    )
+
+
+def difference(a: Array, b: Array) -> Array:
+    """|a - b| in float64, with the rules for NaN and infinities above."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = np.abs(np.subtract(a, b, dtype=np.float64))
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    distance[np.isnan(distance)] = np.inf
+    distance[same] = 0.0
+    return np.asarray(distance)
+
+
+def rms(a: Array, b: Array) -> float:
+    """Root mean square of a - b; infinite where one of them is not finite and the other differs."""
+    if a.size == 0:
+        return 0.0
+    total = sum(float(np.square(difference(x, y)).sum()) for _, x, y in _blocks(a, b))
+    return math.sqrt(total / a.size)
+
+
+def _blocks(a: Array, b: Array) -> Iterator[tuple[int, Array, Array]]:
+    """Both arrays as float64 (rows, width), some rows at a time, with the flat index of the first element."""
+    if a.size == 0:
+        return
+    width = a.shape[-1] if a.ndim else 1
+    rows_a, rows_b = a.reshape(-1, width), b.reshape(-1, width)
+    step = max(1, BLOCK // width)
+    for row in range(0, len(rows_a), step):
+        yield row * width, rows_a[row : row + step].astype(np.float64), rows_b[row : row + step].astype(np.float64)
+
+
+def _ulp_distance(a: Array, b: Array, distance: Array) -> Array:
+    """How many float32 numbers lie between a and b: their bits as integers that ascend with the value."""
+
+    def ordered(x: Array) -> Array:
+        with np.errstate(over="ignore"):
+            bits = x.astype(np.float32).view(np.int32).astype(np.int64)
+        return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+    return np.where(distance == 0, 0.0, np.where(np.isinf(distance), np.inf, np.abs(ordered(a) - ordered(b))))
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Do two sets of logits (..., V) choose the same tokens?"""
+
+    positions: int
+    top1_changed: int  # positions whose most likely token differs
+    top1_real: int  # of these, the ones whose margin exceeds twice what the budget allows a logit to differ by
+    topk_overlap: float  # mean share of the k most likely tokens that both name
+    k: int
+    smallest_margin: float  # best minus second-best expected logit, smallest over the positions
+    kl_mean: float  # KL(expected || actual) in nats
+    kl_max: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def top_k(actual: Array, expected: Array, budget: Budget, k: int = 5) -> TopK:
+    """Agreement of the chosen tokens, and the divergence of the distributions, position by position.
+
+    Two near-equal logits may change places within the budget: a changed top-1 is real only if the margin
+    between the two tokens exceeds twice the largest difference that the budget allows to either.
+    """
+    V = actual.shape[-1]
+    k = min(k, V)
+    rows_a, rows_b = actual.reshape(-1, V), expected.reshape(-1, V)
+    changed = real = 0
+    overlap, kls, smallest = 0.0, [], math.inf
+    for row_a, row_b in zip(rows_a, rows_b, strict=True):
+        a, b = (np.nan_to_num(row.astype(np.float64), nan=-np.inf, neginf=-np.inf) for row in (row_a, row_b))
+        if not (np.isfinite(a).any() and np.isfinite(b).any()):
+            changed, real = changed + 1, real + 1
+            kls.append(math.inf)
+            continue
+        best_a, best_b = int(a.argmax()), int(b.argmax())
+        if best_a != best_b:
+            changed += 1
+            allowed = budget.atol + budget.rtol * max(abs(b[best_a]), abs(b[best_b]))
+            real += bool(b[best_b] - b[best_a] > 2 * allowed)
+        top_a, top_b = np.argpartition(-a, k - 1)[:k], np.argpartition(-b, k - 1)[:k]
+        overlap += len(np.intersect1d(top_a, top_b)) / k
+        if V > 1:
+            second, first = np.partition(b, -2)[-2:]
+            smallest = min(smallest, float(first - second))
+        with np.errstate(invalid="ignore"):
+            log_a, log_b = a - a.max(), b - b.max()
+            log_a, log_b = log_a - np.log(np.exp(log_a).sum()), log_b - np.log(np.exp(log_b).sum())
+            p = np.exp(log_b)
+            kls.append(max(0.0, float(np.where(p > 0, p * (log_b - log_a), 0).sum())))
+    n = len(rows_a)
+    return TopK(n, changed, real, overlap / max(n, 1), k, smallest, float(np.mean(kls or [0.0])), max(kls, default=0.0))

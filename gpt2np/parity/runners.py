@@ -1,0 +1,403 @@
+"""The parties of a comparison. Each takes the file's own inputs by name and gives outputs and taps by name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ..config import GPT2Config
+from ..errors import ComparisonError, Gpt2npError, InputError, UnsupportedModelError
+from ..weights import Array
+from .data import DataSet
+from .operations import Call, Program, tap_names
+
+if TYPE_CHECKING:
+    from ..model import GPT2
+    from ..onnx.recognise import Recognised
+
+Feeds = Mapping[str, Array]
+
+
+class Run(NamedTuple):
+    """What a party gave: outputs under the file's names, taps under ours."""
+
+    outputs: dict[str, Array]
+    taps: dict[str, Array]
+
+
+class Runner(Protocol):
+    """A party."""
+
+    name: str
+
+    def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
+        """Outputs, and those of the taps asked for that this party can give."""
+        ...
+
+
+@dataclass
+class Model:
+    """A model file under test: what was recognised in it, or why it was not.
+
+    Reading starts at the first use of `recognised`; what ONNX Runtime alone needs works without it.
+    """
+
+    path: Path
+    problem: Gpt2npError | None = None  # why gpt2np cannot place the graph
+    _calls: dict[int, Call] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def found(self) -> Recognised | None:
+        """The recognised GPT-2, or None (then `problem` says why)."""
+        from ..onnx.reader import open_model
+        from ..onnx.recognise import recognise
+
+        file = open_model(self.path)
+        try:
+            return recognise(file)
+        except UnsupportedModelError as error:
+            self.problem = error
+            return None
+
+    @property
+    def recognised(self) -> Recognised:
+        if self.found is None:
+            assert self.problem is not None
+            raise self.problem
+        return self.found
+
+    @property
+    def config(self) -> GPT2Config:
+        return self.recognised.config
+
+    @cached_property
+    def program(self) -> Program:
+        """The forward pass as operations over this file's weights."""
+        return Program.of(self.config, self.recognised.sources)
+
+    def model(self, engine: str, dtype: str = "float32") -> GPT2:
+        from ..model import GPT2
+
+        found = self.recognised
+        return GPT2(found.config, found.sources, engine, dtype, self.path, found)
+
+    def call(self, feeds: Feeds) -> Call:
+        """The file's inputs as what our operations take."""
+        return call_of(self.recognised, feeds)
+
+    def has_logits(self) -> bool:
+        return any(port.role == "logits" for port in self.recognised.outputs)
+
+    def taps(self) -> list[str]:
+        """Every tap of this file, in order; without logits where it has no head."""
+        names = tap_names(self.config)
+        return names if self.has_logits() else names[:-1]
+
+    def outputs_as_taps(self, outputs: Mapping[str, Array], call: Call) -> dict[str, Array]:
+        """The taps that the file's own outputs hold: keys and values of the new positions, and the last one."""
+        B, T = call.input_ids.shape
+        taps: dict[str, Array] = {}
+        for port in self.recognised.outputs:
+            if port.name not in outputs:
+                continue
+            value = outputs[port.name]
+            if port.role in ("last_hidden_state", "logits"):
+                taps["ln_f" if port.role == "last_hidden_state" else "logits"] = value.reshape(B, T, value.shape[-1])
+            elif port.role == "present":
+                taps[f"h.{port.layer}.attn.k"], taps[f"h.{port.layer}.attn.v"] = value[:, :, :, call.start :]
+            elif port.role in ("present_key", "present_value"):
+                taps[f"h.{port.layer}.attn.{'k' if port.role == 'present_key' else 'v'}"] = value[:, :, call.start :]
+        return taps
+
+    def tap_of_output(self, output: str) -> str:
+        """The (first) tap that an output holds."""
+        for port in self.recognised.outputs:
+            if port.name == output:
+                if port.role in ("last_hidden_state", "logits"):
+                    return "ln_f" if port.role == "last_hidden_state" else "logits"
+                return f"h.{port.layer}.attn.{'v' if port.role == 'present_value' else 'k'}"
+        raise ComparisonError(f"{self.path} has no output {output!r}")
+
+
+def call_of(recognised: Recognised, feeds: Feeds) -> Call:
+    """Token ids, positions, past and mask as the operations take them, from the file's own inputs."""
+    from ..model import additive_mask, check_ids, check_positions
+
+    config = recognised.config
+    by_role: dict[str, Array] = {}
+    keys: dict[int, Array] = {}
+    values: dict[int, Array] = {}
+    for port in recognised.inputs:
+        if port.name not in feeds:
+            continue
+        value = feeds[port.name]
+        if port.role == "past" and port.layer is not None:
+            keys[port.layer], values[port.layer] = value
+        elif port.role == "past_key" and port.layer is not None:
+            keys[port.layer] = value
+        elif port.role == "past_value" and port.layer is not None:
+            values[port.layer] = value
+        else:
+            by_role[port.role] = value
+    if "input_ids" not in by_role:
+        raise InputError(f"no token ids among the inputs {sorted(feeds)}")
+    ids = check_ids(by_role["input_ids"], config)
+    B, T = ids.shape
+    past = None
+    start = 0
+    if keys:
+        past = [np.stack([keys[i], values[i]]).astype(np.float32) for i in range(config.n_layer)]
+        start = past[0].shape[3]
+    attention_mask = by_role.get("attention_mask")
+    rows = by_role.get("position_ids")
+    if recognised.positions == "mask" and attention_mask is not None:
+        rows = np.maximum(np.cumsum(attention_mask != 0, axis=-1) - 1, 0)[:, start:]
+    positions = check_positions(rows, config, B, T, start)
+    mask = additive_mask(attention_mask, config, B, T, start + T, np.dtype(np.float64))
+    return Call(ids, positions, past if start else None, mask)
+
+
+class Ours:
+    """gpt2np itself."""
+
+    def __init__(self, model: Model, engine: str = "numba", dtype: str = "float32", name: str = "ours") -> None:
+        self.model, self.engine, self.dtype, self.name = model, engine, dtype, name
+
+    @cached_property
+    def gpt2(self) -> GPT2:
+        return self.model.model(self.engine, self.dtype)
+
+    def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
+        call = self.model.call(feeds)
+        recognised = self.model.recognised
+        wanted = set(taps)
+        found: dict[str, Array] = {}
+
+        def tap(name: str, value: Array) -> None:
+            if name in wanted:
+                found[name] = np.array(value)
+
+        mask = next((feeds[p.name] for p in recognised.inputs if p.role == "attention_mask" and p.name in feeds), None)
+        B, T = call.input_ids.shape
+        cache = self.gpt2.new_cache(B, call.start + T)
+        if call.past is not None:
+            for layer, past in zip(cache.layers, call.past, strict=True):
+                layer[:, :, :, : call.start] = past
+            cache.advance(call.start)
+        positions = call.position_ids - recognised.config.position_offset  # the model adds it again
+        out = self.gpt2(
+            call.input_ids, cache, tap if wanted else None, self.model.has_logits(),
+            None if mask is None else np.asarray(mask), positions,
+        )  # fmt: skip
+        made = {}
+        if outputs:
+            for port in recognised.outputs:
+                ids_shape = next(np.asarray(feeds[p.name]).shape for p in recognised.inputs if p.role == "input_ids")
+                if port.role in ("last_hidden_state", "logits"):
+                    value = out.last_hidden_state if port.role == "last_hidden_state" else out.logits
+                    assert value is not None
+                    made[port.name] = value.reshape(*ids_shape, value.shape[-1])
+                elif port.role == "present":
+                    made[port.name] = out.past[port.layer or 0].copy()
+                elif port.role in ("present_key", "present_value"):
+                    made[port.name] = out.past[port.layer or 0][int(port.role == "present_value")].copy()
+        return Run(made, found)
+
+
+class Ort:
+    """ONNX Runtime on the CPU.
+
+    Outputs come from a session with or without its optimisations. Taps come from a copy of the model to which
+    they are added as outputs; it always runs with optimisations off, because added outputs block fusions and
+    would make an optimised graph another program than the one that gives the outputs.
+    """
+
+    def __init__(self, model: Model, optimise: bool = True, threads: int | None = None) -> None:
+        self.model, self.optimise, self.threads = model, optimise, threads
+        self.name = "ort" if optimise else "ort-off"
+        if threads is not None:
+            self.name += f"-{threads}t"
+
+    def _session(self, source: str | bytes, optimise: bool) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+        options.log_severity_level = 4  # what is wrong comes as an exception
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        if isinstance(source, bytes):
+            folder = str(self.model.path.parent)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
+        try:
+            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises a dozen kinds of its own
+            raise ComparisonError(f"ONNX Runtime cannot load {self.model.path}: {_first_line(error)}") from error
+
+    @cached_property
+    def session(self) -> Any:
+        return self._session(str(self.model.path), self.optimise)
+
+    @cached_property
+    def tap_session(self) -> Any:
+        return self._session(with_tap_outputs(self.model), False)
+
+    def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
+        made: dict[str, Array] = {}
+        found: dict[str, Array] = {}
+        if outputs:
+            names = [o.name for o in self.session.get_outputs()]
+            made = dict(zip(names, self._run(self.session, names, feeds), strict=True))
+        places = {t: self.model.recognised.taps[t] for t in taps if t in self.model.recognised.taps}
+        if places:
+            tensors = list(dict.fromkeys(place.tensor for place in places.values()))
+            got = dict(zip(tensors, self._run(self.tap_session, tensors, feeds), strict=True))
+            batch = self.model.call(feeds).input_ids.shape[0]
+            for tap, place in places.items():
+                found[tap] = place.to_tap(got[place.tensor], self.model.config, batch)
+        return Run(made, found)
+
+    def _run(self, session: Any, names: list[str], feeds: Feeds) -> list[Array]:
+        try:
+            return list(session.run(names, dict(feeds)))
+        except Exception as error:
+            raise ComparisonError(f"ONNX Runtime cannot run {self.model.path}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def with_tap_outputs(model: Model) -> bytes:
+    """A copy of the model with every located tap among its outputs, serialised."""
+    import onnx
+
+    proto = onnx.load(str(model.path), load_external_data=False)
+    present = {o.name for o in proto.graph.output}
+    for place in model.recognised.taps.values():
+        if place.tensor not in present:
+            present.add(place.tensor)
+            proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(place.tensor))
+    return bytes(proto.SerializeToString())
+
+
+class OnnxRef:
+    """onnx.reference.ReferenceEvaluator: onnx's own, in NumPy; slow."""
+
+    name = "onnxref"
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    @cached_property
+    def evaluator(self) -> Any:
+        import onnx
+        from onnx.reference import ReferenceEvaluator
+
+        proto = onnx.load(str(self.model.path))
+        if self.model.found is not None:
+            present = {o.name for o in proto.graph.output}
+            for place in self.model.found.taps.values():
+                if place.tensor not in present:
+                    present.add(place.tensor)
+                    proto.graph.output.append(onnx.helper.make_empty_tensor_value_info(place.tensor))
+        try:
+            return ReferenceEvaluator(proto)
+        except Exception as error:
+            raise ComparisonError(f"onnx.reference cannot load {self.model.path}: {_first_line(error)}") from error
+
+    def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
+        places = {}
+        if taps:
+            places = {t: self.model.recognised.taps[t] for t in taps if t in self.model.recognised.taps}
+        own = output_names(self.model) if outputs else []
+        names = list(dict.fromkeys([*own, *(p.tensor for p in places.values())]))
+        try:
+            with np.errstate(all="ignore"):
+                got = dict(zip(names, self.evaluator.run(names, dict(feeds)), strict=True))
+        except Exception as error:
+            raise ComparisonError(f"onnx.reference cannot run {self.model.path}: {_first_line(error)}") from error
+        batch = self.model.call(feeds).input_ids.shape[0] if places else 1
+        found = {t: p.to_tap(got[p.tensor], self.model.config, batch) for t, p in places.items()}
+        return Run({n: got[n] for n in own}, found)
+
+
+def output_names(model: Model) -> list[str]:
+    """The file's declared outputs."""
+    from ..onnx.reader import open_model
+
+    return [o.name for o in open_model(model.path).proto.graph.output]
+
+
+class Recorded:
+    """The recorded outputs of one data set."""
+
+    name = "recorded"
+
+    def __init__(self, model: Model, data: DataSet) -> None:
+        self.model, self.data = model, data
+
+    def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
+        found: dict[str, Array] = {}
+        if taps:
+            held = self.model.outputs_as_taps(self.data.outputs, self.model.call(feeds))
+            found = {tap: held[tap] for tap in taps if tap in held}
+        return Run(dict(self.data.outputs) if outputs else {}, found)
+
+
+class Function:
+    """A user's function `package.module:function`, the port under test.
+
+    It takes the file's inputs as a dictionary and returns a dictionary of outputs (the file's names) and taps
+    (our names), or one array: the file's first output. A function with a `taps` parameter is told which are
+    wanted. Modules are looked for in the current folder too.
+    """
+
+    def __init__(self, model: Model, target: str) -> None:
+        self.model, self.name = model, target
+        module, _, attribute = target.partition(":")
+        if not module or not attribute:
+            raise InputError(f"a callable is given as package.module:function, got {target!r}")
+        folder = os.getcwd()
+        sys.path.insert(0, folder)
+        try:
+            value: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                value = getattr(value, part)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"cannot import {target!r}: {error}") from error
+        finally:
+            sys.path.remove(folder)
+        if not callable(value):
+            raise InputError(f"{target!r} is no function but a {type(value).__name__}")
+        self.function = value
+
+    def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
+        given = self.function({name: np.array(value) for name, value in feeds.items()})
+        names = output_names(self.model)
+        if not isinstance(given, Mapping):
+            given = {names[0]: given}
+        known = set(tap_names(self.model.config))
+        made: dict[str, Array] = {}
+        found: dict[str, Array] = {}
+        for name, value in given.items():
+            if name in names:
+                made[name] = np.asarray(value)
+            elif name in known:
+                found[name] = np.asarray(value)
+            else:
+                raise ComparisonError(
+                    f"{self.name} returned {name!r}, which is neither an output of {self.model.path} nor a tap"
+                )
+        call = self.model.call(feeds)
+        held = {**self.model.outputs_as_taps(made, call), **found}
+        return Run(made if outputs else {}, {t: held[t] for t in taps if t in held})
