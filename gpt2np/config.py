@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,9 +28,15 @@ class GPT2Config:
     activation: Activation = "gelu_tanh"
     attn_scale: float = 0.0  # what q·k is multiplied by; 1/sqrt(D) in GPT-2
     tied: bool = True  # the head is wte itself
-    mask_kind: str = "causal"  # how the graph masks, in words for `gpt2np info`; see onnx/recognise.py
-    mask_value: float = -1e4  # what a forbidden score becomes (or has added)
+    mask_kind: Literal["replaced", "added", "none"] = "replaced"  # what the graph does with the score of a later key:
+    mask_value: float = -1e4  # ... it becomes this number, or has it added
     causal_shift: int = 0  # query i sees keys j <= i + causal_shift; 0 in any sound GPT-2
+    # What a score s becomes where attention_mask is 0, and where besides the key lies later: factor * s + addend.
+    padding: tuple[float, float] = (0.0, -math.inf)
+    padding_later: tuple[float, float] = (0.0, -math.inf)
+    # What a query that may see no key (padding on the left) gets: zeros in place of values, NaN, what the masked
+    # scores give, or what the scores give without a mask. Graphs differ, and recorded outputs have these rows.
+    blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "zeros"
     position_offset: int = 0  # row of wpe that the first token takes; 0 in any sound GPT-2
     # What single layers do differently, as (("h.2.mlp.activation", "gelu_erf"), ("h.1.ln_2.epsilon", 1e-3), ...).
     overrides: tuple[tuple[str, float | str], ...] = ()

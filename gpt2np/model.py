@@ -167,13 +167,15 @@ class GPT2:
 
         # The compiled kernels are the fast path for a call without `tap`; with one they stop at every tap.
         watch = reference.no_tap if tap is None else tap
-        hidden = self._kernels.transformer(ids, positions, self._weights, cache.layers, start, mask, watch)
+        kernels, w = self._kernels, self._weights
+        if isinstance(mask, ReplacingMask):
+            kernels, w = reference, self.weights
+        hidden = kernels.transformer(ids, positions, w, cache.layers, start, mask, watch)
         cache.advance(T)
         scores = None
         if logits:
-            w = self._weights
             last = hidden[:, -1:] if logits == "last" else hidden
-            scores = self._kernels.logits(last, w.lm_head, w.lm_head_bias, watch)
+            scores = kernels.logits(last, w.lm_head, w.lm_head_bias, watch)
         return Output(hidden, scores, cache.views())
 
     def trace(self, input_ids: Any, **kwargs: Any) -> dict[str, Array]:
@@ -246,26 +248,69 @@ def check_positions(position_ids: Any, config: GPT2Config, B: int, T: int, start
     return rows
 
 
+NEGLIGIBLE = -9000.0  # a score that much below others has probability exp(-9000) = 0, in float64 too
+
+
+class ReplacingMask(np.ndarray):
+    """A mask that puts `self` in place of scores where `keep` is False, and adds it elsewhere.
+
+    Only `scores + mask` means this; it is for graphs whose replaced scores can be noticed in the result, which
+    the compiled kernels leave to the textbook.
+    """
+
+    keep: Array
+
+    def __radd__(self, scores: Array) -> Array:
+        return np.where(self.keep, scores, 0) + np.asarray(self)
+
+
 def additive_mask(
     attention_mask: Any, config: GPT2Config, B: int, T: int, S: int, dtype: np.dtype[Any]
 ) -> Array | None:
     """What is added to the scores, (B, 1, T, S), or None where that is the causal mask alone.
 
-    A row that may attend to nothing (a padding token on the left) gets the lowest finite number everywhere:
-    all its keys come out equal, which is what graphs with a finite mask value compute for it.
+    It is what the file's graph does, as the config describes it, with -inf for every hidden score that cannot
+    be noticed in the result. A row of -inf alone gives zeros.
     """
-    if attention_mask is None and config.causal_shift == 0:
-        return None
-    query, key = np.arange(S - T, S)[:, None], np.arange(S)
-    allowed = np.broadcast_to(key <= query + config.causal_shift, (B, 1, T, S))
-    if attention_mask is not None:
-        keep = np.asarray(attention_mask)
-        if keep.dtype.kind not in "iufb" or keep.shape != (B, S):
-            raise InputError(f"attention_mask must be numbers ({B}, {S}), got {keep.dtype} {keep.shape}")
-        allowed = allowed & (keep != 0)[:, None, None, :]
-    mask = np.where(allowed, 0.0, -np.inf).astype(dtype)
-    mask[~allowed.any(axis=-1)] = np.finfo(dtype).min
-    return mask
+    later = np.arange(S) > np.arange(S - T, S)[:, None] + config.causal_shift  # (T, S)
+    if config.mask_kind == "none":
+        later = np.zeros_like(later)
+    plain = config.mask_kind != "none" and config.mask_value < NEGLIGIBLE and config.causal_shift == 0
+    if attention_mask is None:
+        if plain:
+            return None
+        padded = np.zeros((B, 1, 1, S), bool)
+    else:
+        given = np.asarray(attention_mask)
+        if given.dtype.kind not in "iufb" or given.shape != (B, S):
+            raise InputError(f"attention_mask must be numbers ({B}, {S}), got {given.dtype} {given.shape}")
+        padded = (given == 0)[:, None, None, :]
+        if plain and not padded.any():
+            return None
+    factor, mask = np.ones((B, 1, T, S)), np.zeros((B, 1, T, S))
+    for where, (f, added) in (
+        (later & ~padded, (float(config.mask_kind == "added"), config.mask_value)),
+        (padded & ~later, config.padding),
+        (padded & later, config.padding_later),
+    ):
+        factor[where], mask[where] = f, added
+    hidden = later | padded
+    blind = hidden.all(axis=-1, keepdims=True) & np.ones_like(hidden)
+    if config.blind_rows == "zeros":
+        mask[blind] = -np.inf
+    elif config.blind_rows == "nan":
+        mask[blind] = np.nan
+    elif config.blind_rows == "unmasked":
+        factor[blind], mask[blind] = 1, 0
+    mask[~blind & (mask < NEGLIGIBLE)] = -np.inf
+    with np.errstate(over="ignore"):  # twice float32's lowest number is -inf, in the graph too
+        mask = mask.astype(dtype)
+    keep = (factor == 1) | np.isinf(mask) | (mask < -1e30)  # a score vanishes beside such a number
+    if keep.all():
+        return mask
+    replacing = mask.view(ReplacingMask)
+    replacing.keep = keep
+    return replacing
 
 
 def weights_folder() -> Path:

@@ -53,9 +53,13 @@ def split_heads(qkv: Array, n_head: int) -> tuple[Array, Array, Array]:
 
 
 def softmax(scores: Array) -> Array:
-    """Scores to probabilities along the last axis; the maximum is taken off so that exp cannot overflow."""
-    exps = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return exps / exps.sum(axis=-1, keepdims=True)
+    """Scores to probabilities along the last axis; the maximum is taken off so that exp cannot overflow.
+
+    A row of -inf alone, a query that may see no key, gives zeros. In any other the sum is at least exp(0).
+    """
+    highest = np.maximum(scores.max(axis=-1, keepdims=True), np.finfo(scores.dtype).min)
+    exps = np.exp(scores - highest)
+    return exps / np.maximum(exps.sum(axis=-1, keepdims=True), 1)
 
 
 def causal_mask(T: int, S: int, dtype: np.dtype) -> Array:

@@ -83,9 +83,7 @@ class Evaluator:
             raise
         except Exception as error:
             shapes = ", ".join("-" if i is None else f"{i.dtype}{list(i.shape)}" for i in inputs)
-            raise UnsupportedModelError(
-                f"{node.describe()} cannot be evaluated on {shapes}: {error}"
-            ) from error
+            raise UnsupportedModelError(f"{node.describe()} cannot be evaluated on {shapes}: {error}") from error
         outputs = result if isinstance(result, list) else [result]
         for output, value in zip(node.outputs, outputs, strict=False):
             self.values[output] = np.asarray(value)
@@ -319,20 +317,14 @@ def _quick_gelu(node: Node, inputs: Sequence[Any], opset: int) -> Array:
 def _layer_normalization(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     x = inputs[0]
     centred = x - x.mean(-1, keepdims=True)
-    scaled = (
-        centred
-        / np.sqrt((centred**2).mean(-1, keepdims=True) + node.attributes.get("epsilon", 1e-5))
-        * inputs[1]
-    )
+    scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + node.attributes.get("epsilon", 1e-5)) * inputs[1]
     bias = _optional(inputs, 2)
     return np.asarray(scaled if bias is None else scaled + bias)
 
 
 def _rms_normalization(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     x = inputs[0]
-    return np.asarray(
-        x / np.sqrt((x * x).mean(-1, keepdims=True) + node.attributes.get("epsilon", 1e-5)) * inputs[1]
-    )
+    return np.asarray(x / np.sqrt((x * x).mean(-1, keepdims=True) + node.attributes.get("epsilon", 1e-5)) * inputs[1])
 
 
 def _gemm(node: Node, inputs: Sequence[Any], opset: int) -> Array:

@@ -194,18 +194,14 @@ class Graph:
 
     def strip(self, name: str, through: frozenset[str] = VIEWS) -> str:
         """The value behind a chain of nodes that only change the view."""
-        while (
-            (node := self.producer(name)) is not None and node.op in through and self.output_index(name) == 0
-        ):
+        while (node := self.producer(name)) is not None and node.op in through and self.output_index(name) == 0:
             name = node.inputs[0]
         return name
 
     def chain(self, name: str, through: frozenset[str] = VIEWS) -> list[str]:
         """The values met by `strip`, from the given one to the one behind."""
         names = [name]
-        while (
-            (node := self.producer(name)) is not None and node.op in through and self.output_index(name) == 0
-        ):
+        while (node := self.producer(name)) is not None and node.op in through and self.output_index(name) == 0:
             name = node.inputs[0]
             names.append(name)
         return names

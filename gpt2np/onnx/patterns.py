@@ -70,9 +70,7 @@ def _gemm(graph: Graph, name: str) -> Linear | None:
     if node.input(2) and bias is None:
         scalar = graph.scalar(node.input(2))
         if scalar != 0:
-            raise UnsupportedModelError(
-                f"{node.describe()} adds {node.input(2)!r}, which is not a bias vector"
-            )
+            raise UnsupportedModelError(f"{node.describe()} adds {node.input(2)!r}, which is not a bias vector")
     if bias is not None:
         bias = bias.scaled(node.attributes.get("beta", 1.0), "Gemm beta")
     return Linear(node.inputs[0], name, weight, bias, node)
@@ -141,11 +139,7 @@ def _constant_vector(graph: Graph, name: str) -> Source | None:
     if not name or not graph.is_constant(name):
         return None
     source = constant_source(graph, name)
-    return (
-        source.reshaped(source.shape[-1:])
-        if source.shape and source.shape[-1] == np.prod(source.shape)
-        else None
-    )
+    return source.reshaped(source.shape[-1:]) if source.shape and source.shape[-1] == np.prod(source.shape) else None
 
 
 def _fused_norm(graph: Graph, name: str) -> LayerNorm | None:
@@ -222,9 +216,7 @@ def _measure_epsilon(graph: Graph, value: str, x: str, width: int, node: Node) -
             f"{node.describe()}: the layer norm adds epsilon {outside[0]:.3g} to the root of the variance, "
             "not to the variance under it"
         )
-    raise UnsupportedModelError(
-        f"{node.describe()} looks like the end of a layer norm, but does not compute one"
-    )
+    raise UnsupportedModelError(f"{node.describe()} looks like the end of a layer norm, but does not compute one")
 
 
 LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNorm | None]] = [_fused_norm, _written_out_norm]
@@ -274,9 +266,7 @@ def _dequantized_gather(graph: Graph, name: str) -> Lookup | None:
         return Evaluator(graph, {node.inputs[0]: table, table_name: table})(name)
 
     table = found.table.then("DequantizeLinear", found.table.shape, dequantized)
-    return Lookup(
-        name, replace(table, origin=(*found.table.origin, *(i for i in rest if i))), found.rows, node
-    )
+    return Lookup(name, replace(table, origin=(*found.table.origin, *(i for i in rest if i))), found.rows, node)
 
 
 LOOKUP_PATTERNS: list[Callable[[Graph, str], Lookup | None]] = [_gather, _dequantized_gather]

@@ -10,10 +10,11 @@ scores; the activation is the function whose values come out.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -62,17 +63,13 @@ class Recognised:
     """What `recognise` found."""
 
     config: GPT2Config
-    sources: dict[
-        str, Source
-    ]  # under the names of weights.weight_shapes, plus "lm_head.bias" if there is one
+    sources: dict[str, Source]  # under the names of weights.weight_shapes, plus "lm_head.bias" if there is one
     taps: dict[str, TapLocation]  # absent where the graph does not hold the value
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     ignored: tuple[tuple[str, str], ...]  # (initializer, why it is no weight)
     notes: tuple[str, ...]  # anything odd
-    positions: str = (
-        "range"  # how rows of wpe are chosen: "range", "input", or "mask" (counted in attention_mask)
-    )
+    positions: str = "range"  # how rows of wpe are chosen: "range", "input", or "mask" (counted in attention_mask)
 
 
 def recognise(file: ModelFile) -> Recognised:
@@ -120,6 +117,7 @@ class _Recogniser:
         self.scales: dict[int, float] = {}
         self.masks: dict[int, Mask] = {}
         self.heads: dict[int, tuple[int, int]] = {}
+        self.float16 = False
 
     # ------------------------------------------------------------------------------------ structure
     def run(self) -> Recognised:
@@ -135,6 +133,7 @@ class _Recogniser:
             rows = self.evaluate(lookup.rows)
             self.know(lookup.out, np.full((*rows.shape, lookup.table.shape[1]), np.nan))
         self.sources["wte.weight"], self.sources["wpe.weight"] = words.table, places.table
+        self.float16 = any(t.dtype == np.float16 for t in graph.initializers.values())
         offset, positions = self.find_positions(places)
         self.embed_tap(layers[0][0] if layers else None, final)
         for i, (attention, mlp) in enumerate(layers):
@@ -221,9 +220,7 @@ class _Recogniser:
                 core = patterns.match_attention(graph, out.x)
                 break
         if core is not None:
-            found = [
-                patterns.nearest_linears(graph, v)[0] for v in (core.scores.a, core.scores.b, core.heads.b)
-            ]
+            found = [patterns.nearest_linears(graph, v)[0] for v in (core.scores.a, core.scores.b, core.heads.b)]
             maps = list({m.out: m for part in found for m in part}.values())
         if not maps:
             raise UnsupportedModelError(
@@ -235,9 +232,7 @@ class _Recogniser:
             raise UnsupportedModelError(f"{maps[0].node.describe()} does not read a layer norm")
         return _Branch(addend, out, norm, patterns.addends(graph, norm.x), core, tuple(maps))
 
-    def pair(
-        self, lookups: list[Lookup], branches: list[_Branch], final: LayerNorm
-    ) -> list[tuple[_Branch, _Branch]]:
+    def pair(self, lookups: list[Lookup], branches: list[_Branch], final: LayerNorm) -> list[tuple[_Branch, _Branch]]:
         """Order the branches: each must read the embeddings and all branches before it, in turns."""
         branches = sorted(branches, key=lambda b: len(b.before))
         stream = Counter(lookup.out for lookup in lookups)
@@ -249,9 +244,7 @@ class _Recogniser:
                 )
             if (branch.core is None) != bool(n % 2):
                 kind = "an MLP" if branch.core is None else "an attention"
-                raise UnsupportedModelError(
-                    f"{branch.out.node.describe()} ends {kind} where the other is due"
-                )
+                raise UnsupportedModelError(f"{branch.out.node.describe()} ends {kind} where the other is due")
             stream[branch.addend.value] += 1
         if len(branches) % 2 or not branches:
             raise UnsupportedModelError(f"{len(branches)} attentions and MLPs do not make whole blocks")
@@ -261,9 +254,7 @@ class _Recogniser:
         """Which table is wte, which is wpe."""
         if len(lookups) != 2:
             tables = ", ".join(lookup.table.describe() for lookup in lookups) or "none"
-            raise UnsupportedModelError(
-                f"GPT-2 starts with two embeddings, tokens and positions; here are: {tables}"
-            )
+            raise UnsupportedModelError(f"GPT-2 starts with two embeddings, tokens and positions; here are: {tables}")
 
         def likely_words(lookup: Lookup) -> tuple[bool, bool, bool, int]:
             source = self.graph.strip(lookup.rows)
@@ -442,9 +433,7 @@ class _Recogniser:
         """Which function lies between the two maps of an MLP: that whose values come out."""
         grid = np.resize(np.linspace(-8, 8, 8191), shape) if np.prod(shape) > 8191 else _spread(shape)
         (got,) = self.run_with({fc.out: grid}, out.x)
-        errors = {
-            n: float(np.abs(got.ravel() - f(grid.ravel())).max()) for n, f in reference.ACTIVATIONS.items()
-        }
+        errors = {n: float(np.abs(got.ravel() - f(grid.ravel())).max()) for n, f in reference.ACTIVATIONS.items()}
         best = min(errors, key=lambda n: errors[n])
         if not errors[best] < 2e-4:  # erf and tanh GELU lie 4.7e-4 apart; float16 constants are off by 1e-4
             node = self.graph.producer(self.graph.strip(out.x)) or out.node
@@ -453,9 +442,7 @@ class _Recogniser:
                 f"nearest is {best}, off by up to {errors[best]:.2g}"
             )
         if errors[best] > 1e-6:
-            self.notes.append(
-                f"{fc.node.describe()}: the {best} behind it is off by up to {errors[best]:.1e}"
-            )
+            self.notes.append(f"{fc.node.describe()}: the {best} behind it is off by up to {errors[best]:.1e}")
         return best
 
     def attention(self, i: int, branch: _Branch) -> None:
@@ -499,9 +486,7 @@ class _Recogniser:
 
         # 2. Columns of the maps, in our order: q, k, v; each head after head.
         numbers = [np.rint(a).astype(np.int64) for a in (q, k[:, :, P:], v[:, :, P:])]
-        columns = [
-            self.columns(i, branch.maps, starts, n, what) for n, what in zip(numbers, "qkv", strict=True)
-        ]
+        columns = [self.columns(i, branch.maps, starts, n, what) for n, what in zip(numbers, "qkv", strict=True)]
         self.c_attn(i, branch.maps, columns)
         for what, array, index in (("past_key", k, 0), ("past_value", v, 1)):
             self.check_past(i, what, index, np.rint(array[:, :, :P]).astype(np.int64), codes)
@@ -527,9 +512,7 @@ class _Recogniser:
         self.know(core.scores.out, np.full((*shape[:-1], S), np.nan))
         after, mask = self.mask(i, core, (*shape[:-1], S), H)
         scale = before * after
-        self.scales[i] = (
-            D**-0.5 if np.isclose(scale, D**-0.5, rtol=1e-6) else scale
-        )  # rounded to float32 on the way
+        self.scales[i] = D**-0.5 if np.isclose(scale, D**-0.5, rtol=1e-6) else scale  # rounded to float32 on the way
         self.masks[i] = mask
 
         # 5. Taps.
@@ -568,9 +551,7 @@ class _Recogniser:
             parts = columns
         step = "columns reordered"
         weights = [m.weight.taken(c, 1, step) for m, c in parts]
-        biases = [
-            (m.bias or zeros(m.weight.shape[1:], "no bias in the file")).taken(c, 0, step) for m, c in parts
-        ]
+        biases = [(m.bias or zeros(m.weight.shape[1:], "no bias in the file")).taken(c, 0, step) for m, c in parts]
         self.sources[f"{name}.weight"] = joined(weights, "Concat q, k, v")
         self.sources[f"{name}.bias"] = joined(biases, "Concat q, k, v")
         if step in self.sources[f"{name}.weight"].through:
@@ -607,10 +588,12 @@ class _Recogniser:
                 factor = np.where(one == two, 0.0, (one - two) / (low - high))
                 added = np.where(np.isinf(one), one, one - factor * low)
             added = np.where(np.abs(added) < 1e-9, 0.0, added)
+            if self.float16:
+                added = np.where(added < np.finfo(np.float16).min, -np.inf, added)
             return factor.reshape(B, H, T, S), added.reshape(B, H, T, S)
 
         try:
-            return read_mask(run, B, T, S, bool(names))
+            return read_mask(run, B, T, S, bool(names), core.guarded)
         except ValueError as error:
             self.fail(core.masked, f"the mask of layer {i}: {error}")
             raise
@@ -626,9 +609,7 @@ class _Recogniser:
     ) -> None:
         graph, core = self.graph, branch.core
         assert core is not None
-        for what, value, numbers in zip(
-            "qkv", (core.scores.a, core.scores.b, core.heads.b), expected, strict=True
-        ):
+        for what, value, numbers in zip("qkv", (core.scores.a, core.scores.b, core.heads.b), expected, strict=True):
             location = self.find_heads(value, numbers, codes)
             if location is not None:
                 self.taps[f"{name}.{what}"] = location
@@ -696,14 +677,10 @@ class _Recogniser:
             self.sources["lm_head.bias"] = head.bias
         self.taps["logits"] = TapLocation(
             head.out,
-            lambda a, batch: (
-                a.reshape(-1, *a.shape[-2:]) if a.ndim != 2 else a.reshape(batch, -1, a.shape[-1])
-            ),
+            lambda a, batch: a.reshape(-1, *a.shape[-2:]) if a.ndim != 2 else a.reshape(batch, -1, a.shape[-1]),
         )
         self.head_source = weight
-        tied = _same_tensor(head, words) or (
-            weight.shape == words.table.shape and _equal(weight, words.table)
-        )
+        tied = _same_tensor(head, words) or (weight.shape == words.table.shape and _equal(weight, words.table))
         if not tied:
             self.sources["lm_head.weight"] = weight
         return tied, head.bias is not None
@@ -713,9 +690,7 @@ class _Recogniser:
         V, C = self.sources["wte.weight"].shape
         (H, D), *others = self.heads.values()
         if any(o != (H, D) for o in others):
-            raise UnsupportedModelError(
-                f"the layers have different heads: {sorted(set(self.heads.values()))}"
-            )
+            raise UnsupportedModelError(f"the layers have different heads: {sorted(set(self.heads.values()))}")
         mask = self.masks[0]
         for i, other in self.masks.items():
             if other != mask:
@@ -747,6 +722,9 @@ class _Recogniser:
             mask_kind=mask.kind,
             mask_value=mask.value,
             causal_shift=mask.shift,
+            padding=mask.padding,
+            padding_later=mask.padding_later,
+            blind_rows=mask.blind_rows,
             position_offset=offset,
             overrides=tuple(overrides),
         )
@@ -755,9 +733,7 @@ class _Recogniser:
         for name, shape in weight_shapes(config).items():
             source = self.sources[name]
             if source.shape != shape:
-                raise WeightError(
-                    f"{name} from {source.describe()} has shape {source.shape}, expected {shape}"
-                )
+                raise WeightError(f"{name} from {source.describe()} has shape {source.shape}, expected {shape}")
         if "lm_head.bias" in self.sources and self.sources["lm_head.bias"].shape != (config.vocab_size,):
             source = self.sources["lm_head.bias"]
             raise WeightError(
@@ -786,9 +762,7 @@ class _Recogniser:
                     )
                 )
             elif floating and int(np.prod(tensor.shape)) > 1:
-                raise WeightError(
-                    f"initializer {name!r} {tensor.shape} is left over: it is no weight of this GPT-2"
-                )
+                raise WeightError(f"initializer {name!r} {tensor.shape} is left over: it is no weight of this GPT-2")
             else:
                 ignored.append((name, "constant of the graph"))
         return tuple(ignored)
@@ -841,44 +815,95 @@ class _Recogniser:
 
 
 # ---------------------------------------------------------------------------------------------------- masks
+Effect = tuple[float, float]  # (factor, addend): a hidden score s becomes factor * s + addend
+
+
 @dataclass(frozen=True)
 class Mask:
-    """How scores are masked."""
+    """What a graph does to scores before the softmax; see GPT2Config for the fields."""
 
-    kind: str
+    kind: Literal["replaced", "added", "none"]
     value: float
     shift: int
+    padding: Effect = (0.0, -math.inf)
+    padding_later: Effect = (0.0, -math.inf)
+    blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "zeros"
+
+    def __str__(self) -> str:
+        how = {"replaced": "becomes", "added": "is lowered by", "none": "is left as it is:"}[self.kind]
+        return f"a later score {how} {self.value:g}, query i sees keys up to i{self.shift:+d}"
 
 
 def read_mask(
-    run: Callable[[Array | None], tuple[Array, Array]], B: int, T: int, S: int, padded: bool
+    run: Callable[[Array | None], tuple[Array, Array]], B: int, T: int, S: int, padded: bool, guarded: bool
 ) -> tuple[float, Mask]:
     """Read the factor and the mask from what happens to scores.
 
     `run(attention_mask)` gives (factor, added), (B, H, T, S) each: a score s becomes factor * s + added.
     """
-    factor, added = run(np.ones((B, S)) if padded else None)
-    if (factor != factor[:, :1]).any() and not np.allclose(factor, factor[:, :1]):
-        raise ValueError("the heads differ")
-    factor, added = factor[:, 0], added[:, 0]
-    allowed = (added == 0) & (factor != 0)
-    scale = float(np.median(factor[allowed])) if allowed.any() else 0.0
-    if not allowed.any() or not np.allclose(factor[allowed], scale, rtol=1e-6):
+    full = np.ones((B, S))
+    factor, added = run(full if padded else None)
+    seen = (added == 0) & (factor != 0)
+    if not seen.any():
+        raise ValueError("no query sees any key")
+    scale = float(np.median(factor[seen]))
+    if not np.allclose(factor[seen], scale, rtol=1e-6):
         raise ValueError("scores are not multiplied by one number")
     query, key = np.arange(S - T, S)[:, None], np.arange(S)
-    shift = next((s for s in (0, *range(-S, S + 1)) if (allowed == (key <= query + s)).all()), None)
+    shift = next((s for s in (0, *range(-S, S + 1)) if (seen == (key <= query + s)).all()), None)
     if shift is None:
-        raise ValueError(
-            f"query {S - T} sees keys {np.flatnonzero(allowed[0, 0]).tolist()}, not all up to its own"
-        )
-    forbidden = ~allowed
-    if not forbidden.any():
-        return scale, Mask("none", 0.0, S)
-    values, factors = np.unique(added[forbidden]), np.unique(np.round(factor[forbidden] / scale, 6))
-    if len(values) != 1 or len(factors) != 1:
-        raise ValueError("forbidden scores are treated in several ways")
-    kind = "replaced" if factors[0] == 0 else "added"
-    return scale, Mask(kind, float(values[0]), shift)
+        raise ValueError(f"query {S - T} sees keys {np.flatnonzero(seen[0, 0, 0]).tolist()}, not all up to its own")
+    later = key > query + shift
+    blind = later.all(axis=-1)
+    unguarded: Literal["nan", "masked"] = "masked"
+    if seen.all():
+        mask = Mask("none", 0.0, S)
+        later = np.zeros_like(later)
+    else:
+        f, value = one_effect(factor, added, later & ~blind[:, None], scale, "keys after a query's own")
+        kind: Literal["replaced", "added"] = "added" if f else "replaced"
+        mask = Mask(kind, value, shift)
+        unguarded = "nan" if value == -math.inf else "masked"
+    if not padded:
+        return scale, replace(mask, blind_rows="zeros" if guarded and unguarded == "nan" else unguarded)
+
+    # padding: on the left (with queries that see nothing), on the right, and a hole
+    results = []
+    for hidden in (slice(0, S - T + 2), slice(S - 1, S), slice(1, 2)):
+        attention_mask = full.copy()
+        attention_mask[0, hidden] = 0
+        results.append((attention_mask == 0, *run(attention_mask)))
+    if all(((f == factor) & (a == added)).all() for _, f, a in results):
+        return scale, replace(mask, padding=(1.0, 0.0), padding_later=(float(mask.kind == "added"), mask.value))
+    effects: dict[str, set[Effect]] = {"padding": set(), "padding_later": set()}
+    blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "masked"
+    for hidden_keys, f, a in results:
+        gone = np.broadcast_to(hidden_keys[:, None, None], f.shape)
+        blind_row = (gone | later).all(axis=-1, keepdims=True)
+        if (blind_row & (a == 0) & (f != 0)).sum() == (blind_row & np.ones_like(gone)).sum() > 0:
+            blind_rows = "unmasked"
+        count = blind_row if blind_rows == "unmasked" else np.zeros_like(blind_row)
+        for name, where in (("padding", gone & ~later), ("padding_later", gone & later)):
+            if (where & ~count).any():
+                effects[name].add(one_effect(f, a, where & ~count, scale, "padded keys"))
+        if (a[~gone & ~later] != 0).any():
+            raise ValueError("attention_mask hides keys where it is 1")
+    if any(len(e) > 1 for e in effects.values()):
+        raise ValueError("padded keys are treated in several ways")
+    (padding,) = effects["padding"]
+    padding_later = next(iter(effects["padding_later"]), (0.0, -math.inf))
+    if blind_rows == "masked" and padding[1] == -math.inf:
+        blind_rows = "zeros" if guarded else "nan"
+    return scale, replace(mask, padding=padding, padding_later=padding_later, blind_rows=blind_rows)
+
+
+def one_effect(factor: Array, added: Array, where: Array, scale: float, what: str) -> Effect:
+    """The one thing that happens to all these scores."""
+    where = np.broadcast_to(where, factor.shape)
+    f, a = np.round(factor[where] / scale, 6), added[where]
+    if len(np.unique(f)) != 1 or len(np.unique(a)) != 1 or f[0] not in (0, 1):
+        raise ValueError(f"{what} are treated in several ways")
+    return float(f[0]), float(a[0])
 
 
 # -------------------------------------------------------------------------------------------------- helpers
@@ -914,11 +939,7 @@ def _order_in_words(columns: list[tuple[Linear, Array]], heads: tuple[int, int])
     firsts = [int(c[0]) for _, c in columns]
     runs = all((c == c[0] + np.arange(H * D)).all() for _, c in columns)
     if runs:
-        return (
-            "the graph takes "
-            + ", ".join(w for _, w in sorted(zip(firsts, "qkv", strict=True)))
-            + " in this order"
-        )
+        return "the graph takes " + ", ".join(w for _, w in sorted(zip(firsts, "qkv", strict=True))) + " in this order"
     if sorted(firsts) == [0, D, 2 * D]:
         return "q, k and v lie side by side within each head"
     return "the graph takes q, k and v in an order of its own"

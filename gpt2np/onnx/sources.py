@@ -23,9 +23,7 @@ class Source:
     """
 
     shape: tuple[int, ...]
-    origin: tuple[
-        str, ...
-    ]  # initializers (or Constant nodes); empty where the file has none and zeros stand in
+    origin: tuple[str, ...]  # initializers (or Constant nodes); empty where the file has none and zeros stand in
     through: tuple[str, ...]  # from the file to the weight: "Cast", "Transpose", "DequantizeLinear", ...
     read: Callable[[], Array] = field(repr=False, compare=False)
 
