@@ -61,6 +61,8 @@ def _jit(parallel: bool = False) -> Callable[[Any], Any]:
     return compile_
 
 
+MaskArguments = tuple[Array, Array, Array]  # mask (B, 1, T, S), keys (B, S), counts (B,): see `_visible_keys`
+
 tile_1, tile_2, tile_4, tile_full = make_tile(1), make_tile(2), make_tile(4), make_tile(ROWS)
 
 
@@ -100,7 +102,9 @@ def pack_matrix(matrix: Array, transpose: bool = False) -> Panels:
     K, N = matrix.shape[::-1] if transpose else matrix.shape
     data = _aligned((-(-N // PANEL), K, PANEL), matrix.dtype)
     with _pool() as threads:
-        _pack(matrix, transpose, data, N, threads)
+        _deal(
+            len(data), data.size, threads, _pack_range, _pack, _scratch(threads, data.dtype), matrix, transpose, data, N
+        )
     return Panels(data, N)
 
 
@@ -120,7 +124,7 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 @_jit()
-def _pack_range(first, last, matrix, transpose, data, N):
+def _pack_range(first, last, scratch, matrix, transpose, data, N):
     for p in range(first, last):
         column = p * PANEL
         width = min(PANEL, N - column)
@@ -132,10 +136,10 @@ def _pack_range(first, last, matrix, transpose, data, N):
 
 
 @_jit(parallel=True)
-def _pack(matrix, transpose, data, N, threads):
-    units = data.shape[0]
-    for part in prange(threads):
-        _pack_range(units * part // threads, units * (part + 1) // threads, matrix, transpose, data, N)
+def _pack(parts, pieces, scratch, matrix, transpose, data, N):
+    for part in prange(parts):
+        first, last = pieces * part // parts, pieces * (part + 1) // parts
+        _pack_range(first, last, scratch[part], matrix, transpose, data, N)
 
 
 # ----------------------------------------------------------------------------------------------------- threads
@@ -196,10 +200,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-@_jit()
-def _parts(units, work, threads):
-    """Into how many parts to cut `units` pieces that are `work` multiply-adds together."""
-    return max(1, min(threads, units, work // GRAIN))
+def _deal(pieces: int, work: int, threads: int, alone: Any, parallel: Any, scratch: Array, *arguments: Any) -> None:
+    """Run a kernel on its pieces, `work` multiply-adds in all, by as many threads as that is worth.
+
+    alone(first, last, scratch of one thread, *arguments) does pieces first..last-1 on the caller's own thread;
+    parallel(parts, pieces, scratch, *arguments) deals all pieces out to `parts` threads.
+    """
+    parts = min(threads, pieces, work // GRAIN)
+    if parts <= 1:
+        alone(0, pieces, scratch[0], *arguments)
+    else:
+        parallel(parts, pieces, scratch, *arguments)
 
 
 # ------------------------------------------------------------------------------------- elementary functions
@@ -310,7 +321,7 @@ def _multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, out, out_
 
 
 @_jit()
-def _linear_range(first, last, x, weight, bias, activation, add, out, totals):
+def _linear_range(first, last, totals, x, weight, bias, activation, add, out):
     """Pieces first..last-1; a piece is one panel of columns for one chunk of rows."""
     (R, K), N = x.shape, out.shape[1]
     chunks = -(-R // CHUNK)
@@ -338,23 +349,17 @@ def _linear_range(first, last, x, weight, bias, activation, add, out, totals):
 
 
 @_jit(parallel=True)
-def _linear(x, weight, bias, activation, add, out, scratch, threads):
-    """out = activation(x @ weight + bias), or out += that: (R, K) @ panels of (K, N) -> (R, N)."""
-    pieces = weight.shape[0] * -(-x.shape[0] // CHUNK)
-    parts = _parts(pieces, x.shape[0] * weight.size, threads)
-    if parts == 1:
-        _linear_range(0, pieces, x, weight, bias, activation, add, out, scratch[0])
-    else:
-        for part in prange(parts):
-            first, last = pieces * part // parts, pieces * (part + 1) // parts
-            _linear_range(first, last, x, weight, bias, activation, add, out, scratch[part])
+def _linear(parts, pieces, scratch, x, weight, bias, activation, add, out):
+    for part in prange(parts):
+        first, last = pieces * part // parts, pieces * (part + 1) // parts
+        _linear_range(first, last, scratch[part], x, weight, bias, activation, add, out)
 
 
 # --------------------------------------------------------------------------------------------- embedding, norm
 
 
 @_jit()
-def _embed_range(first, last, ids, positions, wte, wpe, out):
+def _embed_range(first, last, scratch, ids, positions, wte, wpe, out):
     for r in range(first, last):
         panel, column = ids[r] // PANEL, ids[r] % PANEL
         for c in range(out.shape[1]):
@@ -362,15 +367,10 @@ def _embed_range(first, last, ids, positions, wte, wpe, out):
 
 
 @_jit(parallel=True)
-def _embed(ids, positions, wte, wpe, out, threads):
-    """out[r] = wte[:, ids[r]] + wpe[positions[r]]: (R,) -> (R, C)."""
-    parts = _parts(out.shape[0], out.size, threads)
-    if parts == 1:
-        _embed_range(0, out.shape[0], ids, positions, wte, wpe, out)
-    else:
-        for part in prange(parts):
-            first, last = out.shape[0] * part // parts, out.shape[0] * (part + 1) // parts
-            _embed_range(first, last, ids, positions, wte, wpe, out)
+def _embed(parts, pieces, scratch, ids, positions, wte, wpe, out):
+    for part in prange(parts):
+        first, last = pieces * part // parts, pieces * (part + 1) // parts
+        _embed_range(first, last, scratch[part], ids, positions, wte, wpe, out)
 
 
 @_jit()
@@ -385,7 +385,7 @@ def _sum_of_lanes(sums):
 
 
 @_jit()
-def _layer_norm_range(first, last, x, weight, bias, epsilon, out, sums):
+def _layer_norm_range(first, last, sums, x, weight, bias, epsilon, out):
     C = x.shape[1]
     number = x.dtype.type
     for r in range(first, last):
@@ -408,15 +408,10 @@ def _layer_norm_range(first, last, x, weight, bias, epsilon, out, sums):
 
 
 @_jit(parallel=True)
-def _layer_norm(x, weight, bias, epsilon, out, scratch, threads):
-    """Rows to mean 0 and variance 1, scaled and shifted: (R, C) -> (R, C)."""
-    R = x.shape[0]
-    parts = _parts(R, 4 * x.size, threads)
-    if parts == 1:
-        _layer_norm_range(0, R, x, weight, bias, epsilon, out, scratch[0])
-    else:
-        for part in prange(parts):
-            _layer_norm_range(R * part // parts, R * (part + 1) // parts, x, weight, bias, epsilon, out, scratch[part])
+def _layer_norm(parts, pieces, scratch, x, weight, bias, epsilon, out):
+    for part in prange(parts):
+        first, last = pieces * part // parts, pieces * (part + 1) // parts
+        _layer_norm_range(first, last, scratch[part], x, weight, bias, epsilon, out)
 
 
 # --------------------------------------------------------------------------------------------------- attention
@@ -454,7 +449,7 @@ def _visible_keys(mask, keys, counts):
 
 
 @_jit()
-def _attend_range(first, last, qkv, cache, start, T, scale, mask, keys, counts, heads, probs, scratch):
+def _attend_range(first, last, scratch, qkv, cache, start, T, scale, mask, keys, counts, heads, probs):
     """Pieces first..last-1; a piece is one chunk of queries of one head of one sequence."""
     H, D = cache.shape[2], cache.shape[4]
     width = -(-D // PANEL) * PANEL  # D, filled up to whole panels
@@ -548,6 +543,8 @@ def _attend_range(first, last, qkv, cache, start, T, scale, mask, keys, counts, 
                     for i in range(LANES):
                         sums[i] += scratch[row + j + i]
                 total = _sum_of_lanes(sums)
+                if total == 0:  # a query that may see no key gets zeros
+                    total = number(1)
                 for d in range(D):
                     heads[b * T + t + r, h * D + d] = scratch[at_totals + r * width + d] / total
                 if probs.size > 0:
@@ -568,56 +565,28 @@ def _limit(b, t, S, start, mask, keys):
 
 
 @_jit(parallel=True)
-def _attend(qkv, cache, start, T, scale, mask, keys, counts, heads, probs, scratch, threads):
-    """softmax(q . k * scale, causal or + mask) @ v over the cache: (B * T, 3HD) -> heads (B * T, HD)."""
-    _, B, H, _, D = cache.shape
-    _remember(qkv, cache, start, T)
-    pieces = B * H * -(-T // CHUNK)
-    parts = _parts(pieces, 2 * B * T * (start + T) * H * D, threads)
-    if parts == 1:
-        _attend_range(0, pieces, qkv, cache, start, T, scale, mask, keys, counts, heads, probs, scratch[0])
-    else:
-        for part in prange(parts):
-            first, last = pieces * part // parts, pieces * (part + 1) // parts
-            _attend_range(
-                first, last, qkv, cache, start, T, scale, mask, keys, counts, heads, probs, scratch[part]
-            )  # fmt: skip
-
-
-@_jit(parallel=True)
-def _scores(qkv, cache, start, T, scale, scores, threads):
-    """The tap `attn.scores`: q . k * scale for all keys, visible or not, as step 2 of `_attend_range` computes it."""
-    _, B, H, _, D = cache.shape
-    number = qkv.dtype.type
-    for piece in prange(B * H):
-        b, h = piece // H, piece % H
-        for t in range(T):
-            for j in range(start + T):
-                score = number(0)
-                for d in range(0, D, BLOCK):
-                    total = number(0)
-                    for i in range(d, min(D, d + BLOCK)):
-                        total = fma(qkv[b * T + t, h * D + i], cache[0, b, h, j, i], total)
-                    score += total
-                scores[b, h, t, j] = score * number(scale)
-
-
-# ---------------------------------------------------------------------------------------------- the whole block
+def _attend(parts, pieces, scratch, qkv, cache, start, T, scale, mask, keys, counts, heads, probs):
+    for part in prange(parts):
+        first, last = pieces * part // parts, pieces * (part + 1) // parts
+        _attend_range(first, last, scratch[part], qkv, cache, start, T, scale, mask, keys, counts, heads, probs)
 
 
 @_jit()
-def _block(
-    x, w1, b1, e1, w_qkv, b_qkv, w_proj, b_proj, w2, b2, e2, w_fc, b_fc, w_out, b_out, activation,
-    cache, start, T, scale, mask, keys, counts, normed, qkv, heads, hidden, no_probs, scratch, threads,
-):  # fmt: skip
-    """`block` without taps, in one call: x (R, C) is the residual stream, both halves are added to it in place."""
-    _layer_norm(x, w1, b1, e1, normed, scratch, threads)
-    _linear(normed, w_qkv, b_qkv, 0, False, qkv, scratch, threads)
-    _attend(qkv, cache, start, T, scale, mask, keys, counts, heads, no_probs, scratch, threads)
-    _linear(heads, w_proj, b_proj, 0, True, x, scratch, threads)
-    _layer_norm(x, w2, b2, e2, normed, scratch, threads)
-    _linear(normed, w_fc, b_fc, activation, False, hidden, scratch, threads)
-    _linear(hidden, w_out, b_out, 0, True, x, scratch, threads)
+def _scores(qkv, cache, start, T, scale, scores):
+    """The tap `attn.scores`: q . k * scale for all keys, visible or not, as step 2 of `_attend_range` computes it."""
+    _, B, H, _, D = cache.shape
+    number = qkv.dtype.type
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                for j in range(start + T):
+                    score = number(0)
+                    for d in range(0, D, BLOCK):
+                        total = number(0)
+                        for i in range(d, min(D, d + BLOCK)):
+                            total = fma(qkv[b * T + t, h * D + i], cache[0, b, h, j, i], total)
+                        score += total
+                    scores[b, h, t, j] = score * number(scale)
 
 
 # ------------------------------------------------------------------------- the functions of reference.py
@@ -636,12 +605,42 @@ def _rows(x: Array) -> Array:
     return np.require(x.reshape(-1, x.shape[-1]), requirements=["C", "A", "W"])
 
 
+def _linear_into(
+    out: Array, x: Array, weight: Any, bias: Array, threads: int, scratch: Array, activation: int = 0, add: bool = False
+) -> None:
+    """out = activation(x @ weight + bias), or out += that: (R, K) @ (K, N) -> (R, N)."""
+    pieces = len(weight.data) * -(-len(x) // CHUNK)
+    work = len(x) * weight.data.size
+    _deal(pieces, work, threads, _linear_range, _linear, scratch, x, weight.data, bias, activation, add, out)
+
+
+def _layer_norm_into(
+    out: Array, x: Array, weight: Array, bias: Array, epsilon: float, threads: int, scratch: Array
+) -> None:
+    """out = layer_norm(x): (R, C) -> (R, C)."""
+    _deal(len(x), 4 * x.size, threads, _layer_norm_range, _layer_norm, scratch, x, weight, bias, epsilon, out)
+
+
+def _attend_into(
+    heads: Array, probs: Array, qkv: Array, cache: Array, start: int, scale: float, mask: MaskArguments,
+    threads: int, scratch: Array,
+) -> None:  # fmt: skip
+    """heads = softmax(q . k * scale, causal or + mask) @ v over the cache: (R, 3HD) -> (R, HD)."""
+    _, B, H, _, D = cache.shape
+    T = len(qkv) // B
+    _remember(qkv, cache, start, T)
+    pieces, work = B * H * -(-T // CHUNK), 2 * len(qkv) * (start + T) * H * D
+    _deal(pieces, work, threads, _attend_range, _attend, scratch, qkv, cache, start, T, scale, *mask, heads, probs)
+
+
 def embed(input_ids: Array, position_ids: Array, wte: Any, wpe: Array) -> Array:
     """Token vector plus position vector: ids and positions (B, T) -> (B, T, C)."""
     out = _aligned((*input_ids.shape, wpe.shape[1]), wpe.dtype)
+    rows = _rows(out)
     ids, positions = (np.require(i.reshape(-1), np.int64, ["C", "A", "W"]) for i in (input_ids, position_ids))
     with _pool() as threads:
-        _embed(ids, positions, wte.data, wpe, _rows(out), threads)
+        scratch = _scratch(threads, out.dtype)
+        _deal(len(rows), out.size, threads, _embed_range, _embed, scratch, ids, positions, wte.data, wpe, rows)
     return out
 
 
@@ -649,7 +648,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
     """Give each vector mean 0 and variance 1, then scale and shift: (..., C) -> (..., C)."""
     out = _aligned(x.shape, x.dtype)
     with _pool() as threads:
-        _layer_norm(_rows(x), weight, bias, epsilon, _rows(out), _scratch(threads, x.dtype), threads)
+        _layer_norm_into(_rows(out), _rows(x), weight, bias, epsilon, threads, _scratch(threads, x.dtype))
     return out
 
 
@@ -657,11 +656,11 @@ def linear(x: Array, weight: Any, bias: Array) -> Array:
     """x @ weight + bias: (..., inputs) -> (..., outputs)."""
     out = _aligned((*x.shape[:-1], weight.columns), x.dtype)
     with _pool() as threads:
-        _linear(_rows(x), weight.data, bias, 0, False, _rows(out), _scratch(threads, x.dtype), threads)
+        _linear_into(_rows(out), _rows(x), weight, bias, threads, _scratch(threads, x.dtype))
     return out
 
 
-def _mask_arguments(mask: Array | None, B: int, dtype: Any) -> tuple[Array, Array, Array]:
+def _mask_arguments(mask: Array | None, B: int, dtype: Any) -> MaskArguments:
     """mask, keys, counts for `_attend`; all empty for a causal mask."""
     if mask is None:
         return np.empty((0, 0, 0, 0), dtype), np.empty((0, 0), np.int64), np.empty(0, np.int64)
@@ -684,11 +683,11 @@ def attention(x: Array, w: Attention, cache: Array, start: int, mask: Array | No
     shape = (B, H, T, start + T) if tap is not no_tap else (0, 0, 0, 0)
     scores, probs = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
     with _pool() as threads:
-        mask_arguments = _mask_arguments(mask, B, x.dtype)
         scratch = _scratch(threads, x.dtype, start + T, D)
-        _attend(_rows(qkv), cache, start, T, w.scale, *mask_arguments, _rows(heads), probs, scratch, threads)
+        mask_arguments = _mask_arguments(mask, B, x.dtype)
+        _attend_into(_rows(heads), probs, _rows(qkv), cache, start, w.scale, mask_arguments, threads, scratch)
         if tap is not no_tap:
-            _scores(_rows(qkv), cache, start, T, w.scale, scores, threads)
+            _scores(_rows(qkv), cache, start, T, w.scale, scores)
     for part, value in zip("qkv", split_heads(qkv, w.n_head), strict=True):
         tap(f"{name}.{part}", value)
     tap(f"{name}.scores", scores)
@@ -763,7 +762,7 @@ def transformer(
     """The whole stack: ids and positions (B, T) -> last_hidden_state (B, T, C).
 
     caches: L arrays (2, B, H, >= start + T, D), read up to `start` and written from there, see `attention`.
-    Without a tap every block is one call into compiled code; the bits are the same.
+    Without a tap the residual additions and the activation happen inside the linear maps, with the same bits.
     """
     x = embed(input_ids, position_ids, w.wte, w.wpe)  # (B, T) -> (B, T, C)
     tap("embed", x)
@@ -783,18 +782,18 @@ def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Arr
     H, D = caches[0].shape[2], caches[0].shape[4]
     R, F, dtype = B * T, w.h[0].mlp.c_fc.bias.size, x.dtype
     normed, qkv, heads, hidden = (_aligned((R, width), dtype) for width in (C, 3 * H * D, H * D, F))
-    no_probs = np.empty((0, 0, 0, 0), dtype)
+    rows, no_probs = _rows(x), np.empty((0, 0, 0, 0), dtype)
     with _pool() as threads:
         mask_arguments = _mask_arguments(mask, B, dtype)
         scratch = _scratch(threads, dtype, start + T, D)
         for b, cache in zip(w.h, caches, strict=True):
-            c_attn, attn_proj, c_fc, mlp_proj = b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj
-            _block(
-                _rows(x), *b.ln_1, c_attn.weight.data, c_attn.bias, attn_proj.weight.data, attn_proj.bias,
-                *b.ln_2, c_fc.weight.data, c_fc.bias, mlp_proj.weight.data, mlp_proj.bias,
-                ACTIVATIONS[b.mlp.activation], cache, start, T, b.attn.scale, *mask_arguments,
-                normed, qkv, heads, hidden, no_probs, scratch, threads,
-            )  # fmt: skip
+            _layer_norm_into(normed, rows, *b.ln_1, threads, scratch)
+            _linear_into(qkv, normed, *b.attn.c_attn, threads, scratch)
+            _attend_into(heads, no_probs, qkv, cache, start, b.attn.scale, mask_arguments, threads, scratch)
+            _linear_into(rows, heads, *b.attn.c_proj, threads, scratch, add=True)
+            _layer_norm_into(normed, rows, *b.ln_2, threads, scratch)
+            _linear_into(hidden, normed, *b.mlp.c_fc, threads, scratch, ACTIVATIONS[b.mlp.activation])
+            _linear_into(rows, hidden, *b.mlp.c_proj, threads, scratch, add=True)
 
 
 def logits(hidden: Array, lm_head: Any, lm_head_bias: Array, tap: Tap = no_tap) -> Array:
