@@ -102,7 +102,7 @@ def gelu_tanh(x: Array) -> Array:
 
 def gelu_erf(x: Array) -> Array:
     """GELU exactly, x times the normal distribution's cumulative probability. Hendrycks & Gimpel 2016."""
-    erf = np.frompyfunc(math.erf, 1, 1)(x * math.sqrt(0.5)).astype(x.dtype)
+    erf = np.vectorize(math.erf, otypes=[x.dtype])(x * math.sqrt(0.5))
     return 0.5 * x * (1 + erf)
 
 
