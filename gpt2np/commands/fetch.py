@@ -34,10 +34,14 @@ def fetch(
     """
     from .. import zoo
     from ._terminal import console, fail, note, print_table, progress
+    from .convert import convert
+
+    def make_model(folder: Path) -> None:
+        convert(folder, folder)
 
     for name in names:
         try:
-            folder = zoo.fetch(name, to, mirror, source, offline, note, progress)
+            folder = zoo.fetch(name, to, mirror, source, offline, make_model, note, progress)
         except KeyboardInterrupt:
             fail("stopped; what has come so far is kept, and the same command goes on from there", 130)
         entry = zoo.manifest()[name]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from ..errors import DownloadError, ModelFileError
 from ..model import embedded_model_path, weights_folder
+from .facts import KnownFile
 from .transfer import DISK_FULL, Mirror, Wanted, download, file_hash, nothing
 
 MODEL = "model.onnx"
@@ -94,6 +95,24 @@ def find(model: str | Path) -> Path:
     return fetched
 
 
+def known_files() -> tuple[KnownFile, ...]:
+    """The published ONNX files of GPT-2 124M, by which a file can be known."""
+    first = (entry.files[0] for entry in manifest().values())
+    return tuple(
+        KnownFile(file.name, file.bytes, file.sha256)
+        for file in first
+        if file.path == MODEL and file.bytes is not None and file.sha256 is not None
+    )
+
+
+def verified_checkpoint(model: Path) -> Path | None:
+    """The model.safetensors beside a model, if it is a published one and verified."""
+    folder = model if model.is_dir() else model.parent
+    path = folder / "model.safetensors"
+    published = [file for entry in manifest().values() for file in entry.files if file.path == path.name]
+    return path if any(state(path, file) == "verified" for file in published) else None
+
+
 def state(path: Path, file: RemoteFile) -> State:
     """What `path` is, compared with the published file; reads all of it where a hash is known."""
     if not path.is_file():
@@ -146,6 +165,7 @@ def fetch(
     mirror: str | None = None,
     source: Path | None = None,
     offline: bool = False,
+    convert: Callable[[Path], None] | None = None,
     note: Callable[[str], None] = nothing,
     progress: Progress = lambda *_: nullcontext(nothing),
     sleep: Callable[[float], None] = time.sleep,
@@ -166,6 +186,8 @@ def fetch(
         A file, or a folder of files, that was got by other means; nothing is then fetched from the network.
     offline : bool
         Only verify what is there.
+    convert : callable (folder), optional
+        Makes model.onnx in a folder that has model.safetensors.
 
     Raises
     ------
@@ -183,8 +205,8 @@ def fetch(
             elif missing and not offline:
                 _get(entry, missing, mirror, folder, note, progress, sleep)
             _require(entry, folder, note)
-            if entry.convert and not (folder / MODEL).is_file():
-                _convert(folder, note)
+            if entry.convert and convert is not None and not (folder / MODEL).is_file():
+                convert(folder)
     except OSError as error:
         problem = "the disk is full" if error.errno in DISK_FULL else error.strerror
         raise DownloadError(f"{folder}: {problem}") from error
@@ -317,7 +339,3 @@ def _copy(path: Path, target: Path, file: RemoteFile) -> None:
         os.replace(copy, target)
     finally:
         copy.unlink(missing_ok=True)
-
-
-def _convert(folder: Path, note: Callable[[str], None]) -> None:
-    raise NotImplementedError

@@ -1,0 +1,390 @@
+"""Prove that a file is the model that facts are published about, and that gpt2np computes them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from ..errors import Gpt2npError
+from ..weights import Array, weight_shapes
+from .facts import Facts, KnownFile
+from .transfer import file_hash
+
+if TYPE_CHECKING:
+    from ..cache import KVCache
+    from ..model import GPT2
+    from ..onnx.recognise import Recognised
+    from ..parity.runners import Model, Ours
+
+Result = Literal["pass", "FAIL", "skip"]
+LISTED = 5  # how many of many differences are named
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    group: str  # "file", "config", "weights", "facts", "sample data", "ONNX Runtime"
+    what: str
+    result: Result
+    found: str  # in words and numbers
+    source: str = ""  # who says so
+
+
+def verify(
+    path: Path,
+    facts: Facts,
+    known_files: tuple[KnownFile, ...] = (),
+    checkpoint: Path | None = None,
+    engine: str = "numba",
+) -> Iterator[Check]:
+    """Yield check after check of a model file.
+
+    Parameters
+    ----------
+    path : Path
+        A model.onnx or a folder with one in it.
+    facts : Facts
+        What is known about the model that the file should be.
+    known_files : tuple of KnownFile
+        Published files whose hash proves the whole file.
+    checkpoint : Path, optional
+        A verified model.safetensors beside its config.json, with which the weights are compared bit by bit.
+    engine : str
+        The engine that computes.
+
+    Raises
+    ------
+    ModelFileError, UnsupportedModelError, WeightError
+        If the file cannot be read, or is no GPT-2 at all.
+    """
+    from ..onnx.reader import open_model
+    from ..parity.runners import Model, Ours
+
+    model = Model(open_model(path).path)
+    yield check_file(model.path, known_files)
+    if model.found is None:
+        yield Check("graph", "GPT-2", "FAIL", f"gpt2np cannot place the graph: {model.problem}")
+        return
+    configs = list(check_config(model.recognised, facts))
+    yield from configs
+    yield from check_fingerprints(model.recognised, facts)
+    if checkpoint is not None:
+        yield from check_against(model.recognised, checkpoint)
+    ours = Ours(model, engine)
+    if any(check.result == "FAIL" for check in configs):
+        words = f"they are about {facts.model}, which this file is not"
+        yield Check("facts", f"{len(facts.facts)} facts", "skip", words)
+    else:
+        for fact in facts.facts:
+            yield check_fact(ours.gpt2, fact)
+    yield from check_runs(model, ours)
+
+
+# --- is it that model? ---------------------------------------------------------------------------------------
+
+
+def check_file(path: Path, known: tuple[KnownFile, ...]) -> Check:
+    """The SHA-256 of the whole file, against those of published files."""
+    what = f"SHA-256 of {path.name}"
+    size, found = path.stat().st_size, file_hash(path)
+    for file in known:
+        if found == file.sha256:
+            return Check("file", what, "pass", f"{found}: it is {file.name}", "published hash")
+    for file in known:
+        if size == file.bytes:
+            words = f"{found}: as long as {file.name}, whose SHA-256 is {file.sha256}: altered or damaged"
+            return Check("file", what, "FAIL", words, "published hash")
+    return Check("file", what, "skip", f"{found}: no published file has it, so that the weights must decide")
+
+
+def check_config(recognised: Recognised, facts: Facts) -> Iterator[Check]:
+    """Every field of the configuration that is known."""
+    config = recognised.config
+    wrong = [
+        f"{field} is {getattr(config, field, None)}, that of {facts.model} {expected}"
+        for field, expected in facts.config.items()
+        if not _same(getattr(config, field, None), expected)
+    ]
+    count = sum(math.prod(shape) for name, shape in weight_shapes(config).items() if name != "lm_head.weight")
+    if facts.parameters not in (None, count):
+        wrong.append(f"it has {count:,} parameters, {facts.model} {facts.parameters:,}")
+    for words in wrong:
+        yield Check("config", "configuration", "FAIL", words)
+    if not wrong:
+        yield Check("config", "configuration", "pass", f"{len(facts.config)} fields and {count:,} parameters")
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if isinstance(found, float) and isinstance(expected, int | float):
+        return math.isclose(found, expected, rel_tol=1e-5)  # the file may hold it as a float32
+    return bool(found == (tuple(expected) if isinstance(expected, list) else expected))
+
+
+def _short(value: Any) -> str:
+    return ", ".join(f"{x:.7g}" for x in np.ravel(value))
+
+
+def check_fingerprints(recognised: Recognised, facts: Facts) -> Iterator[Check]:
+    """Norm, largest value, first values and, where known, the bytes of single weights."""
+    fingerprints = facts.weights.get("fingerprints", {})
+    source = facts.weights.get("source", "")
+    wrong: list[str] = []
+    bitwise = 0
+    for name, expected in fingerprints.items():
+        if name not in recognised.sources:
+            wrong.append(f"{name} is not there")
+            continue
+        if list(recognised.sources[name].shape) != expected["shape"]:
+            wrong.append(f"{name} has shape {recognised.sources[name].shape}, expected {tuple(expected['shape'])}")
+            continue
+        weight = recognised.sources[name].load()
+        found = fingerprint(weight)
+        for key in ("l2", "max_abs", "first"):
+            tolerance = facts.weights.get(key, {"rtol": 0, "atol": 0})
+            if key in expected and not np.allclose(
+                np.ravel(found[key])[: np.size(expected[key])], expected[key], **tolerance
+            ):
+                wrong.append(f"{name}: {key} is {_short(found[key])}, expected {_short(expected[key])}")
+        if "sha256" in expected:
+            bitwise += 1
+            if found["sha256"] != expected["sha256"]:
+                wrong.append(f"{name}: its bytes differ from the published ones")
+    matching = len(fingerprints) - len({words.split(":")[0].split(" ")[0] for words in wrong})
+    for words in wrong[:LISTED]:
+        yield Check("weights", "fingerprint", "FAIL", words)
+    if len(wrong) > LISTED:
+        yield Check("weights", "fingerprint", "FAIL", f"and {len(wrong) - LISTED} more differences")
+    words = f"{matching} of {len(fingerprints)} match; the file has {len(weight_shapes(recognised.config))} weights"
+    if bitwise:
+        words += f"; {bitwise} were compared byte by byte"
+    if not fingerprints:
+        yield Check("weights", "fingerprints", "skip", "none are known")
+    else:
+        yield Check("weights", "fingerprints", "FAIL" if wrong else "pass", words, source)
+    if facts.weights.get("tied") and not recognised.config.tied:
+        same = np.array_equal(recognised.sources["lm_head.weight"].load(), recognised.sources["wte.weight"].load())
+        yield Check("weights", "LM head", "pass" if same else "FAIL", f"{'equal to' if same else 'NOT'} wte")
+
+
+def fingerprint(weight: Array) -> dict[str, Any]:
+    """What tells one weight from another: see `facts.py`."""
+    flat = np.ascontiguousarray(weight, "<f4").ravel()
+    return {
+        "shape": list(weight.shape),
+        "l2": float(np.linalg.norm(flat.astype(np.float64))),
+        "max_abs": float(np.abs(flat).max()),
+        "first": [float(x) for x in flat[:3]],
+        "sha256": hashlib.sha256(flat.data).hexdigest(),
+    }
+
+
+def check_against(recognised: Recognised, checkpoint: Path) -> Iterator[Check]:
+    """Every weight, bit by bit, against a verified checkpoint."""
+    from ..onnx.safetensors import read_checkpoint
+
+    config, sources = read_checkpoint(checkpoint)
+    what = "bit by bit"
+    if weight_shapes(config).keys() - {"lm_head.weight"} != weight_shapes(recognised.config).keys() - {
+        "lm_head.weight"
+    }:
+        yield Check("weights", what, "FAIL", f"{checkpoint} has other weights than this file", str(checkpoint))
+        return
+    wrong = []
+    for name, source in sources.items():
+        if name in recognised.sources and not np.array_equal(recognised.sources[name].load(), source.load()):
+            wrong.append(name)
+    if wrong:
+        more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        yield Check("weights", what, "FAIL", f"{', '.join(wrong[:LISTED])}{more} differ", str(checkpoint))
+    else:
+        yield Check("weights", what, "pass", f"all {len(sources)} weights are those of the checkpoint", str(checkpoint))
+
+
+# --- does gpt2np compute what is published? ------------------------------------------------------------------
+
+
+def check_fact(gpt2: GPT2, fact: dict[str, Any]) -> Check:
+    """One published result."""
+    check = {"greedy": _greedy, "logits": _logits, "hidden": _hidden, "cross_entropy": _cross_entropy}[fact["kind"]]
+    what = (
+        f"{fact['kind'].replace('_', '-')} {fact['prompt']!r}" if "prompt" in fact else f"{fact['kind']} {fact['ids']}"
+    )
+    try:
+        result, found = check(gpt2, fact)
+    except Gpt2npError as error:
+        result, found = "FAIL", str(error)
+    return Check("facts", what, result, found, fact["source"])
+
+
+def _run_logits(gpt2: GPT2, ids: list[int], cache: KVCache | None = None) -> Array:
+    logits = gpt2([ids], cache).logits
+    assert logits is not None
+    return np.asarray(logits[0])  # (T, V)
+
+
+def _logits(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
+    logits = _run_logits(gpt2, fact["ids"])[-1]
+    found, expected = logits[fact["tokens"]].astype(np.float64), np.array(fact["values"])
+    allowed = fact.get("atol", 0.0) + fact.get("rtol", 0.0) * np.abs(expected)
+    distance = np.abs(found - expected)
+    words = f"largest difference {distance.max():.2g}, allowed {np.min(allowed):.2g}"
+    ok = bool((distance <= allowed).all())
+    if fact.get("top"):
+        others = np.delete(logits, fact["tokens"])
+        margin = float(expected.min() - others.max()) if others.size else math.inf
+        ok = ok and margin >= -2 * float(np.max(allowed))
+        words += f"; {'no other token is above' if margin >= 0 else 'another token is above by'} {abs(margin):.2g}"
+    return ("pass" if ok else "FAIL"), words
+
+
+def _hidden(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
+    hidden = gpt2([fact["ids"]], logits=False).last_hidden_state[0, -1].astype(np.float64)
+    mean = float(np.abs(hidden[: len(fact["values"])] - fact["values"]).mean())
+    words, ok = f"mean difference {mean:.2g}, allowed {fact['mean_abs']:.2g}", mean <= fact["mean_abs"]
+    if "l2" in fact:
+        distance = abs(float(np.linalg.norm(hidden)) - fact["l2"])
+        words, ok = (
+            f"{words}; of the norm {distance:.2g}, allowed {fact['l2_atol']:.2g}",
+            ok and distance <= fact["l2_atol"],
+        )
+    return ("pass" if ok else "FAIL"), words
+
+
+def _cross_entropy(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
+    ids = np.array(fact["ids"])
+    logits = _run_logits(gpt2, fact["ids"])[:-1].astype(np.float64)
+    top = logits.max(axis=-1, keepdims=True)
+    log_sum = (top + np.log(np.exp(logits - top).sum(axis=-1, keepdims=True)))[:, 0]
+    found = float((log_sum - logits[np.arange(len(ids) - 1), ids[1:]]).mean())
+    distance = abs(found - fact["value"])
+    return ("pass" if distance <= fact["atol"] else "FAIL"), f"{found:.7g}, published {fact['value']:.7g}"
+
+
+def _greedy(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
+    return _greedy_ids(gpt2, fact) if "next" in fact else _greedy_text(gpt2, fact)
+
+
+def _greedy_ids(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
+    """Is each published token the most likely one after those before it?"""
+    ids, following = fact["ids"], fact["next"]
+    logits = _run_logits(gpt2, ids + following[:-1])[len(ids) - 1 :]
+    shortfall = (logits.max(axis=-1) - logits[np.arange(len(following)), following]).astype(np.float64)
+    agree, worst = int((shortfall == 0).sum()), float(shortfall.max())
+    words = f"{agree} of {len(following)} tokens"
+    if worst:
+        words += f"; another is more likely, by a logit of up to {worst:.2g}, a tie up to {2 * fact['atol']:g}"
+    return ("pass" if worst <= 2 * fact["atol"] else "FAIL"), words
+
+
+def _greedy_text(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
+    """Does the continuation begin with the published text?"""
+    from ..tokenizer import decode
+
+    if gpt2.tokenizer is None:
+        return "skip", "needs the tokenizer beside the model: gpt2np fetch tokenizer"
+    text, ids = "", list(fact["ids"])
+    cache = gpt2.new_cache(1)
+    new = ids
+    while len(text) < len(fact["text"]) and len(ids) < gpt2.config.n_ctx:
+        new = [int(_run_logits(gpt2, new, cache)[-1].argmax())]
+        ids += new
+        text = decode(gpt2.tokenizer, ids[len(fact["ids"]) :])
+    if text.startswith(fact["text"]):
+        return "pass", f"{len(fact['text'])} characters"
+    same = next(i for i, pair in enumerate(zip(text + "\0", fact["text"] + "\0", strict=False)) if pair[0] != pair[1])
+    return "FAIL", f"{text[same:]!r} after {same} characters, published {fact['text'][same:]!r}"
+
+
+# --- do recorded data and ONNX Runtime agree? ----------------------------------------------------------------
+
+
+def check_runs(model: Model, ours: Ours) -> Iterator[Check]:
+    """The data sets beside the file, and ONNX Runtime on their inputs."""
+    from ..parity.data import find_sets, load_set
+    from ..parity.runners import Ort, output_names
+
+    inputs = [port.name for port in model.recognised.inputs]
+    sets = [load_set(folder, inputs, output_names(model)) for folder in find_sets(model.path)]
+    if not sets:
+        yield Check("sample data", "test_data_set_0", "skip", "none beside the file")
+    for data in sets:
+        yield _compare("sample data", data.name, ours, data.inputs, data.outputs, "zoo")
+    feeds = {data.name: data.inputs for data in sets} or {"8 tokens": _eight_tokens(model)}
+    ort = Ort(model)
+    for name, feed in feeds.items():
+        try:
+            theirs = ort.run(feed).outputs
+        except Gpt2npError as error:
+            yield Check("ONNX Runtime", name, "skip", str(error))
+            continue
+        yield _compare("ONNX Runtime", name, ours, feed, theirs, "ort-gpt2")
+
+
+def _compare(
+    group: str, what: str, ours: Ours, feeds: dict[str, Array], expected: dict[str, Array], tolerance: str
+) -> Check:
+    from ..parity.metrics import PRESETS, measure
+
+    budget = PRESETS[tolerance]
+    try:
+        found = ours.run(feeds).outputs
+        if found.keys() != expected.keys():
+            return Check(group, what, "FAIL", f"outputs {sorted(found)}, expected {sorted(expected)}")
+        metrics = {name: measure(found[name], expected[name], budget) for name in expected}
+    except Gpt2npError as error:
+        return Check(group, what, "FAIL", str(error))
+    worst = max(metrics, key=lambda name: (metrics[name].failing, metrics[name].max_abs))
+    failing = sum(m.failing for m in metrics.values())
+    words = f"{len(metrics)} outputs; largest difference {metrics[worst].max_abs:.2g} in {worst}"
+    if failing:
+        words += f"; {failing:,} values beyond the tolerance"
+    return Check(group, what, "FAIL" if failing else "pass", words, str(budget))
+
+
+def _eight_tokens(model: Model) -> dict[str, Array]:
+    """Inputs for a file without sample data."""
+    B, T, config = 1, min(8, model.config.n_ctx), model.config
+    feeds: dict[str, Array] = {}
+    for port in model.recognised.inputs:
+        rank = len(port.shape)
+        if port.role == "input_ids":
+            ids = np.random.default_rng(0).integers(0, config.vocab_size, (B, T))
+            feeds[port.name] = ids.reshape((1,) * (rank - 2) + (B, T)).astype(port.dtype)
+        elif port.role == "attention_mask":
+            feeds[port.name] = np.ones((B, T), port.dtype)
+        elif port.role == "position_ids":
+            feeds[port.name] = np.arange(T, dtype=port.dtype)[None]
+        elif port.role in ("past", "past_key", "past_value"):
+            empty = (B, config.n_head, 0, config.head_size)
+            feeds[port.name] = np.zeros((2, *empty) if port.role == "past" else empty, port.dtype)
+        elif port.role == "use_cache_branch":
+            feeds[port.name] = np.zeros(1, port.dtype)
+    return feeds
+
+
+def verdict(model: str, checks: list[Check]) -> str:
+    """All checks in one sentence."""
+    failed = {check.group for check in checks if check.result == "FAIL"}
+    passed = {check.group for check in checks if check.result == "pass"}
+    runs = {"sample data", "ONNX Runtime"}
+    if "graph" in failed:
+        return f"This is not a GPT-2 that gpt2np knows, and so not {model}."
+    if "config" in failed or ("weights" in failed and "file" not in failed):
+        rest = " gpt2np computes what ONNX Runtime does with it." if runs & passed and not runs & failed else ""
+        return f"This is not {model}, by its {' and '.join(sorted(failed & {'config', 'weights'}))}.{rest}"
+    if "file" in failed or "weights" in failed:
+        return f"This is {model} altered: the file is not the published one."
+    if failed:
+        return f"This is {model}, but these differ from what is expected: {', '.join(sorted(failed))}."
+    if "file" in passed:
+        return f"This is {model}, the published file bit by bit, and gpt2np computes what is known about it."
+    if {"weights", "facts"} <= passed:
+        return f"This has the weights of {model}, as far as facts tell, and gpt2np computes what is known about it."
+    return f"Too little is known to tell whether this is {model}."
