@@ -32,6 +32,7 @@ class Linear:
     bias: Source | None  # (outputs,)
     node: Node
     rounds: str = ""  # how the node rounds its activations on the fly, "" if it does not
+    bias_later: str = ""  # the bias is not in `out` yet, but in the node behind it, under this name
 
 
 def _matrix(graph: Graph, name: str) -> Source | None:
@@ -44,7 +45,7 @@ def _matrix(graph: Graph, name: str) -> Source | None:
     return source.reshaped(source.shape[-2:])
 
 
-def _vector(graph: Graph, name: str, size: int) -> Source | None:
+def vector(graph: Graph, name: str, size: int) -> Source | None:
     """A constant vector of that size; axes of one are dropped."""
     if not name or not graph.is_constant(name):
         return None
@@ -66,7 +67,7 @@ def _gemm(graph: Graph, name: str) -> Linear | None:
     if node.attributes.get("transB", 0):
         weight = weight.transposed("Gemm transB")
     weight = weight.scaled(node.attributes.get("alpha", 1.0), "Gemm alpha")
-    bias = _vector(graph, node.input(2), weight.shape[1])
+    bias = vector(graph, node.input(2), weight.shape[1])
     if node.input(2) and bias is None:
         scalar = graph.scalar(node.input(2))
         if scalar != 0:
@@ -98,19 +99,31 @@ def _biased(graph: Graph, name: str) -> Linear | None:
     node = graph.producer(name)
     if node is None or node.op != "Add":
         return None
-    for product, vector in (node.inputs, node.inputs[::-1]):
-        if not graph.is_constant(vector) or graph.is_constant(product):
+    for product, added in (node.inputs, node.inputs[::-1]):
+        if not graph.is_constant(added) or graph.is_constant(product):
             continue
         linear = match_linear(graph, graph.strip(product))
         if linear is None or linear.bias is not None:
             return None
-        bias = _vector(graph, vector, linear.weight.shape[1])
+        bias = vector(graph, added, linear.weight.shape[1])
         if bias is not None:
             return replace(linear, out=name, bias=bias)
     return None
 
 
-LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_gemm, _matmul, _biased]
+def _biased_by_activation(graph: Graph, name: str) -> Linear | None:
+    """com.microsoft: the bias is added inside the activation that follows."""
+    consumers = graph.consumers(name)
+    if len(consumers) != 1 or consumers[0].op not in ("com.microsoft.FastGelu", "com.microsoft.BiasGelu"):
+        return None
+    linear = _matmul(graph, name)
+    if linear is None or not consumers[0].input(1):
+        return None
+    bias = vector(graph, consumers[0].input(1), linear.weight.shape[1])
+    return None if bias is None else replace(linear, bias=bias, bias_later=consumers[0].input(1))
+
+
+LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_biased_by_activation, _gemm, _matmul, _biased]
 
 
 def match_linear(graph: Graph, name: str) -> Linear | None:
@@ -219,7 +232,35 @@ def _measure_epsilon(graph: Graph, value: str, x: str, width: int, node: Node) -
     raise UnsupportedModelError(f"{node.describe()} looks like the end of a layer norm, but does not compute one")
 
 
-LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNorm | None]] = [_fused_norm, _written_out_norm]
+def _skip_norm(graph: Graph, name: str) -> LayerNorm | None:
+    """com.microsoft: the residual addition (and a bias) fused with the layer norm behind it."""
+    node = graph.producer(name)
+    if node is None or node.op != "com.microsoft.SkipLayerNormalization" or graph.output_index(name) != 0:
+        return None
+    weight, bias = _constant_vector(graph, node.input(2)), _constant_vector(graph, node.input(3))
+    total = node.outputs[3] if len(node.outputs) > 3 else ""
+    epsilon = node.attributes.get("epsilon", 1e-12)
+    return LayerNorm(total, name, weight, bias, epsilon, node, _skip_terms(node))
+
+
+def _skip_terms(node: Node) -> tuple[str, ...]:
+    return tuple(i for i in (node.input(0), node.input(1), node.input(4)) if i)
+
+
+def _embed_norm(graph: Graph, name: str) -> LayerNorm | None:
+    """com.microsoft: the embeddings fused with the first layer norm."""
+    node = graph.producer(name)
+    if node is None or node.op != EMBED_NORM or graph.output_index(name) != 0:
+        return None
+    if len(node.outputs) < 3 or not node.outputs[2]:
+        raise UnsupportedModelError(f"{node.describe()} does not give the sum of the embeddings, which GPT-2 goes on with")
+    weight, bias = _constant_vector(graph, node.input(5)), _constant_vector(graph, node.input(6))
+    return LayerNorm(node.outputs[2], name, weight, bias, node.attributes.get("epsilon", 1e-12), node)
+
+
+EMBED_NORM = "com.microsoft.EmbedLayerNormalization"
+
+LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNorm | None]] = [_fused_norm, _skip_norm, _embed_norm, _written_out_norm]
 
 
 def match_layer_norm(graph: Graph, name: str) -> LayerNorm | None:
@@ -237,7 +278,7 @@ class Lookup:
 
     out: str
     table: Source
-    rows: str
+    rows: str  # "" for the positions 0, 1, 2, ...
     node: Node
 
 
@@ -272,12 +313,19 @@ def _dequantized_gather(graph: Graph, name: str) -> Lookup | None:
 LOOKUP_PATTERNS: list[Callable[[Graph, str], Lookup | None]] = [_gather, _dequantized_gather]
 
 
-def match_lookup(graph: Graph, name: str) -> Lookup | None:
-    """The table whose rows a value holds."""
+def match_lookups(graph: Graph, name: str) -> list[Lookup]:
+    """The tables whose rows a value holds: one, or the sum of those of a fused node."""
+    node = graph.producer(name)
+    if node is not None and node.op == EMBED_NORM and graph.output_index(name) == 2:
+        if node.input(4):
+            raise UnsupportedModelError(f"{node.describe()} adds a segment embedding, which GPT-2 does not have")
+        words, places = _matrix(graph, node.inputs[2]), _matrix(graph, node.inputs[3])
+        if words is not None and places is not None:
+            return [Lookup(name, words, node.inputs[0], node), Lookup(name, places, node.input(8), node)]
     for pattern in LOOKUP_PATTERNS:
         if (found := pattern(graph, name)) is not None:
-            return found
-    return None
+            return [found]
+    return []
 
 
 # ------------------------------------------------------------------------------------------- residual stream
@@ -287,6 +335,11 @@ class Addend:
 
     value: str  # behind all views
     seen: str  # as it is added, with batch and time axes
+
+
+def stream(graph: Graph, norm: LayerNorm) -> list[Addend]:
+    """The terms of the residual stream that a layer norm reads."""
+    return [a for name in (norm.adds or (norm.x,)) for a in addends(graph, name)]
 
 
 def addends(graph: Graph, name: str) -> list[Addend]:
@@ -302,6 +355,8 @@ def addends(graph: Graph, name: str) -> list[Addend]:
             pending.append((node.inputs[0], seen))
         elif node.op in ("Add", "Sum") and match_linear(graph, current) is None:
             pending.extend((i, i) for i in reversed(node.inputs))
+        elif node.op == "com.microsoft.SkipLayerNormalization" and graph.output_index(current) == 3:
+            pending.extend((i, i) for i in reversed(_skip_terms(node)))
         else:
             found.append(Addend(current, seen))
     return found

@@ -129,9 +129,10 @@ class _Recogniser:
         self.find_inputs(words, places, layers)
         self.feed_inputs()
 
-        for lookup in (words, places):
-            rows = self.evaluate(lookup.rows)
-            self.know(lookup.out, np.full((*rows.shape, lookup.table.shape[1]), np.nan))
+        for lookup in (places, words):
+            if lookup.rows:
+                rows = self.evaluate(lookup.rows)
+                self.know(lookup.out, np.full((*rows.shape, lookup.table.shape[1]), np.nan))
         self.sources["wte.weight"], self.sources["wpe.weight"] = words.table, places.table
         self.float16 = any(t.dtype == np.float16 for t in graph.initializers.values())
         offset, positions = self.find_positions(places)
@@ -141,9 +142,10 @@ class _Recogniser:
             self.attention(i, attention)
             self.layer_norm(f"h.{i}.ln_2", mlp.norm)
             self.mlp(i, mlp)
-            self.taps[f"h.{i}.resid_mid"] = self.stream(mlp.norm.x)
             after = layers[i + 1][0].norm if i + 1 < len(layers) else final
-            self.taps[f"h.{i}.resid_post"] = self.stream(after.x)
+            for name, norm in ((f"h.{i}.resid_mid", mlp.norm), (f"h.{i}.resid_post", after)):
+                if norm.x:  # else summed inside a fused node
+                    self.taps[name] = self.stream(norm.x)
         self.layer_norm("ln_f", final)
         tied, head_bias = self.head(head, words)
         self.touched.update(n for n in self.base.values if n in graph.constants)
@@ -177,7 +179,7 @@ class _Recogniser:
             if norm is None:
                 continue
             if final is not None and final.out != norm.out:
-                longer = len(patterns.addends(graph, norm.x)) > len(patterns.addends(graph, final.x))
+                longer = len(patterns.stream(graph, norm)) > len(patterns.stream(graph, final))
                 final = norm if longer else final
             final = final or norm
             head = linear or head
@@ -194,9 +196,11 @@ class _Recogniser:
         graph = self.graph
         lookups: list[Lookup] = []
         branches: list[_Branch] = []
-        for addend in patterns.addends(graph, final.x):
-            if (lookup := patterns.match_lookup(graph, addend.value)) is not None:
-                lookups.append(lookup)
+        for addend in patterns.stream(graph, final):
+            if graph.is_constant(addend.value):
+                continue  # a bias that a fused node adds to the stream; `pair` finds out whose
+            if found := patterns.match_lookups(graph, addend.value):
+                lookups.extend(found)
             elif (linear := patterns.match_linear(graph, addend.value)) is not None:
                 branches.append(self.find_branch(addend, linear))
             else:
@@ -230,14 +234,17 @@ class _Recogniser:
         norm = next(iter(norms.values()))
         if len(norms) != 1 or norm is None:
             raise UnsupportedModelError(f"{maps[0].node.describe()} does not read a layer norm")
-        return _Branch(addend, out, norm, patterns.addends(graph, norm.x), core, tuple(maps))
+        return _Branch(addend, out, norm, patterns.stream(graph, norm), core, tuple(maps))
 
     def pair(self, lookups: list[Lookup], branches: list[_Branch], final: LayerNorm) -> list[tuple[_Branch, _Branch]]:
         """Order the branches: each must read the embeddings and all branches before it, in turns."""
+        graph = self.graph
         branches = sorted(branches, key=lambda b: len(b.before))
-        stream = Counter(lookup.out for lookup in lookups)
+        terms = Counter(lookup.out for lookup in {lookup.out: lookup for lookup in lookups}.values())
+        biases: Counter[str] = Counter()
         for n, branch in enumerate(branches):
-            if Counter(a.value for a in branch.before) != stream:
+            before = Counter(a.value for a in branch.before if not graph.is_constant(a.value))
+            if before != terms or Counter(a.value for a in branch.before if graph.is_constant(a.value)) != biases:
                 raise UnsupportedModelError(
                     f"{branch.norm.node.describe()} (layer norm {n + 1}) does not read the residual stream: "
                     "the embeddings plus every attention and MLP before it"
@@ -245,7 +252,15 @@ class _Recogniser:
             if (branch.core is None) != bool(n % 2):
                 kind = "an MLP" if branch.core is None else "an attention"
                 raise UnsupportedModelError(f"{branch.out.node.describe()} ends {kind} where the other is due")
-            stream[branch.addend.value] += 1
+            terms[branch.addend.value] += 1
+            after = branches[n + 1].before if n + 1 < len(branches) else patterns.stream(graph, final)
+            added = Counter(a.value for a in after if graph.is_constant(a.value)) - biases
+            biases += added
+            for name in added:
+                bias = patterns.vector(graph, name, branch.out.weight.shape[1])
+                if bias is None or branch.out.bias is not None:
+                    raise UnsupportedModelError(f"{branch.out.node.describe()}: {name!r} is added behind it, but is no bias")
+                branch.out = replace(branch.out, bias=bias, bias_later=name)
         if len(branches) % 2 or not branches:
             raise UnsupportedModelError(f"{len(branches)} attentions and MLPs do not make whole blocks")
         return list(zip(branches[::2], branches[1::2], strict=True))
@@ -257,7 +272,7 @@ class _Recogniser:
             raise UnsupportedModelError(f"GPT-2 starts with two embeddings, tokens and positions; here are: {tables}")
 
         def likely_words(lookup: Lookup) -> tuple[bool, bool, bool, int]:
-            source = self.graph.strip(lookup.rows)
+            source = self.graph.strip(lookup.rows) if lookup.rows else ""
             name = " ".join(lookup.table.origin)
             return (
                 "wte" in name and "wpe" not in name,
@@ -275,7 +290,7 @@ class _Recogniser:
     def find_inputs(self, words: Lookup, places: Lookup, layers: list[tuple[_Branch, _Branch]]) -> None:
         graph = self.graph
         self.roles[graph.strip(words.rows)] = "input_ids", None
-        if graph.is_input(place := graph.strip(places.rows)):
+        if places.rows and graph.is_input(place := graph.strip(places.rows)):
             self.roles[place] = "position_ids", None
         for i, (branch, _) in enumerate(layers):
             core = branch.core
@@ -290,7 +305,7 @@ class _Recogniser:
             for value in graph.ancestors(core.masked, stop):
                 if graph.is_input(value) and value not in self.roles:
                     self.roles[value] = "attention_mask", None
-        for value in graph.ancestors(places.rows, set(self.roles)):
+        for value in graph.ancestors(places.rows, set(self.roles)) if places.rows else ():
             if graph.is_input(value) and value not in self.roles:
                 self.roles[value] = "attention_mask", None
         for port in graph.inputs:
@@ -357,6 +372,8 @@ class _Recogniser:
     def find_positions(self, places: Lookup) -> tuple[int, str]:
         """The offset of the first row of wpe, and how rows are chosen."""
         B, T, P = self.B, self.T, self.P
+        if not places.rows:
+            return 0, "range"
         rows = np.broadcast_to(self.evaluate(places.rows).reshape(-1, T), (B, T))
         given = [n for n, (role, _) in self.roles.items() if role == "position_ids"]
         expected = self.known[given[0]].reshape(-1, T) if given else np.arange(P, P + T)
@@ -408,8 +425,9 @@ class _Recogniser:
         self.sources[f"{name}.weight"] = norm.weight or ones((width,), "no gain in the file")
         self.sources[f"{name}.bias"] = norm.bias or zeros((width,), "no bias in the file")
         self.epsilons[name] = float(str(np.float32(norm.epsilon)))  # 1e-05, as float32 holds it
-        shape = self.evaluate(norm.x).shape
-        self.know(norm.x, np.full(shape, np.nan))
+        shape = self.evaluate(norm.adds[0] if norm.adds else norm.x).shape
+        if norm.x:
+            self.know(norm.x, np.full(shape, np.nan))
         self.know(norm.out, np.full(shape, np.nan))
         self.taps[name] = self.stream(norm.out)
 
@@ -425,14 +443,19 @@ class _Recogniser:
         self.linear(f"{name}.c_proj", branch.out)
         self.activations[i] = self.activation(fc, branch.out, shape)
         self.feed_linear(branch.out)
-        self.taps[f"{name}.c_fc"] = self.stream(self.widest(fc.out))
+        if not fc.bias_later:
+            self.taps[f"{name}.c_fc"] = self.stream(self.widest(fc.out))
         self.taps[f"{name}.gelu"] = self.stream(self.widest(branch.out.x))
-        self.taps[f"{name}.out"] = self.stream(self.widest(branch.out.out))
+        if not branch.out.bias_later:
+            self.taps[f"{name}.out"] = self.stream(self.widest(branch.out.out))
 
     def activation(self, fc: Linear, out: Linear, shape: tuple[int, ...]) -> str:
         """Which function lies between the two maps of an MLP: that whose values come out."""
         grid = np.resize(np.linspace(-8, 8, 8191), shape) if np.prod(shape) > 8191 else _spread(shape)
-        (got,) = self.run_with({fc.out: grid}, out.x)
+        feeds = {fc.out: grid}
+        if fc.bias_later:
+            feeds[fc.bias_later] = np.zeros(fc.weight.shape[1])
+        (got,) = self.run_with(feeds, out.x)
         errors = {n: float(np.abs(got.ravel() - f(grid.ravel())).max()) for n, f in reference.ACTIVATIONS.items()}
         best = min(errors, key=lambda n: errors[n])
         if not errors[best] < 2e-4:  # erf and tanh GELU lie 4.7e-4 apart; float16 constants are off by 1e-4
@@ -638,7 +661,8 @@ class _Recogniser:
             self.taps[f"{name}.heads"] = TapLocation(
                 merged, lambda a, batch: a.reshape(batch, -1, a.shape[-1])[..., row_order]
             )
-        self.taps[f"{name}.out"] = self.stream(self.widest(branch.out.out))
+        if not branch.out.bias_later:
+            self.taps[f"{name}.out"] = self.stream(self.widest(branch.out.out))
 
     def number(self, name: str) -> float | None:
         """A value that is one number, constant or computed from sizes."""

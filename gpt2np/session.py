@@ -1,0 +1,191 @@
+"""ONNX Runtime's calling convention over gpt2np's own engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .cache import KVCache
+from .errors import ContextOverflowError, InputError
+from .model import GPT2, check_ids, check_positions
+from .weights import Array
+
+if TYPE_CHECKING:
+    from .onnx.recognise import Port
+
+
+class NodeArg:
+    """One input or output as the file declares it; the same fields as onnxruntime.NodeArg."""
+
+    def __init__(self, port: Port) -> None:
+        self.name = port.name
+        self.type = f"tensor({_ONNX_TYPES.get(port.dtype.name, port.dtype.name)})"
+        self.shape: list[int | str | None] = list(port.shape)
+
+    def __repr__(self) -> str:
+        return f"NodeArg(name={self.name!r}, type={self.type!r}, shape={self.shape})"
+
+
+_ONNX_TYPES = {"float32": "float", "float64": "double"}
+
+
+class InferenceSession:
+    """Runs a GPT-2 file with the names, ranks, order and types that the file itself declares.
+
+    A drop-in for onnxruntime.InferenceSession where a GPT-2 is run on the CPU.
+
+    Parameters
+    ----------
+    path : path
+        A model.onnx, or a folder with one in it.
+    engine : "numba" or "numpy"
+        The compiled kernels, or the textbook.
+    dtype : "float32" or "float64"
+        What is computed in; outputs have the file's own types.
+
+    Raises
+    ------
+    ModelFileError, UnsupportedModelError, WeightError
+        As `gpt2np.load` does.
+
+    Examples
+    --------
+    >>> import gpt2np, numpy as np
+    >>> from gpt2np.model import embedded_model_path
+    >>> session = gpt2np.InferenceSession(embedded_model_path(), engine="numpy")
+    >>> session.get_inputs()[0].name
+    'input1'
+    >>> session.run(["output1"], {"input1": np.array([[[1, 2, 3]]])})[0].shape[:3]
+    (1, 1, 3)
+    """
+
+    def __init__(self, path: str | Path, engine: str = "numba", dtype: str = "float32") -> None:
+        from .onnx.reader import open_model
+        from .onnx.recognise import recognise
+
+        file = open_model(path)
+        self._recognised = recognise(file)
+        self.model = GPT2(self._recognised.config, self._recognised.sources, engine, dtype, file.path, self._recognised)
+
+    def get_inputs(self) -> list[NodeArg]:
+        """The file's inputs, in its order."""
+        return [NodeArg(port) for port in self._recognised.inputs]
+
+    def get_outputs(self) -> list[NodeArg]:
+        """The file's outputs, in its order."""
+        return [NodeArg(port) for port in self._recognised.outputs]
+
+    def run(self, output_names: Sequence[str] | None, input_feed: Mapping[str, Any]) -> list[Array]:
+        """Compute outputs from inputs.
+
+        Parameters
+        ----------
+        output_names : names or None
+            The outputs wanted, in this order; None (or nothing) for all.
+        input_feed : {name: array}
+            Every input that the file declares, of its type and rank.
+
+        Raises
+        ------
+        InputError, TokenRangeError, ContextOverflowError
+            Before any work: an unknown output; an input that is missing, unknown, or of the wrong type, rank or
+            shape; a token id or position out of range; more positions than n_ctx.
+        """
+        outputs = {port.name: port for port in self._recognised.outputs}
+        wanted = list(output_names) if output_names else list(outputs)
+        for name in wanted:
+            if name not in outputs:
+                raise InputError(f"no output {name!r}; this file's outputs are {', '.join(outputs)}")
+        feeds = self._checked_feeds(input_feed)
+        config = self.model.config
+
+        given_ids = next(feeds[p.name] for p in self._recognised.inputs if p.role == "input_ids")
+        ids = check_ids(given_ids, config)
+        B, T = ids.shape
+        cache = self._cache(feeds, B, T)
+        P = cache.length
+        attention_mask = self._attention_mask(feeds, B, P + T)
+        position_ids = self._position_ids(feeds, attention_mask, B, T, P)
+
+        roles = {outputs[name].role for name in wanted}
+        out = self.model(
+            ids, cache, None, "logits" in roles or "last_logits" in roles, attention_mask, position_ids
+        )
+
+        def value(port: Port) -> Array:
+            if port.role in ("logits", "last_hidden_state"):
+                found = out.logits if port.role == "logits" else out.last_hidden_state
+                assert found is not None
+                if len(port.shape) == given_ids.ndim + 1:  # the zoo's two batch axes, or none
+                    return found.reshape(*given_ids.shape, found.shape[-1])
+                return found
+            assert port.layer is not None
+            past = out.past[port.layer]
+            return past if port.role == "present" else past[int(port.role == "present_value")]
+
+        return [np.ascontiguousarray(value(outputs[name]), outputs[name].dtype) for name in wanted]
+
+    def _checked_feeds(self, input_feed: Mapping[str, Any]) -> dict[str, Array]:
+        """The inputs as arrays: each that is declared, no other, of the declared type, rank and fixed sizes."""
+        ports = {port.name: port for port in self._recognised.inputs}
+        missing = [name for name in ports if name not in input_feed]
+        unknown = [name for name in input_feed if name not in ports]
+        if missing or unknown:
+            parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+            raise InputError(f"wrong input names ({'; '.join(parts)}); this file's inputs are {', '.join(ports)}")
+        feeds = {}
+        for name, port in ports.items():
+            array = np.asarray(input_feed[name])
+            expected = f"{port.dtype} [{', '.join('?' if s is None else str(s) for s in port.shape)}]"
+            given = f"{array.dtype} {list(array.shape)}"
+            if array.dtype != port.dtype or array.ndim != len(port.shape):
+                raise InputError(f"input {name!r}: got {given}, expected {expected}")
+            if any(isinstance(s, int) and s != n for s, n in zip(port.shape, array.shape, strict=True)):
+                raise InputError(f"input {name!r}: got {given}, expected {expected}")
+            feeds[name] = array
+        return feeds
+
+    def _cache(self, feeds: Mapping[str, Array], B: int, T: int) -> KVCache:
+        """A cache with room for the new positions, filled with the past that was fed."""
+        config = self.model.config
+        pasts = [port for port in self._recognised.inputs if port.role.startswith("past")]
+        P = feeds[pasts[0].name].shape[-2] if pasts else 0
+        for port in pasts:
+            expected = (*(2,) * (port.role == "past"), B, config.n_head, P, config.head_size)
+            if feeds[port.name].shape != expected:
+                raise InputError(
+                    f"input {port.name!r}: got shape {feeds[port.name].shape}, expected {expected} "
+                    f"for a batch of {B} after {P} cached positions"
+                )
+        if P + T > config.n_ctx:
+            raise ContextOverflowError(f"{T} new positions after {P} cached ones exceed the model's n_ctx of {config.n_ctx}")
+        cache = self.model.new_cache(B, P + T)
+        for port in pasts:
+            assert port.layer is not None
+            layer = cache.layers[port.layer]
+            part = layer if port.role == "past" else layer[int(port.role == "past_value")]
+            part[..., :P, :] = feeds[port.name]
+        cache.advance(P)
+        return cache
+
+    def _attention_mask(self, feeds: Mapping[str, Array], B: int, S: int) -> Array | None:
+        for port in self._recognised.inputs:
+            if port.role == "attention_mask":
+                mask = feeds[port.name]
+                if mask.shape != (B, S):
+                    raise InputError(f"input {port.name!r}: got shape {mask.shape}, expected {(B, S)}: cached and new positions")
+                return mask
+        return None
+
+    def _position_ids(self, feeds: Mapping[str, Array], mask: Array | None, B: int, T: int, P: int) -> Array | None:
+        """Rows of wpe, where they do not simply follow the cached ones."""
+        if self._recognised.positions == "mask" and mask is not None:
+            return self._recognised.positions_from_mask(mask)[:, P:]
+        for port in self._recognised.inputs:
+            if port.role == "position_ids":
+                check_positions(feeds[port.name], self.model.config, B, T, P)
+                return feeds[port.name]
+        return None
