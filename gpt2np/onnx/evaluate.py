@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UnsupportedModelError
+from .dequantize import UNPACK
 
 if TYPE_CHECKING:
     from .graph import Graph, Node
@@ -259,27 +260,57 @@ def _softmax(node: Node, inputs: Sequence[Any], opset: int) -> Array:
 
 
 def _dequantize(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    """(x - zero_point) * scale, with one scale per tensor, per slice of an axis, or per block along it."""
-    x, scale = inputs[0], inputs[1]
-    zero = _optional(inputs, 2)
-    if scale.size > 1 or scale.ndim > 0:
-        axis = node.attributes.get("axis", 1)
-        axis = axis + x.ndim if axis < 0 else axis
-        block = node.attributes.get("block_size", 0)
-        scale, zero = (None if a is None else _spread(a, x.shape, axis, block) for a in (scale, zero))
+    """(x - zero_point) * scale, with one of each per tensor, per slice of an axis, or per block along it."""
+    x, zero = inputs[0], _optional(inputs, 2)
+    axis = node.attributes.get("axis", 1)
+    block = node.attributes.get("block_size", 0)
     out = x.astype(np.float32)
     if zero is not None:
-        out -= zero.astype(np.float32)
-    out *= scale.astype(np.float32)
+        out -= _spread(zero.astype(np.float32), x.shape, axis, block)
+    out *= _spread(inputs[1].astype(np.float32), x.shape, axis, block)
     return np.asarray(out)
 
 
 def _spread(a: Array, shape: tuple[int, ...], axis: int, block: int) -> Array:
+    """Bring scales or zero points to a shape that broadcasts with the tensor's."""
+    if a.size == 1:
+        return a.reshape(())
+    axis = axis + len(shape) if axis < 0 else axis
     if block:
         return np.asarray(np.repeat(a, block, axis)[tuple(slice(n) for n in shape)])
-    if a.size == 1:
-        return np.asarray(a.reshape(()))
-    return np.asarray(a.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
+    return a.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+
+
+def _unpack_bits(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    """com.microsoft.MatMulNBits' weights (K, N), or GatherBlockQuantized's table (N, K): blocks along K.
+
+    https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
+    """
+    packed, scales, zeros = inputs[0], inputs[1], _optional(inputs, 2)
+    K, N, bits, block = (int(node.attributes[k]) for k in ("K", "N", "bits", "block_size"))
+    blocks = -(-K // block)
+
+    def integers(array: Array, count: int) -> Array:
+        """(N, count) integers from whole numbers or from `bits` bits each, the lowest first; rows are padded."""
+        array = array.reshape(N, -1)
+        if array.dtype.name in ("int4", "uint4", "int2", "uint2"):
+            return array.astype(np.int16)[:, :count]
+        if bits == 8 or not array.dtype.name.startswith(("uint8", "int8")):
+            return array[:, :count]
+        shifts = np.arange(0, 8, bits, dtype=np.uint8)
+        return ((array.view(np.uint8)[:, :, None] >> shifts) & (2**bits - 1)).reshape(N, -1)[:, :count]
+
+    values = integers(packed, blocks * block).astype(np.float32)
+    values = np.pad(values, ((0, 0), (0, blocks * block - values.shape[1])))
+    if zeros is not None:
+        offset: Any = integers(zeros, blocks).astype(np.float32)[:, :, None]
+    elif packed.dtype.name in ("int4", "int8"):
+        offset = np.float32(0)
+    else:
+        offset = np.float32(2 ** (bits - 1))
+    table = (values.reshape(N, blocks, block) - offset) * scales.astype(np.float32).reshape(N, blocks, 1)
+    table = table.reshape(N, -1)[:, :K]
+    return np.asarray(table if node.attributes.get("rows_first", 0) else table.T)
 
 
 def _erf(x: Array) -> Array:
@@ -409,6 +440,7 @@ OPERATORS: dict[str, Operator] = {
     "Gemm": _gemm,
     "DequantizeLinear": _dequantize,
     "com.microsoft.DequantizeLinear": _dequantize,
+    UNPACK: _unpack_bits,
     "ReduceMean": _reduce(np.mean),
     "ReduceSum": _reduce(np.sum),
     "ReduceProd": _reduce(np.prod),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UnsupportedModelError
+from .dequantize import RULES
 from .reader import ModelFile, Tensor
 
 if TYPE_CHECKING:
@@ -54,8 +55,13 @@ class Graph:
         Which branch of an If on a graph input (as in merged decoders) is taken for the graph itself.
     """
 
+    # What moves the elements of a quantised activation and leaves them quantised.
+    LAYOUTS = RESHAPES | {"Identity", "Transpose", "Slice", "Split", "Concat", "Expand", "Where"}
+
     def __init__(self, file: ModelFile, branch: str = "") -> None:
         self.file = file
+        self.rounded: set[str] = set()  # values that the file holds as integers, here as the floats they stand for
+        self.roundings: dict[str, int] = {}  # the operators that round activations, and how often
         proto = file.proto
         if proto.functions:
             import onnx.inliner
@@ -90,7 +96,13 @@ class Graph:
                 continue
             domain = _domain(node.domain)
             op = f"{domain}.{node.op_type}" if domain else node.op_type
-            self._add_node(Node(op, domain, node.name, tuple(node.input), tuple(node.output), attributes))
+            made = Node(op, domain, node.name, tuple(node.input), tuple(node.output), attributes)
+            rule = RULES.get(op)
+            rewritten = rule(self, made) if rule else None
+            if rewritten is not None and rewritten[-1].op != "Gather" and op not in ("DequantizeLinear",):
+                self.roundings[op] = self.roundings.get(op, 0) + 1
+            for one in rewritten or [made]:
+                self._add_node(one)
 
     def _add_node(self, node: Node) -> None:
         self.nodes.append(node)

@@ -111,6 +111,28 @@ def _biased(graph: Graph, name: str) -> Linear | None:
     return None
 
 
+def _scaled(graph: Graph, name: str) -> Linear | None:
+    """A product, then Mul with one number or one per column: what is left of the scales of integer products."""
+    node = graph.producer(name)
+    if node is None or node.op != "Mul":
+        return None
+    for product, factors in (node.inputs, node.inputs[::-1]):
+        if not graph.is_constant(factors) or graph.is_constant(product):
+            continue
+        linear = _matmul(graph, graph.strip(product, SAME))
+        if linear is None:
+            return None
+        scale = constant_source(graph, factors)
+        if int(np.prod(scale.shape)) not in (1, linear.weight.shape[1]):
+            return None
+        weight = linear.weight.then(
+            "Mul", linear.weight.shape, lambda w: w * scale.read().reshape(-1).astype(w.dtype)
+        )
+        weight = replace(weight, origin=tuple(dict.fromkeys((*weight.origin, *scale.origin))))
+        return replace(linear, out=name, weight=weight)
+    return None
+
+
 def _biased_by_activation(graph: Graph, name: str) -> Linear | None:
     """com.microsoft: the bias is added inside the activation that follows."""
     consumers = graph.consumers(name)
@@ -123,7 +145,7 @@ def _biased_by_activation(graph: Graph, name: str) -> Linear | None:
     return None if bias is None else replace(linear, bias=bias, bias_later=consumers[0].input(1))
 
 
-LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_biased_by_activation, _gemm, _matmul, _biased]
+LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_biased_by_activation, _gemm, _matmul, _scaled, _biased]
 
 
 def match_linear(graph: Graph, name: str) -> Linear | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import WeightError
+from .dequantize import UNPACK
 from .evaluate import Evaluator, is_float
 from .graph import Graph
 from .reader import Tensor, empty_aligned
@@ -115,7 +116,7 @@ def constant_source(graph: Graph, name: str) -> Source:
                 origin.append(current)
         elif (node := graph.producer(current)) is not None:
             if node.op != "Identity":
-                steps.insert(0, node.op)
+                steps.insert(0, node.attributes.get("written_as", node.op))
             pending.extend(i for i in node.inputs if i)
     direct = graph.strip(name, frozenset({"Identity"}))
     if direct in graph.constants:
@@ -139,6 +140,9 @@ def constant_shape(graph: Graph, name: str) -> tuple[int, ...]:
     assert node is not None, name
     if node.op in ("Identity", "Cast", "CastLike", "DequantizeLinear", "com.microsoft.DequantizeLinear"):
         return constant_shape(graph, node.inputs[0])
+    if node.op == UNPACK:
+        N, K = int(node.attributes["N"]), int(node.attributes["K"])
+        return (N, K) if node.attributes.get("rows_first", 0) else (K, N)
     if node.op == "Transpose":
         shape = constant_shape(graph, node.inputs[0])
         perm = node.attributes.get("perm") or range(len(shape))[::-1]
