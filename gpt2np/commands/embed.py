@@ -1,0 +1,113 @@
+"""`gpt2np embed`: lines of text to hidden states."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from ..errors import InputError
+from ..weights import Array
+from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
+from ._terminal import console, note, progress
+
+
+def embed(
+    file: Annotated[Path, typer.Argument(help="Lines of text; - is standard input.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .npz or .npy file to write.")],
+    tap: Annotated[
+        list[str] | None,
+        typer.Option(help="Any intermediate result, such as h.5.resid_post. Repeatable. [default: last_hidden_state]"),
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="One vector for each line: last (its last token's) or mean. [default: all]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Lines that are run together.")] = 8,
+    model: ModelOption = None,
+    tokenizer: TokenizerOption = None,
+    engine: EngineOption = "numba",
+) -> None:
+    """Write the model's last hidden state, or any tap, for each line of a text.
+
+    An .npz file holds, for line i, `last_hidden_state/i` (tokens, C) and `input_ids/i` (tokens,). With --pool it
+    holds one array `last_hidden_state` (lines, C). An .npy file holds that one array alone, or without --pool an
+    array (lines, tokens, C), which needs lines of equally many tokens.
+
+    Examples:
+
+    - `gpt2np embed lines.txt -o states.npz`
+
+    - `echo "Hello world" | gpt2np embed - -o hello.npy`
+
+    - `gpt2np embed lines.txt -o vectors.npy --pool mean -m gpt2-10`
+
+    - `gpt2np embed lines.txt -o attention.npz --tap h.0.attn.probs --tap h.1.attn.probs`
+    """
+    from ..embed import LAST_HIDDEN_STATE
+    from ..embed import embed as states_of
+
+    taps = tuple(dict.fromkeys(tap or [LAST_HIDDEN_STATE]))
+    if output.suffix not in (".npz", ".npy"):
+        raise InputError(f"the output must be an .npz or .npy file, got {output}")
+    if output.suffix == ".npy" and len(taps) > 1:
+        raise InputError("an .npy file holds one array: give one --tap, or write an .npz file")
+    lines = [line.removesuffix("\r") for line in read_text(file).removesuffix("\n").split("\n")]
+    for number, line in enumerate(lines, 1):
+        if not line:
+            raise InputError(f"line {number} of {file} is empty: it has no tokens")
+    found = states_of(load_model(model, tokenizer, engine), lines, taps, pool, batch_size)
+    draft = output.with_name(f"{output.name}.{os.getpid()}.tmp")
+    try:
+        with progress(str(file), len(lines), "lines") as advance:
+            _write(draft, output.suffix, _counted(found, advance), taps, pooled=pool is not None)
+        draft.replace(output)
+    except KeyboardInterrupt:
+        note(f"stopped; {output} is not written")
+        raise typer.Exit(130) from None
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    console().print(f"{output}: {', '.join(taps)} of {len(lines):,} lines")
+
+
+def _counted(found: Iterator[dict[str, Array]], advance: Callable[[float], None]) -> Iterator[dict[str, Array]]:
+    for states in found:
+        yield states
+        advance(1)
+
+
+def _write(path: Path, suffix: str, found: Iterator[dict[str, Array]], taps: Sequence[str], pooled: bool) -> None:
+    if suffix == ".npy":
+        with path.open("wb") as file:
+            np.save(file, _stack([states[taps[0]] for states in found]))
+        return
+    with zipfile.ZipFile(path, "w") as archive:
+        if pooled:
+            rows = list(found)
+            for tap in taps:
+                _add(archive, tap, _stack([states[tap] for states in rows]))
+            return
+        for i, states in enumerate(found):  # not np.savez, which needs all of them in memory
+            for name, value in states.items():
+                _add(archive, f"{name}/{i}", value)
+
+
+def _stack(rows: list[Array]) -> Array:
+    shapes = {row.shape for row in rows}
+    if len(shapes) > 1:
+        raise InputError(
+            f"the lines have different numbers of tokens (shapes {', '.join(map(str, sorted(shapes)[:3]))}, ...), "
+            "which one array cannot hold: write an .npz file, or choose --pool"
+        )
+    return np.stack(rows)
+
+
+def _add(archive: zipfile.ZipFile, name: str, value: Array) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+        np.lib.format.write_array(entry, value)

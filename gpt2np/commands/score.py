@@ -1,0 +1,155 @@
+"""`gpt2np score`: how probable a model finds texts."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..score import LastWordScoring, Progress, TextScoring, read_passages
+from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
+from ._terminal import note, print_json, print_table, progress
+
+
+def score(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help="Texts; .jsonl: passages whose last words are guessed.")
+    ],
+    window: Annotated[int | None, typer.Option(help="Tokens a prediction may look at. [default: n_ctx]")] = None,
+    stride: Annotated[int | None, typer.Option(help="Tokens from window to window. [default: window / 2]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows or passages that are run together.")] = 8,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep progress in FILE, and go on from what is there.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one line of JSON for each file.")] = False,
+    model: ModelOption = None,
+    tokenizer: TokenizerOption = None,
+    engine: EngineOption = "numba",
+    dtype: Annotated[str, typer.Option(help="float32, or float64 for exact sums.")] = "float32",
+) -> None:
+    """Log-likelihood and perplexity of texts; accuracy of last words.
+
+    A text is cut into windows of --window tokens, --stride apart; each scores the tokens that no earlier one has,
+    so every token but the first is scored once, with at least window - stride tokens before it (where stride is
+    window, the first token of each window is left out). Perplexity per word and per byte count the words and
+    bytes of the text, which makes them comparable between tokenizers.
+
+    A .jsonl file holds a passage in the "text" of each line, as LAMBADA does: its last word counts as guessed if
+    each of the word's tokens is the most probable one.
+
+    Ctrl-C prints the results so far (exit code 130); with --resume the same command goes on from there.
+
+    Examples:
+
+    - `gpt2np score story.txt`
+
+    - `gpt2np score wikitext2_raw_test.txt -m gpt2-lm-head-10 --stride 512 --resume progress.json`
+
+    - `gpt2np score lambada_test.jsonl --json`
+    """
+    kept = Progress(resume)
+    texts = [read_text(path) for path in files]
+    gpt2 = load_model(model, tokenizer, engine, dtype)
+    scorings: list[TextScoring | LastWordScoring] = []
+    for path, text in zip(files, texts, strict=True):
+        if path.suffix == ".jsonl":
+            scorings.append(LastWordScoring(gpt2, read_passages(text), batch_size, progress=kept))
+        else:
+            scorings.append(TextScoring(gpt2, text, window, stride, batch_size, progress=kept))
+    records: list[dict[str, Any]] = []
+    complete = True
+    for path, scoring in zip(files, scorings, strict=True):
+        rate = _run(path, scoring)
+        complete = scoring.done == scoring.total
+        if scoring.done:
+            records.append({"file": str(path), "complete": complete, **_record(scoring), "per_second": rate})
+            if json:
+                print_json(records[-1])
+        if not complete:
+            break
+    if not json:
+        _print(records)
+    if not complete:
+        raise typer.Exit(130)
+
+
+def _run(path: Path, scoring: TextScoring | LastWordScoring) -> float | None:
+    """Score one file with a progress bar; tokens or passages a second, None where there was nothing left to do."""
+    unit = "passages" if isinstance(scoring, LastWordScoring) else "tokens"
+    before, began = scoring.done, time.perf_counter()
+    try:
+        with progress(str(path), scoring.total, unit) as advance:
+            advance(before)
+            for amount in scoring:
+                advance(amount)
+    except KeyboardInterrupt:
+        note(f"stopped in {path} after {scoring.done:,} of {scoring.total:,} {unit}")
+    new = scoring.done - before
+    return round(new / (time.perf_counter() - began), 1) if new else None
+
+
+def _record(scoring: TextScoring | LastWordScoring) -> dict[str, Any]:
+    cut = {}
+    if isinstance(scoring, LastWordScoring):
+        names = ["passages", "correct", "accuracy", "log_likelihood", "perplexity"]
+    else:
+        names = ["tokens", "scored", "words", "bytes", "log_likelihood", "log_likelihood_per_token"]
+        names += ["perplexity", "perplexity_per_word", "perplexity_per_byte", "bits_per_byte"]
+        cut = {"window": scoring.window, "stride": scoring.stride}
+    values = {name: getattr(scoring.result, name) for name in names}
+    return cut | {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _print(records: list[dict[str, Any]]) -> None:
+    """One table for texts and one for passages."""
+    texts = [r for r in records if "tokens" in r]
+    passages = [r for r in records if "passages" in r]
+    if texts:
+        columns = (
+            "file",
+            ">tokens",
+            ">log-lik./token",
+            ">ppl/token",
+            ">ppl/word",
+            ">ppl/byte",
+            ">bits/byte",
+            ">tokens/s",
+        )
+        names = (
+            "log_likelihood_per_token",
+            "perplexity",
+            "perplexity_per_word",
+            "perplexity_per_byte",
+            "bits_per_byte",
+        )
+        print_table(
+            columns,
+            [(_name(r), f"{r['scored']:,}", *(f"{r[n]:.4f}" for n in names), _rate(r)) for r in texts],
+            title=f"window {texts[0]['window']}, stride {texts[0]['stride']}",
+        )
+    if passages:
+        print_table(
+            ("file", ">passages", ">last words right", ">accuracy", ">ppl/word", ">passages/s"),
+            [
+                (
+                    _name(r),
+                    f"{r['passages']:,}",
+                    f"{r['correct']:,}",
+                    f"{r['accuracy']:.2%}",
+                    f"{r['perplexity']:.4f}",
+                    _rate(r),
+                )
+                for r in passages
+            ],
+        )
+
+
+def _name(record: dict[str, Any]) -> str:
+    return str(record["file"]) + ("" if record["complete"] else " (part)")
+
+
+def _rate(record: dict[str, Any]) -> str:
+    return "" if record["per_second"] is None else f"{record['per_second']:,.0f}"

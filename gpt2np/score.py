@@ -1,0 +1,393 @@
+"""How probable a model finds a text: log-likelihood, perplexity, and the accuracy of guessing last words.
+
+A text longer than the context is cut into windows of `window` tokens that begin `stride` tokens apart. Each
+window scores the tokens that no earlier one has, given those before them in the window; so the very first token
+of a text is not scored, and with stride < window every other one is, with at least window - stride tokens of
+context. This is the recipe of "Perplexity of fixed-length models" in the documentation of Hugging Face
+transformers, with exact sums over tokens in the place of averages over windows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .errors import InputError, TokenizerError, TokenRangeError
+from .tokenizer import HOW_TO_GET_ONE, decode, encode
+from .weights import Array
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from .model import GPT2
+
+CHUNK = 2**24  # logits that are in memory at once, about: 64 MB in float32
+
+
+@dataclass(frozen=True)
+class Score:
+    """The log-likelihood of a text."""
+
+    tokens: int  # in the text
+    scored: int  # of these, how many were predicted
+    words: int  # separated by white space
+    bytes: int  # in UTF-8
+    log_likelihood: float  # natural log, sum over the scored tokens
+
+    @property
+    def log_likelihood_per_token(self) -> float:
+        return self.log_likelihood / self.scored
+
+    @property
+    def perplexity(self) -> float:
+        """Per token."""
+        return _exp(-self.log_likelihood / self.scored)
+
+    @property
+    def perplexity_per_word(self) -> float:
+        return _exp(-self.log_likelihood / max(self.words, 1))
+
+    @property
+    def perplexity_per_byte(self) -> float:
+        return _exp(-self.log_likelihood / self.bytes)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return -self.log_likelihood / self.bytes / math.log(2)
+
+
+@dataclass(frozen=True)
+class LastWords:
+    """How well the last words of passages are guessed."""
+
+    passages: int
+    correct: int  # every token of the word is the most probable one, given the passage and the word's tokens before
+    log_likelihood: float  # natural log, sum over the last words
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.passages
+
+    @property
+    def perplexity(self) -> float:
+        """Per word."""
+        return _exp(-self.log_likelihood / self.passages)
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 709 else math.inf
+
+
+class Progress:
+    """Results so far in a file that is always whole: it is replaced, never written into.
+
+    Results are filed under a key that changes with everything they depend on, so that a file can be kept and
+    given again whatever has changed meanwhile.
+
+    Raises
+    ------
+    InputError
+        If the file exists and is not a progress file.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._runs: dict[str, list[Any]] = {}
+        if path is not None and path.exists():
+            try:
+                self._runs = json.loads(path.read_text("utf-8"))["gpt2np score"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path} is not a progress file of `gpt2np score`: {error}") from None
+
+    def key(self, model: GPT2, ids: Sequence[int], *what: object) -> str:
+        """Identifies a run: what is scored and how, and what this model with this engine answers to some of it."""
+        if self._path is None:
+            return ""
+        answer = model(ids, logits="last").logits
+        assert answer is not None
+        return hashlib.sha256(answer.tobytes() + repr(what).encode()).hexdigest()
+
+    def get(self, key: str) -> list[Any]:
+        return list(self._runs.get(key, []))
+
+    def put(self, key: str, results: Sequence[Any]) -> None:
+        self._runs[key] = list(results)
+        if self._path is not None:
+            draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+            draft.write_text(json.dumps({"gpt2np score": self._runs}), "utf-8")
+            draft.replace(self._path)
+
+
+def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """(begin, first, end) of each window: tokens first..end-1 are scored, given begin..first-1.
+
+    >>> windows(10, window=4, stride=3)
+    [(0, 1, 4), (3, 4, 7), (6, 7, 10)]
+    """
+    found = []
+    end = 0
+    for begin in range(0, tokens, stride):
+        first, end = max(end, begin + 1), min(begin + window, tokens)
+        if first < end:
+            found.append((begin, first, end))
+        if end == tokens:
+            break
+    return found
+
+
+class TextScoring:
+    """Scores one text, batch after batch of windows.
+
+    Parameters
+    ----------
+    model : GPT2
+    text : str
+    window : int, optional
+        Tokens that a prediction may look at, itself included; at most (and by default) n_ctx.
+    stride : int, optional
+        Tokens from window to window; at most window, by default half of it.
+    batch_size : int
+        Windows that are run together.
+    tokenizer : tokenizers.Tokenizer, optional
+        Default: the one beside the model.
+    progress : Progress, optional
+        Where finished windows are kept and looked for.
+
+    Raises
+    ------
+    InputError, TokenizerError, TokenRangeError
+        If an argument is out of range, there is no tokenizer, or the text has fewer than two tokens.
+
+    Examples
+    --------
+    >>> import gpt2np
+    >>> from gpt2np.score import TextScoring
+    >>> scoring = TextScoring(gpt2np.load(), "Once upon a time there was a king.")
+    >>> for scored in scoring: pass
+    >>> scoring.result.scored == scoring.result.tokens - 1
+    True
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        text: str,
+        window: int | None = None,
+        stride: int | None = None,
+        batch_size: int = 8,
+        tokenizer: tokenizers.Tokenizer | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        n_ctx = model.config.n_ctx
+        self.window = n_ctx if window is None else window
+        if not 2 <= self.window <= n_ctx:
+            raise InputError(f"window must be in 2..{n_ctx} (n_ctx), got {self.window}")
+        self.stride = self.window // 2 if stride is None else stride
+        if not 1 <= self.stride <= self.window:
+            raise InputError(f"stride must be in 1..{self.window} (window), got {self.stride}")
+        self._model = model
+        self._batch_size = _positive(batch_size)
+        self._tokenizer = _tokenizer(model, tokenizer)
+        self._ids = _encode(model, self._tokenizer, text)
+        if len(self._ids) < 2:
+            raise InputError(f"a text needs two tokens, of which the second is scored; this one has {len(self._ids)}")
+        self._windows = windows(len(self._ids), self.window, self.stride)
+        self._progress = progress or Progress(None)
+        self._key = self._progress.key(model, self._ids[: self.window], text, self.window, self.stride)
+        self._done: list[float] = self._progress.get(self._key)  # log-likelihood of each finished window
+
+    @property
+    def total(self) -> int:
+        """Number of tokens to score."""
+        return self._scored(len(self._windows))
+
+    @property
+    def done(self) -> int:
+        """Of these, how many have been scored, in this run or in one that is gone on with."""
+        return self._scored(len(self._done))
+
+    def __iter__(self) -> Iterator[int]:
+        """Run what is left; yields after each batch the number of tokens that it scored."""
+        while (start := len(self._done)) < len(self._windows):
+            group = self._windows[start : start + self._batch_size]
+            rows = [(self._ids[begin:end], first - begin) for begin, first, end in group]
+            self._done += [math.fsum(logs) for logs, _ in predictions(self._model, rows)]
+            self._progress.put(self._key, self._done)
+            yield self._scored(len(self._done)) - self._scored(start)
+
+    @property
+    def result(self) -> Score:
+        """The score of the windows that are done: of the whole text, or of its beginning."""
+        end = self._windows[len(self._done) - 1][2] if self._done else 0
+        text = decode(self._tokenizer, self._ids[:end])
+        return Score(
+            tokens=end,
+            scored=self._scored(len(self._done)),
+            words=len(text.split()),
+            bytes=len(text.encode()),
+            log_likelihood=math.fsum(self._done),
+        )
+
+    def _scored(self, count: int) -> int:
+        return sum(end - first for _, first, end in self._windows[:count])
+
+
+class LastWordScoring:
+    """Scores the last words of passages, as LAMBADA does (Paperno et al. 2016).
+
+    The last word, with the space before it, is what is predicted; the passage before is given. Passages longer
+    than the context lose their beginning.
+
+    Parameters
+    ----------
+    model : GPT2
+    passages : sequence of str
+    batch_size, tokenizer, progress
+        As for `TextScoring`.
+
+    Raises
+    ------
+    InputError
+        If there is no passage, or one has a single word.
+    """
+
+    def __init__(
+        self,
+        model: GPT2,
+        passages: Sequence[str],
+        batch_size: int = 8,
+        tokenizer: tokenizers.Tokenizer | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._model = model
+        self._batch_size = _positive(batch_size)
+        tokenizer = _tokenizer(model, tokenizer)
+        if not passages:
+            raise InputError("there is no passage")
+        self._rows = []
+        for i, passage in enumerate(passages):
+            *_, word = passage.split() or [""]
+            given = passage.rstrip().removesuffix(word).rstrip()
+            if not given:
+                raise InputError(f"passage {i} has no words before its last one: {passage[:60]!r}")
+            target = _encode(model, tokenizer, f" {word}")
+            if len(target) >= model.config.n_ctx:
+                raise InputError(
+                    f"the last word of passage {i} has {len(target)} tokens, n_ctx is {model.config.n_ctx}"
+                )
+            ids = [*_encode(model, tokenizer, given), *target][-model.config.n_ctx :]
+            self._rows.append((ids, len(ids) - len(target)))
+        self._rows.sort(key=lambda row: len(row[0]))  # little padding
+        self._progress = progress or Progress(None)
+        self._key = self._progress.key(model, self._rows[-1][0], *passages)
+        self._done: list[tuple[float, bool]] = self._progress.get(self._key)
+
+    @property
+    def total(self) -> int:
+        """Number of passages."""
+        return len(self._rows)
+
+    @property
+    def done(self) -> int:
+        """Of these, how many have been scored, in this run or in one that is gone on with."""
+        return len(self._done)
+
+    def __iter__(self) -> Iterator[int]:
+        """Run what is left; yields after each batch its number of passages."""
+        while (start := len(self._done)) < len(self._rows):
+            group = self._rows[start : start + self._batch_size]
+            self._done += [(math.fsum(logs), bool(best.all())) for logs, best in predictions(self._model, group)]
+            self._progress.put(self._key, self._done)
+            yield len(group)
+
+    @property
+    def result(self) -> LastWords:
+        """The score of the passages that are done, which are the shortest ones while there are others."""
+        return LastWords(
+            len(self._done), sum(right for _, right in self._done), math.fsum(log for log, _ in self._done)
+        )
+
+
+def read_passages(text: str) -> list[str]:
+    """The "text" of each line of a JSON Lines file, as in LAMBADA's."""
+    passages = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                passage = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                raise InputError(f'line {number} is not a JSON object with a "text": {line[:60]!r}') from None
+            passages.append(str(passage))
+    return passages
+
+
+def predictions(model: GPT2, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[Array, Array]]:
+    """What a model predicts for the ends of some sequences.
+
+    Parameters
+    ----------
+    rows : sequence of (ids, first)
+        Tokens first..len(ids)-1 of each are looked at; first >= 1.
+
+    Returns
+    -------
+    list of (log-probabilities float64 (n,), bool (n,))
+        Of each token looked at, and whether it is the most probable one.
+    """
+    T = max(len(ids) for ids, _ in rows) - 1  # the last token is only predicted
+    inputs = np.zeros((len(rows), T), np.int64)  # padding on the right is seen by nothing that is looked at
+    targets = np.zeros((len(rows), T), np.int64)
+    for row, (ids, _) in enumerate(rows):
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = ids[1:]
+    logs = np.zeros((len(rows), T))
+    best = np.zeros((len(rows), T), bool)
+
+    start = min(first for _, first in rows) - 1
+    step = max(1, CHUNK // (len(rows) * model.config.vocab_size))
+    cache = model.new_cache(len(rows), T)
+    if start:
+        model(inputs[:, :start], cache=cache, logits=False)
+    for begin in range(start, T, step):
+        part = slice(begin, begin + step)
+        logits = model(inputs[:, part], cache=cache).logits  # (B, step, V)
+        assert logits is not None
+        largest = logits.max(axis=-1)
+        chosen = np.take_along_axis(logits, targets[:, part, None], axis=-1)[..., 0]
+        best[:, part] = logits.argmax(axis=-1) == targets[:, part]
+        exps = np.exp(np.subtract(logits, largest[..., None], out=logits), out=logits)
+        logs[:, part] = chosen.astype(np.float64) - largest - np.log(exps.sum(axis=-1, dtype=np.float64))
+    return [
+        (logs[i, first - 1 : len(ids) - 1], best[i, first - 1 : len(ids) - 1]) for i, (ids, first) in enumerate(rows)
+    ]
+
+
+def _positive(batch_size: int) -> int:
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    return batch_size
+
+
+def _tokenizer(model: GPT2, given: tokenizers.Tokenizer | None) -> tokenizers.Tokenizer:
+    found = model.tokenizer if given is None else given
+    if found is None:
+        raise TokenizerError(f"a text needs a tokenizer; {HOW_TO_GET_ONE}")
+    return found
+
+
+def _encode(model: GPT2, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    ids = encode(tokenizer, text)
+    if ids and max(ids) >= model.config.vocab_size:
+        raise TokenRangeError(
+            f"the tokenizer gives token {max(ids)}, the model knows 0..{model.config.vocab_size - 1}: "
+            "it is not this model's tokenizer"
+        )
+    return ids
