@@ -446,6 +446,7 @@ class ModelFile:
     def _locate(self, proto: onnx.TensorProto, nbytes: int, wrong: Callable[[str], NoReturn]) -> tuple[File, int, str]:
         """The file with a tensor's external data, and the offset, both checked."""
         entries = {entry.key: entry.value for entry in proto.external_data}
+        _check_text(self.path, *entries.values())
         location = entries.get("location", "")
         if not location:
             wrong("its external data has no location")
@@ -528,10 +529,8 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         skeleton = walker.strip(0, file.size, "model", "model")
     proto = _parse(path, skeleton)
     model = ModelFile(path, proto, (), 0, file, marker, walker.payloads, {})
-    try:
-        _collect(model, proto.graph, model.tensors)
-    except UnicodeDecodeError as error:
-        raise ModelFileError(f"{path} is not a sound ONNX file: a name in it is not UTF-8: {error}") from None
+    _check_text(path, proto.producer_name, proto.producer_version, *(opset.domain for opset in proto.opset_import))
+    _collect(model, proto.graph, model.tensors)
     model.files = (path, *dict.fromkeys(f.path for f in model._external.values()))
     model.nbytes = file.size + sum({f.path: f.size for f in model._external.values()}.values())
     return model
@@ -590,14 +589,16 @@ def _collect(model: ModelFile, graph: onnx.GraphProto, tensors: dict[str, Tensor
     """Check the tensors and names of a graph and the graphs inside it, and list the tensors by name."""
     own: set[str] = set()
     for proto in graph.initializer:
+        _check_text(model.path, proto.name)
         if not proto.name or proto.name in own:
             raise ModelFileError(f"{model.path}: initializer {proto.name!r} is nameless or given twice")
         own.add(proto.name)
         tensors.setdefault(proto.name, model.tensor(proto))
     for value in (*graph.input, *graph.output, *graph.value_info):
-        _ = value.name  # decodes it, so that text which is not UTF-8 is found here
+        _check_text(model.path, value.name, *(dim.dim_param for dim in value.type.tensor_type.shape.dim))
     for node in graph.node:
-        _ = node.name, node.op_type, node.domain, list(node.input), list(node.output)
+        _check_text(model.path, node.name, node.op_type, node.domain, *node.input, *node.output)
+        _check_text(model.path, *(attribute.name for attribute in node.attribute))
         for attribute in node.attribute:
             large = any(entry.key == model._marker for entry in attribute.t.external_data)
             if large and attribute.name == "value" and node.op_type == "Constant" and node.output:
@@ -606,3 +607,10 @@ def _collect(model: ModelFile, graph: onnx.GraphProto, tensors: dict[str, Tensor
                 _collect(model, attribute.g, tensors)
             for body in attribute.graphs:
                 _collect(model, body, tensors)
+
+
+def _check_text(path: Path, *names: object) -> None:
+    """Raise unless all names are strings: protobuf hands out bytes for what is not UTF-8."""
+    for name in names:
+        if not isinstance(name, str):
+            raise ModelFileError(f"{path} is not a sound ONNX file: the name {name!r} in it is not UTF-8")

@@ -148,28 +148,30 @@ def read_config(path: Path) -> GPT2Config:
     with file.open() as opened:
         config = _json(opened.read(), str(path))
     if config.get("model_type", "gpt2") != "gpt2":
-        raise UnsupportedModelError(f"{path} describes a model of type {config['model_type']!r}, not gpt2")
+        raise UnsupportedModelError(f"{path} describes a model of type {str(config['model_type'])[:80]!r}, not gpt2")
     if config.get("add_cross_attention"):
         raise UnsupportedModelError(f"{path}: add_cross_attention is not part of GPT-2")
 
-    def size(key: str, default: int | None = None) -> int:
+    def size(key: str, default: int | None = None, limit: int = 1 << 31) -> int:
         value = config.get(key)
         value = default if value is None else value
-        if type(value) is not int or not 0 < value < 1 << 31:
-            raise ModelFileError(f"{path}: {key} must be a positive number, got {value!r}")
+        if type(value) is not int or not 0 < value < limit:
+            raise ModelFileError(f"{path}: {key} must be a number from 1 to {limit - 1}, got {str(value)[:80]}")
         return value
 
     C, H = size("n_embd"), size("n_head")
     if C % H:
         raise ModelFileError(f"{path}: n_embd {C} is not divisible by n_head {H}")
     activation = config.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-        raise UnsupportedModelError(f"{path}: activation_function {activation!r} is none of {', '.join(ACTIVATIONS)}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{path}: activation_function {str(activation)[:80]!r} is none of {', '.join(ACTIVATIONS)}"
+        )
     epsilon = config.get("layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
-        raise ModelFileError(f"{path}: layer_norm_epsilon must be a small positive number, got {epsilon!r}")
+        raise ModelFileError(f"{path}: layer_norm_epsilon must be a small positive number, got {str(epsilon)[:80]}")
     scale = 1 / math.sqrt(C // H) if config.get("scale_attn_weights", True) else 1.0
-    L = size("n_layer")
+    L = size("n_layer", limit=10_000)
     overrides: tuple[tuple[str, float | str], ...] = ()
     if config.get("scale_attn_by_inverse_layer_idx", False):
         overrides = tuple((f"h.{i}.attn.scale", scale / (i + 1)) for i in range(1, L))
