@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, TokenizerError
 
 if TYPE_CHECKING:
     from ..model import GPT2
@@ -31,15 +31,23 @@ EngineOption = Annotated[str, typer.Option(help="numba: compiled kernels; numpy:
 
 
 def load_model(model: str | None, tokenizer: Path | None, engine: str, dtype: str = "float32") -> GPT2:
-    """The model of the option --model with the tokenizer of --tokenizer."""
+    """The model of the option --model with the tokenizer of --tokenizer, or the one beside it.
+
+    Raises
+    ------
+    TokenizerError
+        If there is no tokenizer, before the model is read.
+    """
     from .. import tokenizer as tokenizers
     from .. import zoo
-    from ..model import load
+    from ..model import embedded_model_path, load
 
-    given = None if tokenizer is None else tokenizers.load(tokenizer)
-    loaded = load(None if model is None else zoo.find(model), engine, dtype)
-    if given is not None:
-        loaded.tokenizer = given
+    path = embedded_model_path() if model is None else zoo.find(model)
+    found = tokenizers.find_beside(path) if tokenizer is None else tokenizers.load(tokenizer)
+    if found is None:
+        raise TokenizerError(f"there is no tokenizer beside {path}; {tokenizers.HOW_TO_GET_ONE}")
+    loaded = load(path, engine, dtype)
+    loaded.tokenizer = found
     return loaded
 
 

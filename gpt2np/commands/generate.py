@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import Gpt2npError, InputError, TokenizerError
-from ..tokenizer import HOW_TO_GET_ONE, decode, encode, end_of_text_id
+from ..errors import Gpt2npError, InputError
+from ..tokenizer import decode, encode, end_of_text_id
 from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
 from ._terminal import console, note, print_json, print_table
 
@@ -31,7 +31,7 @@ SHOWN |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Texts to continue. [default: standard input]")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue. [default: standard input]")
     ] = None,
     file: Annotated[
         list[Path] | None, typer.Option("--file", "-f", help="A file to continue; - is standard input. Repeatable.")
@@ -108,8 +108,7 @@ def generate(
     }
     try:
         gpt2 = load_model(model, tokenizer, engine)
-        if gpt2.tokenizer is None:
-            raise TokenizerError(f"text needs a tokenizer, and there is none beside {gpt2.path}; {HOW_TO_GET_ONE}")
+        assert gpt2.tokenizer is not None
         end = None if ignore_eos else end_of_text_id(gpt2.tokenizer)
         options["eos_token_id"] = end if end is None or end < gpt2.config.vocab_size else None
         if interactive:

@@ -127,7 +127,7 @@ def _print(records: list[dict[str, Any]]) -> None:
         )
         print_table(
             columns,
-            [(_name(r), f"{r['scored']:,}", *(f"{r[n]:.4f}" for n in names), _rate(r)) for r in texts],
+            [(_name(r), f"{r['scored']:,}", *(_number(r[n]) for n in names), _rate(r)) for r in texts],
             title=f"window {texts[0]['window']}, stride {texts[0]['stride']}",
         )
     if passages:
@@ -139,7 +139,7 @@ def _print(records: list[dict[str, Any]]) -> None:
                     f"{r['passages']:,}",
                     f"{r['correct']:,}",
                     f"{r['accuracy']:.2%}",
-                    f"{r['perplexity']:.4f}",
+                    _number(r["perplexity"]),
                     _rate(r),
                 )
                 for r in passages
@@ -149,6 +149,10 @@ def _print(records: list[dict[str, Any]]) -> None:
 
 def _name(record: dict[str, Any]) -> str:
     return str(record["file"]) + ("" if record["complete"] else " (part)")
+
+
+def _number(value: float | None) -> str:
+    return "inf" if value is None else f"{value:,.4f}" if abs(value) < 1e6 else f"{value:.4e}"
 
 
 def _rate(record: dict[str, Any]) -> str:
