@@ -111,9 +111,7 @@ class InferenceSession:
         position_ids = self._position_ids(feeds, attention_mask, B, T, P)
 
         roles = {outputs[name].role for name in wanted}
-        out = self.model(
-            ids, cache, None, "logits" in roles or "last_logits" in roles, attention_mask, position_ids
-        )
+        out = self.model(ids, cache, None, "logits" in roles or "last_logits" in roles, attention_mask, position_ids)
 
         def value(port: Port) -> Array:
             if port.role in ("logits", "last_hidden_state"):
@@ -134,7 +132,9 @@ class InferenceSession:
         missing = [name for name in ports if name not in input_feed]
         unknown = [name for name in input_feed if name not in ports]
         if missing or unknown:
-            parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(unknown)
+            parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"unknown: {', '.join(unknown)}"] * bool(
+                unknown
+            )
             raise InputError(f"wrong input names ({'; '.join(parts)}); this file's inputs are {', '.join(ports)}")
         feeds = {}
         for name, port in ports.items():
@@ -161,7 +161,9 @@ class InferenceSession:
                     f"for a batch of {B} after {P} cached positions"
                 )
         if P + T > config.n_ctx:
-            raise ContextOverflowError(f"{T} new positions after {P} cached ones exceed the model's n_ctx of {config.n_ctx}")
+            raise ContextOverflowError(
+                f"{T} new positions after {P} cached ones exceed the model's n_ctx of {config.n_ctx}"
+            )
         cache = self.model.new_cache(B, P + T)
         for port in pasts:
             assert port.layer is not None
@@ -176,7 +178,9 @@ class InferenceSession:
             if port.role == "attention_mask":
                 mask = feeds[port.name]
                 if mask.shape != (B, S):
-                    raise InputError(f"input {port.name!r}: got shape {mask.shape}, expected {(B, S)}: cached and new positions")
+                    raise InputError(
+                        f"input {port.name!r}: got shape {mask.shape}, expected {(B, S)}: cached and new positions"
+                    )
                 return mask
         return None
 

@@ -23,7 +23,7 @@ UNPACK = "gpt2np.UnpackBits"  # our own: packed integers of a com.microsoft node
 
 def _float(graph: Graph, name: str, scale: str, zero: str, origin: Node, made: list[Node], **attributes: Any) -> str:
     """Name of the float value that a quantised operand stands for."""
-    if name not in graph.constants:
+    if not graph.holds(name):
         return name  # an activation: its rounding is undone
     out = f"{name} as float in {origin.outputs[0]}"
     made.append(_node(origin, "DequantizeLinear", (name, scale, zero) if zero else (name, scale), out, **attributes))
@@ -43,34 +43,22 @@ def _constant(graph: Graph, name: str, value: Any) -> str:
     return name
 
 
-def _undo_rounding(graph: Graph, node: Node) -> list[Node] | None:
-    if node.inputs[0] in graph.constants:
-        return None
+def _quantize(graph: Graph, node: Node) -> list[Node]:
+    """Constants that are rounded as the file is run keep their exact values, too."""
     return [_node(node, "Identity", node.inputs[:1], node.outputs[0])]
 
 
 def _dequantize(graph: Graph, node: Node) -> list[Node] | None:
-    """Of an activation; of a constant (or of rows gathered from one) it is what it says."""
-    source = graph.strip(node.inputs[0], graph.LAYOUTS)
-    if node.inputs[0] in graph.rounded or source in graph.rounded:
-        return [_node(node, "Identity", node.inputs[:1], node.outputs[0])]
-    return None
+    """Of an activation; of a constant, or of rows gathered from one, it is what it says."""
+    return None if graph.holds(node.inputs[0]) else [_node(node, "Identity", node.inputs[:1], node.outputs[0])]
 
 
 def _dynamic_quantize(graph: Graph, node: Node) -> list[Node]:
     """Output 1 and 2, scale and zero point of the activation, become 1 and 0: what they undo is not done."""
-    graph.rounded.add(node.outputs[0])
     for output, value in zip(node.outputs[1:], (np.float32(1), np.uint8(0)), strict=False):
         if output:
             _constant(graph, output, value)
     return [_node(node, "Identity", node.inputs[:1], node.outputs[0])]
-
-
-def _quantize(graph: Graph, node: Node) -> list[Node] | None:
-    made = _undo_rounding(graph, node)
-    if made is not None:
-        graph.rounded.add(node.outputs[0])
-    return made
 
 
 def _matmul_integer(graph: Graph, node: Node) -> list[Node] | None:
@@ -110,7 +98,6 @@ def _qlinear_two(op: str) -> Rule:
         made: list[Node] = []
         a = _float(graph, node.inputs[0], node.inputs[1], node.input(2), node, made, axis=-1)
         b = _float(graph, node.inputs[3], node.inputs[4], node.input(5), node, made, axis=-1)
-        graph.rounded.add(node.outputs[0])
         return [*made, _node(node, op, (a, b), node.outputs[0])]
 
     return rule
@@ -118,7 +105,6 @@ def _qlinear_two(op: str) -> Rule:
 
 def _qlinear_one(op: str) -> Rule:
     def rule(graph: Graph, node: Node) -> list[Node]:
-        graph.rounded.add(node.outputs[0])
         attributes = {k: v for k, v in node.attributes.items() if k != "opset"}
         return [_node(node, op, node.inputs[:1], node.outputs[0], **attributes)]
 
@@ -132,8 +118,16 @@ def _qlinear_concat(graph: Graph, node: Node) -> list[Node]:
         _float(graph, node.inputs[i], node.inputs[i + 1], node.input(i + 2), node, made)
         for i in range(2, len(node.inputs), 3)
     ]
-    graph.rounded.add(node.outputs[0])
     return [*made, _node(node, "Concat", tuple(parts), node.outputs[0], axis=node.attributes["axis"])]
+
+
+def _qlinear_where(graph: Graph, node: Node) -> list[Node]:
+    """inputs: condition, then value, scale, zero of both branches, then scale and zero of y."""
+    made: list[Node] = []
+    x, y = (
+        _float(graph, node.inputs[i], node.inputs[i + 1], node.input(i + 2), node, made, axis=-1) for i in (1, 4)
+    )
+    return [*made, _node(node, "Where", (node.inputs[0], x, y), node.outputs[0])]
 
 
 def _qgemm(graph: Graph, node: Node) -> list[Node]:
@@ -147,8 +141,7 @@ def _qgemm(graph: Graph, node: Node) -> list[Node]:
         made.append(_node(node, "Mul", (a_scale, b_scale), unit))
         inputs = (*inputs, _float(graph, c, unit, "", node, made, axis=-1))
     if node.input(7):
-        graph.rounded.add(node.outputs[0])
-    attributes = {k: v for k, v in node.attributes.items() if k in ("transA", "transB", "alpha")}
+        attributes = {k: v for k, v in node.attributes.items() if k in ("transA", "transB", "alpha")}
     return [*made, _node(node, "Gemm", inputs, node.outputs[0], **attributes)]
 
 
@@ -187,6 +180,23 @@ def _gather_block_quantized(graph: Graph, node: Node) -> list[Node] | None:
     return [unpack, _node(node, "Gather", (out, rows), node.outputs[0], axis=0)]
 
 
+# The operators that round activations as the file is run.
+ROUNDING = frozenset(
+    {
+        "QuantizeLinear",
+        "com.microsoft.QuantizeLinear",
+        "DynamicQuantizeLinear",
+        "com.microsoft.DynamicQuantizeMatMul",
+        "QLinearMatMul",
+        "com.microsoft.QLinearAdd",
+        "com.microsoft.QLinearMul",
+        "com.microsoft.QLinearSigmoid",
+        "com.microsoft.QLinearSoftmax",
+        "com.microsoft.QGemm",
+        "com.microsoft.QAttention",
+    }
+)
+
 RULES: dict[str, Rule] = {
     "QuantizeLinear": _quantize,
     "com.microsoft.QuantizeLinear": _quantize,
@@ -202,6 +212,7 @@ RULES: dict[str, Rule] = {
     "com.microsoft.QLinearSigmoid": _qlinear_one("Sigmoid"),
     "com.microsoft.QLinearSoftmax": _qlinear_one("Softmax"),
     "com.microsoft.QLinearConcat": _qlinear_concat,
+    "com.microsoft.QLinearWhere": _qlinear_where,
     "com.microsoft.QGemm": _qgemm,
     "com.microsoft.QAttention": _qattention,
     "com.microsoft.MatMulNBits": _matmul_nbits,

@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import UnsupportedModelError
 from .dequantize import UNPACK
+from .expand import MASKED
 
 if TYPE_CHECKING:
     from .graph import Graph, Node
@@ -313,6 +314,25 @@ def _unpack_bits(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     return np.asarray(table if node.attributes.get("rows_first", 0) else table.T)
 
 
+def _masked_scores(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    """Scores, mask and bias of a fused attention, as ONNX Runtime's CPU kernels combine them."""
+    scores, mask, bias = inputs[0], _optional(inputs, 1), _optional(inputs, 2)
+    T, S = scores.shape[-2:]
+    low = node.attributes["filter"]
+    added = np.zeros(scores.shape[-2:], np.float64)
+    if mask is not None:
+        if mask.ndim == 1:
+            raise ValueError("a mask of lengths")
+        keep = mask[:, None, None, :] if mask.ndim == 2 else (mask[:, None] if mask.ndim == 3 else mask[..., :T, :S])
+        added = added + np.where(keep > 0, 0.0, low)
+    if bias is not None:
+        added = added + (np.where(bias, 0.0, low) if bias.dtype == bool else bias)
+    if node.attributes["causal"]:
+        later = np.arange(S) > np.arange(S - T, S)[:, None]
+        added = np.where(later, np.finfo(np.float32).min if np.isfinite(low) else low, added)
+    return np.asarray(scores + added)
+
+
 def _erf(x: Array) -> Array:
     return np.asarray(np.frompyfunc(math.erf, 1, 1)(x)).astype(x.dtype)
 
@@ -441,6 +461,7 @@ OPERATORS: dict[str, Operator] = {
     "DequantizeLinear": _dequantize,
     "com.microsoft.DequantizeLinear": _dequantize,
     UNPACK: _unpack_bits,
+    MASKED: _masked_scores,
     "ReduceMean": _reduce(np.mean),
     "ReduceSum": _reduce(np.sum),
     "ReduceProd": _reduce(np.prod),

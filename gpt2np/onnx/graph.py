@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UnsupportedModelError
-from .dequantize import RULES
+from . import dequantize, expand
 from .reader import ModelFile, Tensor
 
 if TYPE_CHECKING:
@@ -53,14 +53,19 @@ class Graph:
     file : ModelFile
     branch : "" or "then" or "else"
         Which branch of an If on a graph input (as in merged decoders) is taken for the graph itself.
+    objections : list, optional
+        Collects what is no GPT-2's where the rest can be read without it; without a list that is an error.
     """
 
-    # What moves the elements of a quantised activation and leaves them quantised.
-    LAYOUTS = RESHAPES | {"Identity", "Transpose", "Slice", "Split", "Concat", "Expand", "Where"}
+    # What moves the elements of its first input and leaves them as they are.
+    LAYOUTS = RESHAPES | {"Identity", "Transpose", "Slice", "Split", "Expand"}
 
-    def __init__(self, file: ModelFile, branch: str = "") -> None:
+    def __init__(
+        self, file: ModelFile, branch: str = "", objections: list[UnsupportedModelError] | None = None
+    ) -> None:
         self.file = file
-        self.rounded: set[str] = set()  # values that the file holds as integers, here as the floats they stand for
+        self.objections = objections
+        self.invented: set[str] = set()  # values that the file does not hold
         self.roundings: dict[str, int] = {}  # the operators that round activations, and how often
         proto = file.proto
         if proto.functions:
@@ -80,6 +85,12 @@ class Graph:
         self.outputs = list(proto.graph.output)
         self._input_names = {i.name for i in self.inputs}
 
+    def object(self, error: UnsupportedModelError) -> None:
+        """Raise an error that the search could go on after, or note it where they are collected."""
+        if self.objections is None:
+            raise error
+        self.objections.append(error)
+
     def _add(self, proto: onnx.GraphProto, branch: str) -> None:
         for tensor in proto.initializer:
             self.constants[tensor.name] = self.initializers[tensor.name] = self.file.tensor(tensor)
@@ -97,12 +108,23 @@ class Graph:
             domain = _domain(node.domain)
             op = f"{domain}.{node.op_type}" if domain else node.op_type
             made = Node(op, domain, node.name, tuple(node.input), tuple(node.output), attributes)
-            rule = RULES.get(op)
-            rewritten = rule(self, made) if rule else None
-            if rewritten is not None and rewritten[-1].op != "Gather" and op not in ("DequantizeLinear",):
-                self.roundings[op] = self.roundings.get(op, 0) + 1
-            for one in rewritten or [made]:
-                self._add_node(one)
+            self._add_canonical(made)
+
+    def _add_canonical(self, node: Node) -> None:
+        """The nodes that a quantised or fused one stands for, or the node itself."""
+        for rules in (dequantize.RULES, expand.RULES):
+            rule = rules.get(node.op)
+            pieces = rule(self, node) if rule else None
+            if pieces is not None:
+                if node.op in dequantize.ROUNDING:
+                    self.roundings[node.op] = self.roundings.get(node.op, 0) + 1
+                for piece in pieces:
+                    if piece.op == node.op:
+                        self._add_node(piece)
+                    else:
+                        self._add_canonical(piece)
+                return
+        self._add_node(node)
 
     def _add_node(self, node: Node) -> None:
         self.nodes.append(node)
@@ -217,6 +239,15 @@ class Graph:
             name = node.inputs[0]
             names.append(name)
         return names
+
+    def holds(self, name: str) -> bool:
+        """Whether an integer value is (rows or parts of) a constant, not a rounded activation."""
+        while name not in self.constants:
+            node = self.producer(name)
+            if node is None or node.op not in self.LAYOUTS | {"Gather"}:
+                return False
+            name = node.inputs[0]
+        return True
 
     def ancestors(self, name: str, stop: frozenset[str] | set[str] = frozenset()) -> Iterator[str]:
         """Values that a value depends on, nearest first, itself included; not past `stop`, Shape, or constants."""

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import UnsupportedModelError
 from .evaluate import Evaluator
 from .graph import RESHAPES, ROUNDINGS, SAME, VIEWS, Graph, Node
-from .sources import Source, constant_source
+from .sources import Source, constant_shape, constant_source
 
 Array = np.ndarray
 
@@ -32,7 +32,7 @@ class Linear:
     bias: Source | None  # (outputs,)
     node: Node
     rounds: str = ""  # how the node rounds its activations on the fly, "" if it does not
-    bias_later: str = ""  # the bias is not in `out` yet, but in the node behind it, under this name
+    bias_later: str = ""  # the bias is not in `out` yet; it is added to the residual stream under this name
 
 
 def _matrix(graph: Graph, name: str) -> Source | None:
@@ -125,27 +125,13 @@ def _scaled(graph: Graph, name: str) -> Linear | None:
         scale = constant_source(graph, factors)
         if int(np.prod(scale.shape)) not in (1, linear.weight.shape[1]):
             return None
-        weight = linear.weight.then(
-            "Mul", linear.weight.shape, lambda w: w * scale.read().reshape(-1).astype(w.dtype)
-        )
+        weight = linear.weight.then("Mul", linear.weight.shape, lambda w: w * scale.read().reshape(-1).astype(w.dtype))
         weight = replace(weight, origin=tuple(dict.fromkeys((*weight.origin, *scale.origin))))
         return replace(linear, out=name, weight=weight)
     return None
 
 
-def _biased_by_activation(graph: Graph, name: str) -> Linear | None:
-    """com.microsoft: the bias is added inside the activation that follows."""
-    consumers = graph.consumers(name)
-    if len(consumers) != 1 or consumers[0].op not in ("com.microsoft.FastGelu", "com.microsoft.BiasGelu"):
-        return None
-    linear = _matmul(graph, name)
-    if linear is None or not consumers[0].input(1):
-        return None
-    bias = vector(graph, consumers[0].input(1), linear.weight.shape[1])
-    return None if bias is None else replace(linear, bias=bias, bias_later=consumers[0].input(1))
-
-
-LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_biased_by_activation, _gemm, _matmul, _scaled, _biased]
+LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_gemm, _matmul, _scaled, _biased]
 
 
 def match_linear(graph: Graph, name: str) -> Linear | None:
@@ -167,7 +153,6 @@ class LayerNorm:
     bias: Source | None
     epsilon: float
     node: Node
-    adds: tuple[str, ...] = ()  # x is not a value of the graph but the sum of these (fused nodes)
 
 
 def _constant_vector(graph: Graph, name: str) -> Source | None:
@@ -246,43 +231,17 @@ def _measure_epsilon(graph: Graph, value: str, x: str, width: int, node: Node) -
         epsilon = float(np.float32(inside[0]))
         return max(epsilon, 0.0)
     outside = ratio - np.sqrt(variance)
+    what = f"{node.describe()} looks like the end of a layer norm, but does not compute one"
     if np.allclose(outside, outside[0], rtol=1e-6):
-        raise UnsupportedModelError(
+        what = (
             f"{node.describe()}: the layer norm adds epsilon {outside[0]:.3g} to the root of the variance, "
             "not to the variance under it"
         )
-    raise UnsupportedModelError(f"{node.describe()} looks like the end of a layer norm, but does not compute one")
+    graph.object(UnsupportedModelError(what))
+    return 1e-5
 
 
-def _skip_norm(graph: Graph, name: str) -> LayerNorm | None:
-    """com.microsoft: the residual addition (and a bias) fused with the layer norm behind it."""
-    node = graph.producer(name)
-    if node is None or node.op != "com.microsoft.SkipLayerNormalization" or graph.output_index(name) != 0:
-        return None
-    weight, bias = _constant_vector(graph, node.input(2)), _constant_vector(graph, node.input(3))
-    total = node.outputs[3] if len(node.outputs) > 3 else ""
-    epsilon = node.attributes.get("epsilon", 1e-12)
-    return LayerNorm(total, name, weight, bias, epsilon, node, _skip_terms(node))
-
-
-def _skip_terms(node: Node) -> tuple[str, ...]:
-    return tuple(i for i in (node.input(0), node.input(1), node.input(4)) if i)
-
-
-def _embed_norm(graph: Graph, name: str) -> LayerNorm | None:
-    """com.microsoft: the embeddings fused with the first layer norm."""
-    node = graph.producer(name)
-    if node is None or node.op != EMBED_NORM or graph.output_index(name) != 0:
-        return None
-    if len(node.outputs) < 3 or not node.outputs[2]:
-        raise UnsupportedModelError(f"{node.describe()} does not give the sum of the embeddings, which GPT-2 goes on with")
-    weight, bias = _constant_vector(graph, node.input(5)), _constant_vector(graph, node.input(6))
-    return LayerNorm(node.outputs[2], name, weight, bias, node.attributes.get("epsilon", 1e-12), node)
-
-
-EMBED_NORM = "com.microsoft.EmbedLayerNormalization"
-
-LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNorm | None]] = [_fused_norm, _skip_norm, _embed_norm, _written_out_norm]
+LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNorm | None]] = [_fused_norm, _written_out_norm]
 
 
 def match_layer_norm(graph: Graph, name: str) -> LayerNorm | None:
@@ -300,8 +259,17 @@ class Lookup:
 
     out: str
     table: Source
-    rows: str  # "" for the positions 0, 1, 2, ...
+    rows: str  # "" where the rows are not chosen by indices
     node: Node
+
+
+def _slice(graph: Graph, name: str) -> Lookup | None:
+    """Rows that follow each other."""
+    node = graph.producer(name)
+    if node is None or node.op != "Slice":
+        return None
+    table = _matrix(graph, node.inputs[0])
+    return None if table is None else Lookup(name, table, "", node)
 
 
 def _gather(graph: Graph, name: str) -> Lookup | None:
@@ -312,42 +280,32 @@ def _gather(graph: Graph, name: str) -> Lookup | None:
     return None if table is None else Lookup(name, table, node.inputs[1], node)
 
 
-def _dequantized_gather(graph: Graph, name: str) -> Lookup | None:
+def _dequantized_rows(graph: Graph, name: str) -> Lookup | None:
     """Rows of an integer table, then DequantizeLinear with one scale."""
     node = graph.producer(name)
     if node is None or node.op not in ("DequantizeLinear", "com.microsoft.DequantizeLinear"):
         return None
-    found = _gather(graph, node.inputs[0])
-    if found is None or not graph.is_constant(node.inputs[1]):
-        return None
-    rest = node.inputs[1:]
-    if any(i and np.prod(graph.shape(i)) != 1 for i in rest):
+    found = _gather(graph, node.inputs[0]) or _slice(graph, node.inputs[0])
+    rest = [i for i in node.inputs[1:] if i]
+    if found is None or any(not graph.is_constant(i) or constant_shape(graph, i) not in ((), (1,)) for i in rest):
         return None
 
     def dequantized(table: Array) -> Array:
-        table_name = found.node.inputs[0]
-        return Evaluator(graph, {node.inputs[0]: table, table_name: table})(name)
+        return Evaluator(graph, {node.inputs[0]: table})(name)
 
     table = found.table.then("DequantizeLinear", found.table.shape, dequantized)
-    return Lookup(name, replace(table, origin=(*found.table.origin, *(i for i in rest if i))), found.rows, node)
+    return Lookup(name, replace(table, origin=(*found.table.origin, *rest)), found.rows, found.node)
 
 
-LOOKUP_PATTERNS: list[Callable[[Graph, str], Lookup | None]] = [_gather, _dequantized_gather]
+LOOKUP_PATTERNS: list[Callable[[Graph, str], Lookup | None]] = [_gather, _slice, _dequantized_rows]
 
 
-def match_lookups(graph: Graph, name: str) -> list[Lookup]:
-    """The tables whose rows a value holds: one, or the sum of those of a fused node."""
-    node = graph.producer(name)
-    if node is not None and node.op == EMBED_NORM and graph.output_index(name) == 2:
-        if node.input(4):
-            raise UnsupportedModelError(f"{node.describe()} adds a segment embedding, which GPT-2 does not have")
-        words, places = _matrix(graph, node.inputs[2]), _matrix(graph, node.inputs[3])
-        if words is not None and places is not None:
-            return [Lookup(name, words, node.inputs[0], node), Lookup(name, places, node.input(8), node)]
+def match_lookup(graph: Graph, name: str) -> Lookup | None:
+    """The table whose rows a value holds."""
     for pattern in LOOKUP_PATTERNS:
         if (found := pattern(graph, name)) is not None:
-            return [found]
-    return []
+            return found
+    return None
 
 
 # ------------------------------------------------------------------------------------------- residual stream
@@ -357,11 +315,6 @@ class Addend:
 
     value: str  # behind all views
     seen: str  # as it is added, with batch and time axes
-
-
-def stream(graph: Graph, norm: LayerNorm) -> list[Addend]:
-    """The terms of the residual stream that a layer norm reads."""
-    return [a for name in (norm.adds or (norm.x,)) for a in addends(graph, name)]
 
 
 def addends(graph: Graph, name: str) -> list[Addend]:
@@ -377,8 +330,6 @@ def addends(graph: Graph, name: str) -> list[Addend]:
             pending.append((node.inputs[0], seen))
         elif node.op in ("Add", "Sum") and match_linear(graph, current) is None:
             pending.extend((i, i) for i in reversed(node.inputs))
-        elif node.op == "com.microsoft.SkipLayerNormalization" and graph.output_index(current) == 3:
-            pending.extend((i, i) for i in reversed(_skip_terms(node)))
         else:
             found.append(Addend(current, seen))
     return found

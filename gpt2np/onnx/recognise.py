@@ -72,8 +72,15 @@ class Recognised:
     positions: str = "range"  # how rows of wpe are chosen: "range", "input", or "mask" (counted in attention_mask)
 
 
-def recognise(file: ModelFile) -> Recognised:
+def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = None) -> Recognised:
     """Find the GPT-2 in an ONNX file.
+
+    Parameters
+    ----------
+    file : ModelFile
+    objections : list, optional
+        Collects errors after which a GPT-2 can still be made out: a layer norm, activation or mask of another
+        kind (taken for GPT-2's own), an initializer left over. For tools that look for what is wrong with a file.
 
     Raises
     ------
@@ -82,7 +89,7 @@ def recognise(file: ModelFile) -> Recognised:
     WeightError
         If a floating-point initializer is left over, missing, or of a shape that does not fit.
     """
-    return _Recogniser(Graph(file)).run()
+    return _Recogniser(Graph(file, objections=objections)).run()
 
 
 # What a probe runs on: no two sizes equal, so that an axis is known by its size.
@@ -129,10 +136,8 @@ class _Recogniser:
         self.find_inputs(words, places, layers)
         self.feed_inputs()
 
-        for lookup in (places, words):
-            if lookup.rows:
-                rows = self.evaluate(lookup.rows)
-                self.know(lookup.out, np.full((*rows.shape, lookup.table.shape[1]), np.nan))
+        for lookup in (words, places):
+            self.know(lookup.out, np.full((*self.rows(lookup).shape, lookup.table.shape[1]), np.nan))
         self.sources["wte.weight"], self.sources["wpe.weight"] = words.table, places.table
         self.float16 = any(t.dtype == np.float16 for t in graph.initializers.values())
         offset, positions = self.find_positions(places)
@@ -144,8 +149,7 @@ class _Recogniser:
             self.mlp(i, mlp)
             after = layers[i + 1][0].norm if i + 1 < len(layers) else final
             for name, norm in ((f"h.{i}.resid_mid", mlp.norm), (f"h.{i}.resid_post", after)):
-                if norm.x:  # else summed inside a fused node
-                    self.taps[name] = self.stream(norm.x)
+                self.taps[name] = self.stream(norm.x)
         self.layer_norm("ln_f", final)
         tied, head_bias = self.head(head, words)
         self.touched.update(n for n in self.base.values if n in graph.constants)
@@ -155,10 +159,12 @@ class _Recogniser:
         self.find_presents(layers, config)
         inputs, outputs = self.ports(graph.inputs, self.roles), self.ports(graph.outputs, self.output_roles)
         order = list(weight_shapes(config)) + (["lm_head.bias"] if head_bias else [])
+        for op, count in graph.roundings.items():
+            self.notes.append(f"activations are rounded as the file is run, by {op} ({count} nodes); here they are not")
         return Recognised(
             config,
             {name: self.sources[name] for name in order},
-            self.taps,
+            {name: tap for name, tap in self.taps.items() if tap.tensor not in graph.invented},
             inputs,
             outputs,
             ignored,
@@ -179,7 +185,7 @@ class _Recogniser:
             if norm is None:
                 continue
             if final is not None and final.out != norm.out:
-                longer = len(patterns.stream(graph, norm)) > len(patterns.stream(graph, final))
+                longer = len(patterns.addends(graph, norm.x)) > len(patterns.addends(graph, final.x))
                 final = norm if longer else final
             final = final or norm
             head = linear or head
@@ -196,11 +202,11 @@ class _Recogniser:
         graph = self.graph
         lookups: list[Lookup] = []
         branches: list[_Branch] = []
-        for addend in patterns.stream(graph, final):
+        for addend in patterns.addends(graph, final.x):
             if graph.is_constant(addend.value):
                 continue  # a bias that a fused node adds to the stream; `pair` finds out whose
-            if found := patterns.match_lookups(graph, addend.value):
-                lookups.extend(found)
+            if (lookup := patterns.match_lookup(graph, addend.value)) is not None:
+                lookups.append(lookup)
             elif (linear := patterns.match_linear(graph, addend.value)) is not None:
                 branches.append(self.find_branch(addend, linear))
             else:
@@ -234,13 +240,13 @@ class _Recogniser:
         norm = next(iter(norms.values()))
         if len(norms) != 1 or norm is None:
             raise UnsupportedModelError(f"{maps[0].node.describe()} does not read a layer norm")
-        return _Branch(addend, out, norm, patterns.stream(graph, norm), core, tuple(maps))
+        return _Branch(addend, out, norm, patterns.addends(graph, norm.x), core, tuple(maps))
 
     def pair(self, lookups: list[Lookup], branches: list[_Branch], final: LayerNorm) -> list[tuple[_Branch, _Branch]]:
         """Order the branches: each must read the embeddings and all branches before it, in turns."""
         graph = self.graph
         branches = sorted(branches, key=lambda b: len(b.before))
-        terms = Counter(lookup.out for lookup in {lookup.out: lookup for lookup in lookups}.values())
+        terms = Counter(lookup.out for lookup in lookups)
         biases: Counter[str] = Counter()
         for n, branch in enumerate(branches):
             before = Counter(a.value for a in branch.before if not graph.is_constant(a.value))
@@ -253,13 +259,15 @@ class _Recogniser:
                 kind = "an MLP" if branch.core is None else "an attention"
                 raise UnsupportedModelError(f"{branch.out.node.describe()} ends {kind} where the other is due")
             terms[branch.addend.value] += 1
-            after = branches[n + 1].before if n + 1 < len(branches) else patterns.stream(graph, final)
+            after = branches[n + 1].before if n + 1 < len(branches) else patterns.addends(graph, final.x)
             added = Counter(a.value for a in after if graph.is_constant(a.value)) - biases
             biases += added
             for name in added:
                 bias = patterns.vector(graph, name, branch.out.weight.shape[1])
                 if bias is None or branch.out.bias is not None:
-                    raise UnsupportedModelError(f"{branch.out.node.describe()}: {name!r} is added behind it, but is no bias")
+                    raise UnsupportedModelError(
+                        f"{branch.out.node.describe()}: {name!r} is added behind it, but is no bias"
+                    )
                 branch.out = replace(branch.out, bias=bias, bias_later=name)
         if len(branches) % 2 or not branches:
             raise UnsupportedModelError(f"{len(branches)} attentions and MLPs do not make whole blocks")
@@ -369,12 +377,19 @@ class _Recogniser:
         self.know(linear.out, np.full(shape, np.nan))
         return shape
 
+    def rows(self, lookup: Lookup, feeds: dict[str, Array] | None = None) -> Array:
+        """Which rows of its table a lookup takes."""
+        if lookup.rows:
+            return self.run_with(feeds or {}, lookup.rows)[0]
+        table = lookup.node.inputs[0]
+        numbered = np.arange(lookup.table.shape[0], dtype=np.float64)[:, None]
+        (taken,) = self.run_with({**(feeds or {}), table: numbered}, lookup.node.outputs[0])
+        return taken[..., 0].astype(np.int64)
+
     def find_positions(self, places: Lookup) -> tuple[int, str]:
         """The offset of the first row of wpe, and how rows are chosen."""
         B, T, P = self.B, self.T, self.P
-        if not places.rows:
-            return 0, "range"
-        rows = np.broadcast_to(self.evaluate(places.rows).reshape(-1, T), (B, T))
+        rows = np.broadcast_to(self.rows(places).reshape(-1, T), (B, T))
         given = [n for n, (role, _) in self.roles.items() if role == "position_ids"]
         expected = self.known[given[0]].reshape(-1, T) if given else np.arange(P, P + T)
         offset = rows - expected
@@ -387,7 +402,7 @@ class _Recogniser:
         if how == "range" and masks:
             padded = np.ones_like(self.known[masks[0]])
             padded[:, :1] = 0
-            moved = np.broadcast_to(self.run_with({masks[0]: padded}, places.rows)[0].reshape(-1, T), (B, T))
+            moved = np.broadcast_to(self.rows(places, {masks[0]: padded}).reshape(-1, T), (B, T))
             if (moved == rows - 1).all():
                 how = "mask"
             elif (moved != rows).any():
@@ -425,9 +440,8 @@ class _Recogniser:
         self.sources[f"{name}.weight"] = norm.weight or ones((width,), "no gain in the file")
         self.sources[f"{name}.bias"] = norm.bias or zeros((width,), "no bias in the file")
         self.epsilons[name] = float(str(np.float32(norm.epsilon)))  # 1e-05, as float32 holds it
-        shape = self.evaluate(norm.adds[0] if norm.adds else norm.x).shape
-        if norm.x:
-            self.know(norm.x, np.full(shape, np.nan))
+        shape = self.evaluate(norm.x).shape
+        self.know(norm.x, np.full(shape, np.nan))
         self.know(norm.out, np.full(shape, np.nan))
         self.taps[name] = self.stream(norm.out)
 
@@ -443,8 +457,7 @@ class _Recogniser:
         self.linear(f"{name}.c_proj", branch.out)
         self.activations[i] = self.activation(fc, branch.out, shape)
         self.feed_linear(branch.out)
-        if not fc.bias_later:
-            self.taps[f"{name}.c_fc"] = self.stream(self.widest(fc.out))
+        self.taps[f"{name}.c_fc"] = self.stream(self.widest(fc.out))
         self.taps[f"{name}.gelu"] = self.stream(self.widest(branch.out.x))
         if not branch.out.bias_later:
             self.taps[f"{name}.out"] = self.stream(self.widest(branch.out.out))
@@ -452,18 +465,14 @@ class _Recogniser:
     def activation(self, fc: Linear, out: Linear, shape: tuple[int, ...]) -> str:
         """Which function lies between the two maps of an MLP: that whose values come out."""
         grid = np.resize(np.linspace(-8, 8, 8191), shape) if np.prod(shape) > 8191 else _spread(shape)
-        feeds = {fc.out: grid}
-        if fc.bias_later:
-            feeds[fc.bias_later] = np.zeros(fc.weight.shape[1])
-        (got,) = self.run_with(feeds, out.x)
+        (got,) = self.run_with({fc.out: grid}, out.x)
         errors = {n: float(np.abs(got.ravel() - f(grid.ravel())).max()) for n, f in reference.ACTIVATIONS.items()}
         best = min(errors, key=lambda n: errors[n])
         if not errors[best] < 2e-4:  # erf and tanh GELU lie 4.7e-4 apart; float16 constants are off by 1e-4
             node = self.graph.producer(self.graph.strip(out.x)) or out.node
-            raise UnsupportedModelError(
-                f"{node.describe()} ends an activation that is none of {', '.join(errors)}; "
-                f"nearest is {best}, off by up to {errors[best]:.2g}"
-            )
+            what = f"{node.describe()} ends an activation that is none of {', '.join(errors)}; "
+            what += f"nearest is {best}, off by up to {errors[best]:.2g}"
+            self.graph.object(UnsupportedModelError(what))
         if errors[best] > 1e-6:
             self.notes.append(f"{fc.node.describe()}: the {best} behind it is off by up to {errors[best]:.1e}")
         return best
@@ -618,8 +627,10 @@ class _Recogniser:
         try:
             return read_mask(run, B, T, S, bool(names), core.guarded)
         except ValueError as error:
-            self.fail(core.masked, f"the mask of layer {i}: {error}")
-            raise
+            node = self.graph.producer(core.masked)
+            where = node.describe() if node else repr(core.masked)
+            self.graph.object(UnsupportedModelError(f"{where}: the mask of layer {i}: {error}"))
+            return 1.0, Mask("replaced", -1e4, 0)
 
     def attention_taps(
         self,
@@ -715,10 +726,12 @@ class _Recogniser:
         (H, D), *others = self.heads.values()
         if any(o != (H, D) for o in others):
             raise UnsupportedModelError(f"the layers have different heads: {sorted(set(self.heads.values()))}")
-        mask = self.masks[0]
+        mask = Counter(self.masks.values()).most_common(1)[0][0]
         for i, other in self.masks.items():
             if other != mask:
-                raise UnsupportedModelError(f"layer {i} is masked otherwise ({other}) than layer 0 ({mask})")
+                usual = next(j for j, m in self.masks.items() if m == mask)
+                what = f"layer {i} is masked otherwise ({other}) than layer {usual} ({mask})"
+                self.graph.object(UnsupportedModelError(what))
         epsilon, activation, scale = (
             Counter(d.values()).most_common(1)[0][0] for d in (self.epsilons, self.activations, self.scales)
         )
@@ -786,7 +799,9 @@ class _Recogniser:
                     )
                 )
             elif floating and int(np.prod(tensor.shape)) > 1:
-                raise WeightError(f"initializer {name!r} {tensor.shape} is left over: it is no weight of this GPT-2")
+                what = f"initializer {name!r} {tensor.shape} is left over: it is no weight of this GPT-2"
+                self.graph.object(WeightError(what))
+                ignored.append((name, "left over"))
             else:
                 ignored.append((name, "constant of the graph"))
         return tuple(ignored)
