@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import gpt2np
 from gpt2np import zoo
+from gpt2np.commands.convert import convert
 from gpt2np.commands.fetch import fetch as fetch_command
 from gpt2np.commands.verify import verify as verify_command
 from gpt2np.config import GPT2Config
@@ -91,18 +92,18 @@ def model(tmp_path: Path) -> Path:
 
 def save_facts(raw: dict[str, Any], folder: Path) -> Path:
     path = folder / "facts.json"
-    path.write_text(json.dumps(with_source(raw)))
+    path.write_text(json.dumps({"models": [with_source(raw)]}))
     return path
 
 
 def run(path: Path, raw: dict[str, Any], tmp_path: Path, **arguments: Any) -> tuple[dict[str, list[Check]], str]:
     """The checks by group, and the verdict."""
     facts = load_facts(save_facts(raw, tmp_path))
-    checks = list(verify(path, facts, facts.files, engine="numpy", **arguments))
+    checks = list(verify(path, facts, facts[0].files, engine="numpy", **arguments))
     groups: dict[str, list[Check]] = {}
     for check in checks:
         groups.setdefault(check.group, []).append(check)
-    return groups, verdict(facts.model, checks)
+    return groups, verdict(checks)
 
 
 def results(checks: list[Check]) -> set[str]:
@@ -130,7 +131,7 @@ def test_another_export_of_the_right_weights_passes(model: Path, tmp_path: Path)
     assert results(groups["file"]) == {"skip"}
     assert results(groups["weights"]) == results(groups["facts"]) == results(groups["ONNX Runtime"]) == {"pass"}
     assert f"{len(SOURCES)} were compared byte by byte" in groups["weights"][0].found
-    assert "as far as facts tell" in words
+    assert "has the weights of the tiny GPT-2" in words
 
 
 def changed_by_one_bit(path: Path, name: str) -> None:
@@ -154,7 +155,7 @@ def test_one_changed_element_is_caught_whichever_it_is(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     weights = [name for name in initializers(original) if onnx_size(original, name) >= 12]
     assert len(weights) >= len(SOURCES)
-    parsed = load_facts(save_facts(facts, tmp_path))
+    (parsed,) = load_facts(save_facts(facts, tmp_path))
     for name in weights:
         path.write_bytes(original.read_bytes())
         changed_by_one_bit(path, name)
@@ -339,8 +340,8 @@ def test_another_gpt2_is_told_what_differs(model: Path, tmp_path: Path) -> None:
     assert "wpe.weight has shape (20, 12), expected (1024, 768)" in words
     assert "0 of 23 match" in words
     assert [check.result for check in checks if check.group == "facts"] == ["skip"]
-    assert [check.result for check in checks if check.group == "ONNX Runtime"] == ["pass"]
-    sentence = verdict("GPT-2 124M", checks)
+    assert {check.result for check in checks if check.group == "ONNX Runtime"} == {"pass"}
+    sentence = verdict(checks)
     assert sentence.startswith("This is not GPT-2 124M, by its config and weights. gpt2np computes what ONNX Runtime")
 
 
@@ -363,35 +364,52 @@ def test_a_graph_that_is_no_gpt2(tmp_path: Path) -> None:
     assert words == "This is not a GPT-2 that gpt2np knows, and so not the tiny GPT-2."
 
 
-def test_sample_data_that_does_not_agree(mini: Path, tmp_path: Path) -> None:
-    if not (mini / "model.onnx").is_file():
-        pytest.skip("no embedded model yet")
-    folder = tmp_path / "mini"
-    (folder / "test_data_set_0").mkdir(parents=True)
-    (folder / "model.onnx").symlink_to(mini / "model.onnx")
-    for path in (mini / "test_data_set_0").glob("*.pb"):
-        (folder / "test_data_set_0" / path.name).write_bytes(path.read_bytes())
-    facts = load_facts()
+def test_sample_data_that_does_not_agree(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "with data"
+    convert(model, folder)
 
     def outcome() -> list[Check]:
-        return [check for check in verify(folder / "model.onnx", facts, engine="numpy") if check.group == "sample data"]
+        return [check for check in verify(folder, load_facts(), engine="numpy") if check.group == "sample data"]
 
-    assert [check.result for check in outcome()] == ["pass"]
-    output = folder / "test_data_set_0" / "output_0.pb"
+    assert len(outcome()) == 4
+    assert results(outcome()) == {"pass"}
+    output = folder / "test_data_set_1" / "output_0.pb"
     tensor = onnx.TensorProto.FromString(output.read_bytes())
     values = onnx.numpy_helper.to_array(tensor).copy()
     values.flat[7] += 0.01
     output.write_bytes(onnx.numpy_helper.from_array(values, tensor.name).SerializeToString())
-    (check,) = outcome()
-    assert check.result == "FAIL"
-    assert "1 values beyond the tolerance" in check.found
+    assert [check.result for check in outcome()] == ["pass", "FAIL", "pass", "pass"]
+    assert "1 values beyond the tolerance" in outcome()[1].found
+    (folder / "test_data_set_1" / "output_2.pb").unlink()
+    assert outcome()[1].found == "outputs ['output1', 'output2', 'output3'], expected ['output1', 'output2']"
+    output.unlink()
+    with pytest.raises(ModelFileError, match="not numbered"):
+        outcome()
+
+
+def test_the_embedded_model_is_not_gpt2_but_passes_facts_about_itself(mini: Path, tmp_path: Path) -> None:
+    found = recognise(open_model(mini))
+    facts = make_facts(found.config, found.sources, mini / "model.onnx")
+    groups, words = run(mini, facts, tmp_path)
+    assert {group: results(checks) for group, checks in groups.items() if group not in ("sample data", "weights")} == {
+        "file": {"pass"},
+        "config": {"pass"},
+        "facts": {"pass"},
+        "ONNX Runtime": {"pass"},
+    }
+    assert "FAIL" not in results(groups["weights"])
+    assert "bit by bit" in words
+    sentence = verdict(list(verify(mini, load_facts(), zoo.known_files(), engine="numpy")))
+    assert sentence.startswith("This is not GPT-2 124M, by its config and weights.")
 
 
 # --- the file of facts, and the command ------------------------------------------------------------------------
 
 
 def test_the_published_facts() -> None:
-    facts = load_facts()
+    models = load_facts()
+    assert [one.parameters for one in models] == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
+    facts = models[0]
     assert facts.model == "GPT-2 124M"
     assert facts.parameters == 124_439_808
     assert len(facts.weights["fingerprints"]) == 23
@@ -408,16 +426,17 @@ def test_the_published_facts() -> None:
         "",
         "[]",
         "{}",
-        '{"model": "m"}',
-        '{"model": "m", "config": {}, "facts": [{"kind": "unknown"}]}',
-        '{"model": "m", "config": {}, "facts": [{"kind": "greedy", "ids": [1]}]}',
-        '{"model": "m", "config": {}, "weights": {"fingerprints": {"w": {"l2": 1}}}}',
-        '{"model": "m", "config": {}, "files": [{"name": "x"}]}',
+        '{"models": []}',
+        '{"models": [{"model": "m"}]}',
+        '{"models": [{"model": "m", "config": {}, "facts": [{"kind": "unknown"}]}]}',
+        '{"models": [{"model": "m", "config": {}, "facts": [{"kind": "greedy", "ids": [1]}]}]}',
+        '{"models": [{"model": "m", "config": {}, "weights": {"fingerprints": {"w": {"l2": 1}}}}]}',
+        '{"models": [{"model": "m", "config": {}, "files": [{"name": "x"}]}]}',
     ],
 )
 def test_a_bad_file_of_facts_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "facts.json").write_text(text)
-    with pytest.raises(ModelFileError, match="is no file of facts"):
+    with pytest.raises(ModelFileError, match="is no file of facts|about no model"):
         load_facts(tmp_path / "facts.json")
 
 
@@ -432,7 +451,7 @@ APP.command("verify")(verify_command)
 
 def test_the_verify_command(model: Path, tmp_path: Path) -> None:
     facts = tmp_path / "facts.json"
-    facts.write_text(json.dumps(with_source(make_facts(CONFIG, SOURCES, model))))
+    save_facts(make_facts(CONFIG, SOURCES, model), tmp_path)
     result = CliRunner().invoke(APP, [str(model), "--facts", str(facts)])
     assert result.exit_code == 0, result.output
     assert "float64" in result.output
@@ -447,7 +466,7 @@ def test_the_verify_command(model: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "altered" in result.output
 
-    facts.write_text('{"model": "m", "config": {}}')
+    facts.write_text('{"models": [{"model": "m", "config": {}}]}')
     result = CliRunner().invoke(APP, [str(model), "--facts", str(facts)])
     assert result.exit_code == 3, result.output
 

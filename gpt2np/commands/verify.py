@@ -17,7 +17,7 @@ def verify(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per check.")] = False,
 ) -> None:
-    """Prove that a file is OpenAI's GPT-2, and that gpt2np computes what is published about it.
+    """Prove that a file is one of OpenAI's GPT-2s, and that gpt2np computes what is published about it.
 
     Compares SHA-256, configuration, weights, published results (each with its source), the sample data beside
     the file, and ONNX Runtime. Exit code 0: all agree; 1: something differs; 3: nothing could be compared.
@@ -34,7 +34,7 @@ def verify(
 
     path = zoo.find(model)
     known = load_facts(facts)
-    published = known.files if facts else zoo.known_files()
+    published = [file for one in known for file in one.files] + ([] if facts else list(zoo.known_files()))
     checkpoint = zoo.verified_checkpoint(path) if facts is None else None
     checks = []
     with progress("verifying", None, "checks") as advance:
@@ -50,7 +50,7 @@ def verify(
         print_table(("", "what", "result", "found", "source"), rows)
         out = console()
         out.print()
-        out.print(verdict(known.model, checks))
+        out.print(verdict(checks))
     if "FAIL" in results:
         raise typer.Exit(1)
     if not any(check.result == "pass" and check.group in ("file", "weights", "facts") for check in checks):

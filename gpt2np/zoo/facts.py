@@ -1,4 +1,6 @@
-"""Published facts about a model, as a file: gpt2np/facts.json for OpenAI's GPT-2, or one of your own.
+"""Published facts about models, as a file: gpt2np/facts.json for OpenAI's GPT-2s, or one of your own.
+
+The file is {"models": [...]}, with one object for each model:
 
     {"model": name, "config": {field of GPT2Config: value}, "parameters": count without a separate head,
      "files": [{"name": ..., "bytes": ..., "sha256": ...}],
@@ -54,21 +56,23 @@ class Facts:
     facts: tuple[dict[str, Any], ...]  # as in the file
 
 
-def load_facts(path: Path | None = None) -> Facts:
-    """Read a file of facts; without a path, those of OpenAI's GPT-2 124M and the zoo's files of it.
+def load_facts(path: Path | None = None) -> tuple[Facts, ...]:
+    """Read a file of facts; without a path, those of OpenAI's four GPT-2s.
 
     Raises
     ------
     ModelFileError
-        If the file cannot be read or is not of the form above.
+        If the file cannot be read, holds no model, or is not of the form above.
     """
+    place = path or files(__package__).joinpath("../facts.json")
     try:
-        text = (path or files(__package__).joinpath("../facts.json")).read_text(encoding="utf-8")
-        facts = _parse(json.loads(text))
+        facts = tuple(_parse(model) for model in json.loads(place.read_text(encoding="utf-8"))["models"])
     except OSError as error:
-        raise ModelFileError(f"cannot read {path}: {error.strerror}") from error
+        raise ModelFileError(f"cannot read {place}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelFileError(f"{path} is no file of facts: {type(error).__name__}: {error}") from error
+        raise ModelFileError(f"{place} is no file of facts: {type(error).__name__}: {error}") from error
+    if not facts:
+        raise ModelFileError(f"{place} has facts about no model")
     return facts
 
 

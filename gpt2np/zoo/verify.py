@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..errors import Gpt2npError
+from ..errors import ComparisonError, Gpt2npError
 from ..weights import Array, weight_shapes
 from .facts import Facts, KnownFile
 from .transfer import file_hash
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..parity.runners import Model, Ours
 
 Result = Literal["pass", "FAIL", "skip"]
+Outputs = Mapping[str, Array]  # by the file's names
 LISTED = 5  # how many of many differences are named
 
 
@@ -39,8 +40,8 @@ class Check:
 
 def verify(
     path: Path,
-    facts: Facts,
-    known_files: tuple[KnownFile, ...] = (),
+    facts: Sequence[Facts],
+    known_files: Sequence[KnownFile] = (),
     checkpoint: Path | None = None,
     engine: str = "numba",
 ) -> Iterator[Check]:
@@ -50,9 +51,10 @@ def verify(
     ----------
     path : Path
         A model.onnx or a folder with one in it.
-    facts : Facts
-        What is known about the model that the file should be.
-    known_files : tuple of KnownFile
+    facts : sequence of Facts
+        What is known about the models that the file may be; it is compared with the one that has its
+        configuration, or else with the first.
+    known_files : sequence of KnownFile
         Published files whose hash proves the whole file.
     checkpoint : Path, optional
         A verified model.safetensors beside its config.json, with which the weights are compared bit by bit.
@@ -70,19 +72,20 @@ def verify(
     model = Model(open_model(path).path)
     yield check_file(model.path, known_files)
     if model.found is None:
-        yield Check("graph", "GPT-2", "FAIL", f"gpt2np cannot place the graph: {model.problem}")
+        yield Check("graph", facts[0].model, "FAIL", f"gpt2np cannot place the graph: {model.problem}")
         return
-    configs = list(check_config(model.recognised, facts))
-    yield from configs
-    yield from check_fingerprints(model.recognised, facts)
+    wrong = {one.model: wrong_config(model.recognised, one) for one in facts}
+    chosen = next((one for one in facts if not wrong[one.model]), facts[0])
+    yield from check_config(chosen, wrong[chosen.model])
+    yield from check_fingerprints(model.recognised, chosen)
     if checkpoint is not None:
         yield from check_against(model.recognised, checkpoint)
     ours = Ours(model, engine)
-    if any(check.result == "FAIL" for check in configs):
-        words = f"they are about {facts.model}, which this file is not"
-        yield Check("facts", f"{len(facts.facts)} facts", "skip", words)
+    if wrong[chosen.model]:
+        words = f"they are about {chosen.model}, which this file is not"
+        yield Check("facts", f"{len(chosen.facts)} facts", "skip", words)
     else:
-        for fact in facts.facts:
+        for fact in chosen.facts:
             yield check_fact(ours.gpt2, fact)
     yield from check_runs(model, ours)
 
@@ -90,7 +93,7 @@ def verify(
 # --- is it that model? ---------------------------------------------------------------------------------------
 
 
-def check_file(path: Path, known: tuple[KnownFile, ...]) -> Check:
+def check_file(path: Path, known: Sequence[KnownFile]) -> Check:
     """The SHA-256 of the whole file, against those of published files."""
     what = f"SHA-256 of {path.name}"
     size, found = path.stat().st_size, file_hash(path)
@@ -104,8 +107,8 @@ def check_file(path: Path, known: tuple[KnownFile, ...]) -> Check:
     return Check("file", what, "skip", f"{found}: no published file has it, so that the weights must decide")
 
 
-def check_config(recognised: Recognised, facts: Facts) -> Iterator[Check]:
-    """Every field of the configuration that is known."""
+def wrong_config(recognised: Recognised, facts: Facts) -> list[str]:
+    """What of the configuration is not as known, in words."""
     config = recognised.config
     wrong = [
         f"{field} is {getattr(config, field, None)}, that of {facts.model} {expected}"
@@ -115,10 +118,17 @@ def check_config(recognised: Recognised, facts: Facts) -> Iterator[Check]:
     count = sum(math.prod(shape) for name, shape in weight_shapes(config).items() if name != "lm_head.weight")
     if facts.parameters not in (None, count):
         wrong.append(f"it has {count:,} parameters, {facts.model} {facts.parameters:,}")
+    return wrong
+
+
+def check_config(facts: Facts, wrong: list[str]) -> Iterator[Check]:
+    """The configuration; its checks carry the name of the model that all others are about."""
     for words in wrong:
-        yield Check("config", "configuration", "FAIL", words)
+        yield Check("config", facts.model, "FAIL", words)
     if not wrong:
-        yield Check("config", "configuration", "pass", f"{len(facts.config)} fields and {count:,} parameters")
+        yield Check(
+            "config", facts.model, "pass", f"{len(facts.config)} fields and the number of parameters are the same"
+        )
 
 
 def _same(found: Any, expected: Any) -> bool:
@@ -306,39 +316,38 @@ def _greedy_text(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
 
 
 def check_runs(model: Model, ours: Ours) -> Iterator[Check]:
-    """The data sets beside the file, and ONNX Runtime on their inputs."""
+    """The data sets beside the file, or random tokens where there are none, against ONNX Runtime too."""
+    from ..parity.compare import cases_from_data, random_cases, run_case
     from ..parity.data import find_sets, load_set
     from ..parity.runners import Ort, output_names
 
     inputs = [port.name for port in model.recognised.inputs]
     sets = [load_set(folder, inputs, output_names(model)) for folder in find_sets(model.path)]
+    ort = Ort(model)
+    for case in cases_from_data(sets) or random_cases(model, 2, seed=0):
+        outputs = run_case(case, [ours, ort])
+        found, theirs = outputs[ours.name], outputs[ort.name]
+        if case.data is not None:
+            yield _compare("sample data", case.name, found, case.data.outputs, "zoo")
+        if isinstance(theirs, Gpt2npError):
+            yield Check("ONNX Runtime", case.name, "skip", str(theirs))
+        else:
+            yield _compare("ONNX Runtime", case.name, found, theirs, "ort-gpt2")
     if not sets:
         yield Check("sample data", "test_data_set_0", "skip", "none beside the file")
-    for data in sets:
-        yield _compare("sample data", data.name, ours, data.inputs, data.outputs, "zoo")
-    feeds = {data.name: data.inputs for data in sets} or {"8 tokens": _eight_tokens(model)}
-    ort = Ort(model)
-    for name, feed in feeds.items():
-        try:
-            theirs = ort.run(feed).outputs
-        except Gpt2npError as error:
-            yield Check("ONNX Runtime", name, "skip", str(error))
-            continue
-        yield _compare("ONNX Runtime", name, ours, feed, theirs, "ort-gpt2")
 
 
-def _compare(
-    group: str, what: str, ours: Ours, feeds: dict[str, Array], expected: dict[str, Array], tolerance: str
-) -> Check:
+def _compare(group: str, what: str, found: Outputs | Gpt2npError, expected: Outputs, tolerance: str) -> Check:
     from ..parity.metrics import PRESETS, measure
 
     budget = PRESETS[tolerance]
+    if isinstance(found, Gpt2npError):
+        return Check(group, what, "FAIL", str(found))
+    if found.keys() != expected.keys():
+        return Check(group, what, "FAIL", f"outputs {sorted(found)}, expected {sorted(expected)}")
     try:
-        found = ours.run(feeds).outputs
-        if found.keys() != expected.keys():
-            return Check(group, what, "FAIL", f"outputs {sorted(found)}, expected {sorted(expected)}")
         metrics = {name: measure(found[name], expected[name], budget) for name in expected}
-    except Gpt2npError as error:
+    except ComparisonError as error:
         return Check(group, what, "FAIL", str(error))
     worst = max(metrics, key=lambda name: (metrics[name].failing, metrics[name].max_abs))
     failing = sum(m.failing for m in metrics.values())
@@ -348,29 +357,9 @@ def _compare(
     return Check(group, what, "FAIL" if failing else "pass", words, str(budget))
 
 
-def _eight_tokens(model: Model) -> dict[str, Array]:
-    """Inputs for a file without sample data."""
-    B, T, config = 1, min(8, model.config.n_ctx), model.config
-    feeds: dict[str, Array] = {}
-    for port in model.recognised.inputs:
-        rank = len(port.shape)
-        if port.role == "input_ids":
-            ids = np.random.default_rng(0).integers(0, config.vocab_size, (B, T))
-            feeds[port.name] = ids.reshape((1,) * (rank - 2) + (B, T)).astype(port.dtype)
-        elif port.role == "attention_mask":
-            feeds[port.name] = np.ones((B, T), port.dtype)
-        elif port.role == "position_ids":
-            feeds[port.name] = np.arange(T, dtype=port.dtype)[None]
-        elif port.role in ("past", "past_key", "past_value"):
-            empty = (B, config.n_head, 0, config.head_size)
-            feeds[port.name] = np.zeros((2, *empty) if port.role == "past" else empty, port.dtype)
-        elif port.role == "use_cache_branch":
-            feeds[port.name] = np.zeros(1, port.dtype)
-    return feeds
-
-
-def verdict(model: str, checks: list[Check]) -> str:
+def verdict(checks: Sequence[Check]) -> str:
     """All checks in one sentence."""
+    model = next(check.what for check in checks if check.group in ("config", "graph"))
     failed = {check.group for check in checks if check.result == "FAIL"}
     passed = {check.group for check in checks if check.result == "pass"}
     runs = {"sample data", "ONNX Runtime"}
@@ -385,6 +374,7 @@ def verdict(model: str, checks: list[Check]) -> str:
         return f"This is {model}, but these differ from what is expected: {', '.join(sorted(failed))}."
     if "file" in passed:
         return f"This is {model}, the published file bit by bit, and gpt2np computes what is known about it."
-    if {"weights", "facts"} <= passed:
-        return f"This has the weights of {model}, as far as facts tell, and gpt2np computes what is known about it."
+    if "weights" in passed:
+        proof = "" if "facts" in passed else " (no published results are known)"
+        return f"This has the weights of {model}, as far as they are known, and gpt2np computes what is known{proof}."
     return f"Too little is known to tell whether this is {model}."
