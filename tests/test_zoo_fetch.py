@@ -25,7 +25,7 @@ from gpt2np.commands.fetch import fetch as fetch_command
 from gpt2np.commands.list_models import list_models
 from gpt2np.errors import DownloadError, ModelFileError
 from gpt2np.zoo import transfer
-from gpt2np.zoo.transfer import ATTEMPTS, CONNECT_ATTEMPTS, Mirror, Wanted, download
+from gpt2np.zoo.transfer import ATTEMPTS, CONNECT_ATTEMPTS, Mirror, Unreachable, Wanted, download
 
 CONTENT = bytes(range(256)) * 1000 + b"the end"  # 256,007 bytes
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -121,7 +121,7 @@ RECOVERED = {
     "bad gateway": (Fault(status=502), [502, 200]),
     "unavailable": (Fault(status=503), [503, 200]),
     "request timeout": (Fault(status=408), [408, 200]),
-    "slow": (Fault(slow=0.001), [200]),
+    "piece by piece": (Fault(slow=0.001), [200]),
     "no Content-Length": (Fault(no_length=True), [200]),
     "compressed though not asked for": (Fault(compress=True), [200]),
 }
@@ -339,7 +339,7 @@ def test_connection_refused(tmp_path: Path) -> None:
     with FaultServer() as gone:
         url = gone.url("/model")
     slept: list[float] = []
-    with pytest.raises(DownloadError, match="no connection"):
+    with pytest.raises(Unreachable, match="no server of m could be reached.*nothing was kept"):
         download(Wanted(tmp_path / "m", 5, SHA256), [Mirror(url)], sleep=slept.append)
     assert len(slept) == CONNECT_ATTEMPTS - 1
     assert list(tmp_path.iterdir()) == []
@@ -350,7 +350,7 @@ def test_a_part_outlives_the_loss_of_the_network(case: Case, tmp_path: Path) -> 
     case.fails(f"{CUT:,} of {len(CONTENT):,} bytes are kept")
     with FaultServer() as gone:
         url = gone.url("/model")
-    with pytest.raises(DownloadError, match="no connection"):
+    with pytest.raises(Unreachable, match=f"no network.*{CUT:,} of"):
         download(case.wanted, [Mirror(url)], sleep=case.slept.append)
     case.succeeds()
     assert case.server.ranges("/model")[-1] == f"bytes={CUT}-"
@@ -478,6 +478,15 @@ def test_an_archive_with_another_model_does_not_give_its_model(
     monkeypatch.setattr(zoo, "manifest", lambda: {"tiny": changed})
     zoo.fetch("tiny", tmp_path)
     assert content_of(tmp_path / "tiny") == WITH_DATA
+
+
+def test_without_a_network_one_file_is_enough_to_know(entry: zoo.Entry, tmp_path: Path) -> None:
+    with FaultServer() as gone:
+        url = gone.url("")
+    notes: list[str] = []
+    with pytest.raises(Unreachable, match="tiny-10.tar.gz could be reached"):
+        zoo.fetch("tiny", tmp_path, mirror=url, note=notes.append, sleep=lambda _: None)
+    assert len(notes) == CONNECT_ATTEMPTS
 
 
 def test_a_begun_model_goes_before_the_archive(server: FaultServer, entry: zoo.Entry, tmp_path: Path) -> None:

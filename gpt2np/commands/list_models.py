@@ -15,16 +15,18 @@ def list_models(
 ) -> None:
     """List the models that are here, verified or not, and those that can be fetched."""
     from .. import zoo
+    from ..model import weights_folder
     from ._terminal import console, note, print_table
 
-    folder = zoo.default_folder() if folder is None else folder
-    here = zoo.inventory(folder)
+    folders = {zoo.default_folder(), weights_folder()} if folder is None else {folder}
+    here = [item for place in sorted(folders) for item in zoo.inventory(place)]
     if here:
-        rows = ((item.name, item.file, f"{item.bytes:,}", item.state) for item in here)
-        print_table(("model", "file", ">bytes", "state"), rows, title=f"in {folder}")
+        rows = ((str(item.path), f"{item.path.stat().st_size:,}", item.state) for item in here)
+        print_table(("file", ">bytes", "state"), rows)
     else:
-        note(f"nothing in {folder}")
-    missing = [entry for entry in zoo.manifest().values() if not (folder / entry.name).is_dir()]
+        note(f"nothing in {', '.join(map(str, folders))}")
+    names = {item.path.parent.name for item in here}
+    missing = [entry for entry in zoo.manifest().values() if entry.name not in names]
     if missing:
         console().print()
         rows_missing = ((entry.name, zoo.download_size(entry), entry.title) for entry in missing)

@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..errors import DownloadError, ModelFileError
 from ..model import embedded_model_path, weights_folder
 from .facts import KnownFile
-from .transfer import DISK_FULL, Mirror, Wanted, download, file_hash, nothing
+from .transfer import DISK_FULL, Mirror, Unreachable, Wanted, download, file_hash, nothing
 
 MODEL = "model.onnx"
 State = Literal["missing", "verified", "not verifiable", "wrong"]
@@ -124,14 +124,11 @@ def state(path: Path, file: RemoteFile) -> State:
     return "verified" if file_hash(path) == file.sha256 else "wrong"
 
 
-@dataclass(frozen=True)
-class Item:
-    """One file that lies in the weights folder."""
+class Item(NamedTuple):
+    """One file that lies in a weights folder."""
 
-    name: str  # of the model's folder
-    file: str
-    bytes: int
-    state: str
+    path: Path
+    state: str  # in words
 
 
 def inventory(folder: Path) -> list[Item]:
@@ -149,7 +146,7 @@ def inventory(folder: Path) -> list[Item]:
             words = "converted here" if entry else "the embedded model" if path == embedded_model_path() else "a model"
         else:
             continue
-        items.append(Item(path.parent.name, path.name, path.stat().st_size, words))
+        items.append(Item(path, words))
     return items
 
 
@@ -276,8 +273,10 @@ def _get(
     if entry.archive is not None and first in missing and not begun:
         try:
             _open_archive(bring(entry.archive), folder, first, note)
+        except Unreachable:
+            raise
         except DownloadError as error:
-            note(f"{error}\nwithout {entry.archive.name}, and so without the test data in it; trying {first.name}")
+            note(f"{str(error).splitlines()[0]}; going on with {first.name}, without the archive's test data")
     for file in missing:
         if not (folder / file.path).is_file():
             bring(file)

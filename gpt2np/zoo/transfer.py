@@ -52,8 +52,16 @@ class Wanted:
     sha256: str | None
 
 
+class Unreachable(DownloadError):
+    """No server could be connected to: there is no network, or a proxy is missing."""
+
+
 class _GiveUp(Exception):
     """This mirror will not do."""
+
+
+class _NoConnection(_GiveUp):
+    """It cannot be reached at all."""
 
 
 class _Corrupt(Exception):
@@ -88,8 +96,10 @@ def download(
 
     Raises
     ------
+    Unreachable
+        If no mirror can be connected to.
     DownloadError
-        If no mirror has the file, none can be reached, or the disk is full. What has come so far is kept.
+        If no mirror has the file, or the disk is full. In all cases, what has come so far is kept.
     """
     import httpx2 as httpx
 
@@ -102,22 +112,26 @@ def download(
         advance(part.length)
         headers = {"User-Agent": f"gpt2np/{__version__}", "Accept-Encoding": "identity"}
         with httpx.Client(follow_redirects=True, timeout=timeout, headers=headers) as client:
-            failures = []
+            failures: list[tuple[str, _GiveUp]] = []
             for mirror in mirrors:
                 try:
                     _from_mirror(client, mirror, part, note, sleep)
                     part.finish()
                     return
                 except _GiveUp as failure:
-                    failures.append(f"{mirror.url}: {failure}")
-                    note(failures[-1])
+                    failures.append((mirror.url, failure))
+                    note(f"{mirror.url}: {failure}")
     except OSError as error:
         if error.errno in DISK_FULL:
             raise DownloadError(f"the disk is full: {part.kept()}; make room and run the same command again") from error
         raise DownloadError(f"cannot write {part.path}: {error.strerror}") from error
-    raise DownloadError(
-        f"could not fetch {wanted.path.name}; {part.kept()}\n  " + "\n  ".join(failures or ["no mirror is known"])
-    )
+    if failures and all(isinstance(failure, _NoConnection) for _, failure in failures):
+        raise Unreachable(
+            f"no server of {wanted.path.name} could be reached, so there may be no network, or a proxy is needed "
+            f"(HTTPS_PROXY); {part.kept()}; the same command goes on from there"
+        )
+    reasons = [f"{url}: {failure}" for url, failure in failures] or ["no mirror is known"]
+    raise DownloadError(f"could not fetch {wanted.path.name}; {part.kept()}\n  " + "\n  ".join(reasons))
 
 
 def _from_mirror(
@@ -143,7 +157,7 @@ def _from_mirror(
                 longest, failures = part.length, 0
             failures += 1
             if failures >= failure.attempts:
-                raise _GiveUp(str(failure)) from failure
+                raise (_NoConnection if failure.attempts == CONNECT_ATTEMPTS else _GiveUp)(str(failure)) from failure
             wait = min(2.0 ** (failures - 1), LONGEST_BACK_OFF) if failure.wait is None else failure.wait
             note(f"{failure}; {part.kept()}; trying again in {wait:.0f} s")
             sleep(wait)
