@@ -45,6 +45,10 @@ class InferenceSession:
         The compiled kernels, or the textbook.
     dtype : "float32" or "float64"
         What is computed in; outputs have the file's own types.
+    emulate_rounding : bool
+        Instead of computing with the file's exact weights, run its nodes one by one in NumPy, rounding included:
+        activations to 8 bits where a quantised file asks for it, every result to float16 in a float16 file.
+        Slow; it shows how much of a difference to ONNX Runtime such rounding explains.
 
     Raises
     ------
@@ -62,13 +66,21 @@ class InferenceSession:
     (1, 1, 3)
     """
 
-    def __init__(self, path: str | Path, engine: str = "numba", dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        engine: str = "numba",
+        dtype: str = "float32",
+        emulate_rounding: bool = False,
+    ) -> None:
+        from .onnx.graph import Graph
         from .onnx.reader import open_model
         from .onnx.recognise import recognise
 
         file = open_model(path)
         self._recognised = recognise(file)
         self.model = GPT2(self._recognised.config, self._recognised.sources, engine, dtype, file.path, self._recognised)
+        self._literal = Graph(file, literal=True) if emulate_rounding else None
 
     def get_inputs(self) -> list[NodeArg]:
         """The file's inputs, in its order."""
@@ -110,10 +122,20 @@ class InferenceSession:
         attention_mask = self._attention_mask(feeds, B, P + T)
         position_ids = self._position_ids(feeds, attention_mask, B, T, P)
 
+        if self._literal is not None:
+            from .onnx.evaluate import Evaluator
+
+            evaluator = Evaluator(self._literal, feeds)
+            return [np.ascontiguousarray(evaluator(name), outputs[name].dtype) for name in wanted]
+
         roles = {outputs[name].role for name in wanted}
         out = self.model(ids, cache, None, "logits" in roles or "last_logits" in roles, attention_mask, position_ids)
 
         def value(port: Port) -> Array:
+            if port.role == "last_logits":
+                assert out.logits is not None
+                last = out.logits[:, -1:]
+                return last if len(port.shape) == 3 else last[:, 0]
             if port.role in ("logits", "last_hidden_state"):
                 found = out.logits if port.role == "logits" else out.last_hidden_state
                 assert found is not None

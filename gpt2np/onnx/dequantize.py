@@ -124,9 +124,7 @@ def _qlinear_concat(graph: Graph, node: Node) -> list[Node]:
 def _qlinear_where(graph: Graph, node: Node) -> list[Node]:
     """inputs: condition, then value, scale, zero of both branches, then scale and zero of y."""
     made: list[Node] = []
-    x, y = (
-        _float(graph, node.inputs[i], node.inputs[i + 1], node.input(i + 2), node, made, axis=-1) for i in (1, 4)
-    )
+    x, y = (_float(graph, node.inputs[i], node.inputs[i + 1], node.input(i + 2), node, made, axis=-1) for i in (1, 4))
     return [*made, _node(node, "Where", (node.inputs[0], x, y), node.outputs[0])]
 
 
@@ -175,10 +173,18 @@ def _gather_block_quantized(graph: Graph, node: Node) -> list[Node] | None:
     bits = node.attributes.get("bits", 4)
     K = min(K, width * (8 // bits) if packed else width)
     out = f"{table} unpacked in {node.outputs[0]}"
-    attributes = {"K": K, "N": graph.shape(table)[0], "bits": bits, "rows_first": 1, "block_size": node.attributes.get("block_size", 128)}
+    attributes = {
+        "K": K,
+        "N": graph.shape(table)[0],
+        "bits": bits,
+        "rows_first": 1,
+        "block_size": node.attributes.get("block_size", 128),
+    }
     unpack = _node(node, UNPACK, (table, scales, zeros), out, **attributes)
     return [unpack, _node(node, "Gather", (out, rows), node.outputs[0], axis=0)]
 
+
+WEIGHTS_ONLY = frozenset({"com.microsoft.MatMulNBits", "com.microsoft.GatherBlockQuantized"})
 
 # The operators that round activations as the file is run.
 ROUNDING = frozenset(

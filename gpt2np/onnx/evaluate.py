@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UnsupportedModelError
+from . import integers
 from .dequantize import UNPACK
 from .expand import MASKED
 
@@ -42,6 +43,8 @@ class Evaluator:
     def __init__(self, graph: Graph, feeds: Mapping[str, Array]) -> None:
         self.graph = graph
         self.values: dict[str, Any] = dict(feeds)
+        self.literal = graph.literal
+        self.rounded = graph.float16_roundings if graph.literal else frozenset()
 
     def __call__(self, name: str) -> Array:
         """The value of that name.
@@ -79,6 +82,8 @@ class Evaluator:
             raise UnsupportedModelError(f"{node.describe()}: gpt2np does not know what {node.op} means here")
         inputs = [self.values[i] if i else None for i in node.inputs]
         try:
+            if self.literal:
+                inputs = [_single(i) for i in inputs]
             with np.errstate(all="ignore"):
                 result = operator(node, inputs, self.graph.opset(node.domain))
         except UnsupportedModelError:
@@ -88,7 +93,15 @@ class Evaluator:
             raise UnsupportedModelError(f"{node.describe()} cannot be evaluated on {shapes}: {error}") from error
         outputs = result if isinstance(result, list) else [result]
         for output, value in zip(node.outputs, outputs, strict=False):
-            self.values[output] = np.asarray(value)
+            array = value if isinstance(value, tuple) else np.asarray(value)  # a tuple is a sequence
+            if output in self.rounded and array.dtype == np.float32:
+                array = array.astype(np.float16)
+            self.values[output] = array
+
+
+def _single(value: Any) -> Any:
+    """float16 is computed in float32; `float16_roundings` says where the result is rounded."""
+    return value.astype(np.float32) if isinstance(value, np.ndarray) and value.dtype == np.float16 else value
 
 
 def _ints(value: Any) -> list[int]:
@@ -181,6 +194,15 @@ def _split(node: Node, inputs: Sequence[Any], opset: int) -> list[Array]:
     return list(np.split(x, np.cumsum(sizes)[:-1], axis))
 
 
+def _split_sizes(node: Node, inputs: Sequence[Any]) -> list[Any]:
+    """One size given once means parts of that size, the last perhaps smaller."""
+    x, size = inputs[0], _optional(inputs, 1)
+    if size is None or size.ndim:
+        return list(inputs)
+    whole, rest = divmod(x.shape[node.attributes.get("axis", 0)], int(size))
+    return [x, np.array([int(size)] * whole + [rest] * bool(rest))]
+
+
 def _range(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     start, limit, delta = inputs
     return np.arange(start.item(), limit.item(), delta.item(), dtype=start.dtype)
@@ -261,25 +283,8 @@ def _softmax(node: Node, inputs: Sequence[Any], opset: int) -> Array:
 
 
 def _dequantize(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    """(x - zero_point) * scale, with one of each per tensor, per slice of an axis, or per block along it."""
-    x, zero = inputs[0], _optional(inputs, 2)
-    axis = node.attributes.get("axis", 1)
-    block = node.attributes.get("block_size", 0)
-    out = x.astype(np.float32)
-    if zero is not None:
-        out -= _spread(zero.astype(np.float32), x.shape, axis, block)
-    out *= _spread(inputs[1].astype(np.float32), x.shape, axis, block)
-    return np.asarray(out)
-
-
-def _spread(a: Array, shape: tuple[int, ...], axis: int, block: int) -> Array:
-    """Bring scales or zero points to a shape that broadcasts with the tensor's."""
-    if a.size == 1:
-        return a.reshape(())
-    axis = axis + len(shape) if axis < 0 else axis
-    if block:
-        return np.asarray(np.repeat(a, block, axis)[tuple(slice(n) for n in shape)])
-    return a.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    axis, block = node.attributes.get("axis", 1), node.attributes.get("block_size", 0)
+    return integers.dequantize(inputs[0], inputs[1], _optional(inputs, 2), axis, block)
 
 
 def _unpack_bits(node: Node, inputs: Sequence[Any], opset: int) -> Array:
@@ -291,7 +296,7 @@ def _unpack_bits(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     K, N, bits, block = (int(node.attributes[k]) for k in ("K", "N", "bits", "block_size"))
     blocks = -(-K // block)
 
-    def integers(array: Array, count: int) -> Array:
+    def unpacked(array: Array, count: int) -> Array:
         """(N, count) integers from whole numbers or from `bits` bits each, the lowest first; rows are padded."""
         array = array.reshape(N, -1)
         if array.dtype.name in ("int4", "uint4", "int2", "uint2"):
@@ -301,10 +306,10 @@ def _unpack_bits(node: Node, inputs: Sequence[Any], opset: int) -> Array:
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
         return ((array.view(np.uint8)[:, :, None] >> shifts) & (2**bits - 1)).reshape(N, -1)[:, :count]
 
-    values = integers(packed, blocks * block).astype(np.float32)
+    values = unpacked(packed, blocks * block).astype(np.float32)
     values = np.pad(values, ((0, 0), (0, blocks * block - values.shape[1])))
     if zeros is not None:
-        offset: Any = integers(zeros, blocks).astype(np.float32)[:, :, None]
+        offset: Any = unpacked(zeros, blocks).astype(np.float32)[:, :, None]
     elif packed.dtype.name in ("int4", "int8"):
         offset = np.float32(0)
     else:
@@ -419,6 +424,8 @@ OPERATORS: dict[str, Operator] = {
     "Transpose": lambda node, inputs, opset: np.transpose(inputs[0], node.attributes.get("perm")),
     "Concat": lambda node, inputs, opset: np.concatenate(list(inputs), node.attributes["axis"]),
     "Split": _split,
+    "SplitToSequence": lambda node, inputs, opset: tuple(_split(node, _split_sizes(node, inputs), opset)),
+    "SequenceAt": _two(lambda sequence, index: sequence[int(index)]),
     "Slice": _slice,
     "Gather": lambda node, inputs, opset: np.take(inputs[0], inputs[1], node.attributes.get("axis", 0)),
     "GatherND": _gather_nd,
@@ -460,6 +467,7 @@ OPERATORS: dict[str, Operator] = {
     "Gemm": _gemm,
     "DequantizeLinear": _dequantize,
     "com.microsoft.DequantizeLinear": _dequantize,
+    **integers.OPERATORS,
     UNPACK: _unpack_bits,
     MASKED: _masked_scores,
     "ReduceMean": _reduce(np.mean),

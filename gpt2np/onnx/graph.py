@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +22,9 @@ Array = np.ndarray
 RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 SAME = frozenset({"Identity", "Cast", "CastLike", "Dropout"})
 VIEWS = RESHAPES | SAME
-# Rounding of activations to integers and back: the graph means the float value.
-ROUNDINGS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+# What moves elements of any type, and what else computes in float16 on the CPU.
+MOVES = RESHAPES | {"Identity", "Transpose", "Slice", "Split", "Expand", "Concat", "Gather", "Shape", "Tile"}
+FLOAT16_KERNELS = frozenset({"LayerNormalization", "IsNaN"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,8 @@ class Graph:
     file : ModelFile
     branch : "" or "then" or "else"
         Which branch of an If on a graph input (as in merged decoders) is taken for the graph itself.
+    literal : bool
+        Leave quantised nodes as they are, to be run with all their rounding; keep every constant that is read.
     objections : list, optional
         Collects what is no GPT-2's where the rest can be read without it; without a list that is an error.
     """
@@ -61,9 +65,14 @@ class Graph:
     LAYOUTS = RESHAPES | {"Identity", "Transpose", "Slice", "Split", "Expand"}
 
     def __init__(
-        self, file: ModelFile, branch: str = "", objections: list[UnsupportedModelError] | None = None
+        self,
+        file: ModelFile,
+        branch: str = "",
+        literal: bool = False,
+        objections: list[UnsupportedModelError] | None = None,
     ) -> None:
         self.file = file
+        self.literal = literal
         self.objections = objections
         self.invented: set[str] = set()  # values that the file does not hold
         self.roundings: dict[str, int] = {}  # the operators that round activations, and how often
@@ -112,7 +121,8 @@ class Graph:
 
     def _add_canonical(self, node: Node) -> None:
         """The nodes that a quantised or fused one stands for, or the node itself."""
-        for rules in (dequantize.RULES, expand.RULES):
+        weights_only = node.op in dequantize.WEIGHTS_ONLY
+        for rules in (dequantize.RULES, expand.RULES) if not self.literal or weights_only else (expand.RULES,):
             rule = rules.get(node.op)
             pieces = rule(self, node) if rule else None
             if pieces is not None:
@@ -150,6 +160,11 @@ class Graph:
             return proto.g
         value = helper.get_attribute_value(proto)
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+
+    @cached_property
+    def float16_roundings(self) -> set[str]:
+        """Values that are rounded to float16 as the file is run, see `float16_roundings`."""
+        return float16_roundings(self)
 
     def opset(self, domain: str = "") -> int:
         """Version of a domain's operators that the file asks for."""
@@ -207,7 +222,7 @@ class Graph:
         if name in self._read:
             return self._read[name]
         array = value.load()
-        if array.nbytes <= 1 << 16:
+        if array.nbytes <= 1 << 16 or self.literal:
             self._read[name] = array
         return array
 
@@ -217,34 +232,45 @@ class Graph:
 
     def scalar(self, name: str) -> float | None:
         """A constant of one element as a number, else None."""
-        if not name or not self.is_constant(name):
-            return None
-        if name in self.constants and np.prod(self.shape(name)) != 1:
-            return None
-        from .evaluate import Evaluator
-
-        value = Evaluator(self, {})(name)
-        return float(value.reshape(-1)[0]) if value.size == 1 else None
+        value = self.small(name)
+        return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
 
     def strip(self, name: str, through: frozenset[str] = VIEWS) -> str:
         """The value behind a chain of nodes that only change the view."""
-        while (node := self.producer(name)) is not None and node.op in through and self.output_index(name) == 0:
-            name = node.inputs[0]
-        return name
+        return self.chain(name, through)[-1]
 
     def chain(self, name: str, through: frozenset[str] = VIEWS) -> list[str]:
         """The values met by `strip`, from the given one to the one behind."""
         names = [name]
-        while (node := self.producer(name)) is not None and node.op in through and self.output_index(name) == 0:
+        while (node := self.producer(name)) is not None and self.output_index(name) == 0:
+            if node.op not in through and not (through is VIEWS and self.is_whole(node)):
+                break
             name = node.inputs[0]
             names.append(name)
         return names
+
+    def is_whole(self, node: Node) -> bool:
+        """A Slice that takes everything."""
+        if node.op != "Slice" or len(node.inputs) < 3:
+            return False
+        starts, ends, steps = (self.small(node.input(i)) for i in (1, 2, 4))
+        if starts is None or ends is None or (node.input(4) and steps is None):
+            return False
+        return not starts.any() and (ends >= 2**31 - 1).all() and (steps is None or (steps == 1).all())
+
+    def small(self, name: str) -> Array | None:
+        """A constant of a few elements, computed if need be; else None."""
+        if not name or not self.is_constant(name) or (name in self.constants and np.prod(self.shape(name)) > 64):
+            return None
+        from .evaluate import Evaluator
+
+        return Evaluator(self, {})(name)
 
     def holds(self, name: str) -> bool:
         """Whether an integer value is (rows or parts of) a constant, not a rounded activation."""
         while name not in self.constants:
             node = self.producer(name)
-            if node is None or node.op not in self.LAYOUTS | {"Gather"}:
+            if node is None or node.op not in self.LAYOUTS | {"Gather"} or "written_as" in node.attributes:
                 return False
             name = node.inputs[0]
         return True
@@ -264,6 +290,48 @@ class Graph:
                         seen.add(i)
                         following.append(i)
             level = following
+
+
+def float16_roundings(graph: Graph) -> set[str]:
+    """Values that ONNX Runtime's CPU kernels round to float16 in a float16 file.
+
+    Few operators have float16 kernels there; the others run in float32, and between two of those nothing is
+    rounded. What has one rounds, unless it only moves data and lies between nodes that have none.
+    (insert_cast_transformer.cc in onnxruntime/core/optimizer)
+    """
+    import onnx
+
+    half = {n for n in (*graph.constants, *(i.name for i in graph.inputs)) if _is_float16(graph, n)}
+    for node in graph.nodes:
+        if node.op == "Cast":
+            is_half = node.attributes["to"] == onnx.TensorProto.FLOAT16
+        else:
+            is_half = any(i in half for i in node.inputs)
+        if is_half:
+            half.update(node.outputs)
+    ends = {o.name for o in graph.outputs}
+
+    def in_float32(node: Node | None) -> bool:
+        return node is not None and node.op not in MOVES | FLOAT16_KERNELS
+
+    rounded: set[str] = set()
+    for node in graph.nodes:
+        if in_float32(node) or not any(o in half for o in node.outputs):
+            continue
+        sources = [i for i in node.inputs if i in half and i not in graph.constants]
+        readers = [c for o in node.outputs for c in graph.consumers(o)]
+        alone = all(in_float32(graph.producer(i)) for i in sources) and all(in_float32(c) for c in readers)
+        if node.op in FLOAT16_KERNELS or not alone or ends & set(node.outputs):
+            rounded.update(node.outputs)
+    return rounded
+
+
+def _is_float16(graph: Graph, name: str) -> bool:
+    from onnx import TensorProto
+
+    if name in graph.constants:
+        return graph.constants[name].dtype == np.float16
+    return any(i.name == name and i.type.tensor_type.elem_type == TensorProto.FLOAT16 for i in graph.inputs)
 
 
 def _domain(domain: str) -> str:

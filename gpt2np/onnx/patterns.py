@@ -15,10 +15,27 @@ import numpy as np
 
 from ..errors import UnsupportedModelError
 from .evaluate import Evaluator
-from .graph import RESHAPES, ROUNDINGS, SAME, VIEWS, Graph, Node
+from .graph import SAME, VIEWS, Graph, Node
 from .sources import Source, constant_shape, constant_source
 
 Array = np.ndarray
+
+
+# ------------------------------------------------------------------------------------------------------ outputs
+def match_last_position(graph: Graph, name: str) -> str | None:
+    """What a value is the last position of, (B, T, C) -> (B, 1, C) or (B, C)."""
+    node = graph.producer(name)
+    if node is None:
+        return None
+    if node.op == "Gather" and node.attributes.get("axis", 0) in (1, -2):
+        index = graph.small(node.inputs[1])
+        return node.inputs[0] if index is not None and index.size == 1 and int(index.flat[0]) == -1 else None
+    if node.op == "Slice" and len(node.inputs) > 3:
+        start, end, axis = (graph.small(node.inputs[i]) for i in (1, 2, 3))
+        if start is not None and end is not None and axis is not None and start.size == 1:
+            if int(start[0]) == -1 and int(end[0]) >= 2**31 - 1 and int(axis[0]) in (1, -2):
+                return node.inputs[0]
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- linear maps
@@ -297,7 +314,18 @@ def _dequantized_rows(graph: Graph, name: str) -> Lookup | None:
     return Lookup(name, replace(table, origin=(*found.table.origin, *rest)), found.rows, found.node)
 
 
-LOOKUP_PATTERNS: list[Callable[[Graph, str], Lookup | None]] = [_gather, _slice, _dequantized_rows]
+def _folded(graph: Graph, name: str) -> Lookup | None:
+    """Rows that were looked up when the file was made: positions of a fixed length, (T, C) or (1, T, C)."""
+    if not graph.is_constant(name) or name not in graph.constants:
+        return None
+    table = _matrix(graph, name)
+    if table is None or table.shape[0] == 1:
+        return None
+    node = Node("Constant", "", "", (name,), (name,), {})
+    return Lookup(name, table, "", node)
+
+
+LOOKUP_PATTERNS: list[Callable[[Graph, str], Lookup | None]] = [_gather, _slice, _dequantized_rows, _folded]
 
 
 def match_lookup(graph: Graph, name: str) -> Lookup | None:
@@ -442,6 +470,3 @@ def nearest_linears(graph: Graph, name: str) -> tuple[list[Linear], list[str]]:
                 seen.add(i)
                 pending.append(i)
     return list(linears.values()), inputs
-
-
-__all__ = ["RESHAPES", "ROUNDINGS"]

@@ -1,0 +1,165 @@
+"""Operators that round activations to integers, as ONNX Runtime runs them on the CPU.
+
+They are used to run a quantised file literally, rounding included; to read its weights they are not needed (see
+dequantize.py). Meaning: https://onnx.ai/onnx/operators/ and, for com.microsoft,
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .graph import Node
+
+Array = np.ndarray
+_RANGES = {"int4": (-8, 7), "uint4": (0, 15), "int2": (-2, 1), "uint2": (0, 3)}
+
+
+def spread(a: Array, shape: tuple[int, ...], axis: int, block: int = 0) -> Array:
+    """Bring scales or zero points (one, one per slice of an axis, or one per block) to a shape that broadcasts."""
+    if a.size == 1:
+        return a.reshape(())
+    axis = axis + len(shape) if axis < 0 else axis
+    if block:
+        return np.asarray(np.repeat(a, block, axis)[tuple(slice(n) for n in shape)])
+    return a.reshape([-1 if i == axis else 1 for i in range(len(shape))])
+
+
+def quantize(x: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
+    """saturate(round(x / scale) + zero), ties to even."""
+    dtype = np.dtype(np.uint8) if zero is None else zero.dtype
+    low, high = _RANGES.get(dtype.name) or (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    scaled = np.rint(x / spread(scale, x.shape, axis, block))
+    if zero is not None:
+        scaled = scaled + spread(zero.astype(np.float32), x.shape, axis, block)
+    return np.clip(scaled, low, high).astype(dtype)
+
+
+def dequantize(x: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
+    """(x - zero) * scale as float32, computed in place: no second copy of a large weight."""
+    out = x.astype(np.float32)
+    if zero is not None:
+        out -= spread(zero.astype(np.float32), x.shape, axis, block)
+    out *= spread(scale.astype(np.float32), x.shape, axis, block)
+    return np.asarray(out)
+
+
+def dynamic_quantize(x: Array) -> tuple[Array, Array, Array]:
+    """Integers uint8, scale and zero point from the smallest and largest element of the whole array."""
+    low, high = min(np.float32(0), x.min(initial=0)), max(np.float32(0), x.max(initial=0))
+    scale = np.float32((high - low) / np.float32(255)) if high > low else np.float32(1)
+    zero = np.uint8(np.clip(np.rint(-low / scale), 0, 255))
+    return quantize(x, np.asarray(scale), np.asarray(zero)), np.asarray(scale), np.asarray(zero)
+
+
+def _input(inputs: Sequence[Any], index: int) -> Any:
+    return inputs[index] if index < len(inputs) else None
+
+
+def integer_product(a: Array, b: Array, a_zero: Array | None, b_zero: Array | None) -> Array:
+    """(a - a_zero) @ (b - b_zero), exactly: float64 holds every such sum."""
+    left, right = a.astype(np.float64), b.astype(np.float64)
+    if a_zero is not None:
+        left -= spread(a_zero, a.shape, -2)
+    if b_zero is not None:
+        right -= spread(b_zero, b.shape, -1)
+    return left @ right
+
+
+def _dynamic_quantize_linear(node: Node, inputs: Sequence[Any], opset: int) -> list[Array]:
+    return list(dynamic_quantize(inputs[0]))
+
+
+def _quantize_linear(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    return quantize(
+        inputs[0], inputs[1], _input(inputs, 2), node.attributes.get("axis", 1), node.attributes.get("block_size", 0)
+    )
+
+
+def _matmul_integer(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    return integer_product(inputs[0], inputs[1], _input(inputs, 2), _input(inputs, 3)).astype(np.int32)
+
+
+def _scaled(product: Array, a_scale: Array, b_scale: Array, bias: Array | None) -> Array:
+    out = product.astype(np.float32) * (a_scale * b_scale)
+    return np.asarray(out if bias is None else out + bias)
+
+
+def _matmul_integer_to_float(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    a, b, a_scale, b_scale, a_zero, b_zero, bias = (_input(inputs, i) for i in range(7))
+    return _scaled(integer_product(a, b, a_zero, b_zero), a_scale, b_scale, bias)
+
+
+def _dynamic_quantize_matmul(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    x, b, b_scale, b_zero, bias = (_input(inputs, i) for i in range(5))
+    a, a_scale, a_zero = dynamic_quantize(x)
+    return _scaled(integer_product(a, b, a_zero, b_zero), a_scale, b_scale, bias)
+
+
+def _qlinear(function: Callable[[Array, Array], Array]) -> Any:
+    """y = function(a, b); inputs a, scale, zero, b, scale, zero, and scale and zero of y."""
+
+    def run(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+        a, b = dequantize(*inputs[0:3], axis=-2), dequantize(*inputs[3:6], axis=-1)
+        return quantize(function(a, b), inputs[6], _input(inputs, 7))
+
+    return run
+
+
+def _qlinear_matmul(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = inputs
+    product = integer_product(a, b, a_zero, b_zero)
+    ratio = a_scale * b_scale / y_scale
+    return quantize(product.astype(np.float32) * ratio, np.asarray(np.float32(1)), y_zero)
+
+
+def _qlinear_sigmoid(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    return quantize(1 / (1 + np.exp(-dequantize(*inputs[0:3]))), inputs[3], _input(inputs, 4))
+
+
+def _qlinear_softmax(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    x = dequantize(*inputs[0:3])
+    exps = np.exp(x - x.max(-1, keepdims=True))
+    return quantize(exps / exps.sum(-1, keepdims=True), inputs[3], _input(inputs, 4))
+
+
+def _qlinear_concat(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    parts = [dequantize(*inputs[i : i + 3]) for i in range(2, len(inputs), 3)]
+    return quantize(np.concatenate(parts, node.attributes["axis"]), inputs[0], inputs[1])
+
+
+def _qlinear_where(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    x, y = dequantize(*inputs[1:4]), dequantize(*inputs[4:7])
+    return quantize(np.where(inputs[0], x, y), inputs[7], inputs[8])
+
+
+def _qgemm(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    a, a_scale, a_zero, b, b_scale, b_zero, c, y_scale, y_zero = (_input(inputs, i) for i in range(9))
+    if node.attributes.get("transB", 0):
+        b = b.T
+    total = integer_product(a, b, a_zero, b_zero)
+    total = total if c is None else total + c
+    out = total.astype(np.float32) * (np.float32(node.attributes.get("alpha", 1.0)) * a_scale * b_scale)
+    return np.asarray(out) if y_scale is None else quantize(out, y_scale, y_zero)
+
+
+OPERATORS: dict[str, Any] = {
+    "QuantizeLinear": _quantize_linear,
+    "com.microsoft.QuantizeLinear": _quantize_linear,
+    "DynamicQuantizeLinear": _dynamic_quantize_linear,
+    "MatMulInteger": _matmul_integer,
+    "com.microsoft.MatMulIntegerToFloat": _matmul_integer_to_float,
+    "com.microsoft.DynamicQuantizeMatMul": _dynamic_quantize_matmul,
+    "QLinearMatMul": _qlinear_matmul,
+    "com.microsoft.QLinearAdd": _qlinear(np.add),
+    "com.microsoft.QLinearMul": _qlinear(np.multiply),
+    "com.microsoft.QLinearSigmoid": _qlinear_sigmoid,
+    "com.microsoft.QLinearSoftmax": _qlinear_softmax,
+    "com.microsoft.QLinearConcat": _qlinear_concat,
+    "com.microsoft.QLinearWhere": _qlinear_where,
+    "com.microsoft.QGemm": _qgemm,
+}
