@@ -25,6 +25,7 @@ VIEWS = RESHAPES | SAME
 # What moves elements of any type, and what else computes in float16 on the CPU.
 MOVES = RESHAPES | {"Identity", "Transpose", "Slice", "Split", "Expand", "Concat", "Gather", "Shape", "Tile"}
 FLOAT16_KERNELS = frozenset({"LayerNormalization", "IsNaN"})
+NOT_FLOAT = frozenset({"Shape", "Size", "IsNaN", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,7 +307,7 @@ def float16_roundings(graph: Graph) -> set[str]:
         if node.op == "Cast":
             is_half = node.attributes["to"] == onnx.TensorProto.FLOAT16
         else:
-            is_half = any(i in half for i in node.inputs)
+            is_half = node.op not in NOT_FLOAT and any(i in half for i in node.inputs)
         if is_half:
             half.update(node.outputs)
     ends = {o.name for o in graph.outputs}
