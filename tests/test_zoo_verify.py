@@ -26,9 +26,18 @@ from gpt2np.model import GPT2
 from gpt2np.onnx.reader import open_model
 from gpt2np.onnx.recognise import recognise
 from gpt2np.onnx.writer import write_model
-from gpt2np.zoo.facts import load_facts
+from gpt2np.zoo.facts import Facts, load_facts
 from gpt2np.zoo.transfer import file_hash
-from gpt2np.zoo.verify import Check, check_fact, check_file, check_fingerprints, fingerprint, verdict, verify
+from gpt2np.zoo.verify import (
+    Check,
+    check_fact,
+    check_file,
+    check_fingerprints,
+    check_tokenizer,
+    fingerprint,
+    verdict,
+    verify,
+)
 from tiny import tiny_config, tiny_sources
 
 CONFIG = tiny_config()
@@ -116,11 +125,14 @@ def test_the_right_file_passes_everything(model: Path, tmp_path: Path) -> None:
         "file": {"pass"},
         "config": {"pass"},
         "weights": {"pass"},
-        "facts": {"pass"},
+        "facts": {"pass", "skip"},
         "sample data": {"skip"},
         "ONNX Runtime": {"pass"},
     }
-    assert len(groups["facts"]) == 5
+    assert [(check.what, check.result) for check in groups["facts"] if check.result != "pass"] == [
+        ("tokenizer", "skip")
+    ]
+    assert len(groups["facts"]) == 6
     assert "the published file bit by bit" in words
 
 
@@ -129,7 +141,8 @@ def test_another_export_of_the_right_weights_passes(model: Path, tmp_path: Path)
     other = write_model(tmp_path / "other.onnx", CONFIG, SOURCES, opset=17, lm_head=True, with_past=True)[0]
     groups, words = run(other, facts, tmp_path)
     assert results(groups["file"]) == {"skip"}
-    assert results(groups["weights"]) == results(groups["facts"]) == results(groups["ONNX Runtime"]) == {"pass"}
+    assert results(groups["weights"]) == results(groups["ONNX Runtime"]) == {"pass"}
+    assert "FAIL" not in results(groups["facts"])
     assert f"{len(SOURCES)} were compared byte by byte" in groups["weights"][0].found
     assert "has the weights of the tiny GPT-2" in words
 
@@ -306,6 +319,17 @@ def test_a_token_outside_the_vocabulary_is_a_failure_not_a_crash() -> None:
     assert check_fact(MODEL, {**fact("logits"), "ids": [1000]}).result == "FAIL"
 
 
+def test_a_tokenizer_that_cuts_otherwise_is_found_out(mini: Path) -> None:
+    loaded = gpt2np.load(mini, engine="numpy")
+    tokenizer = loaded.tokenizer
+    assert tokenizer is not None
+    ids = gpt2np.tokenizer.encode(tokenizer, "Once upon a time")
+    right = Facts("m", {}, None, (), {}, ({"prompt": "Once upon a time", "ids": ids, "source": "mini"},))
+    assert check_tokenizer(loaded, right).result == "pass"
+    wrong = Facts("m", {}, None, (), {}, ({"prompt": "Once upon a time", "ids": ids[::-1], "source": "mini"},))
+    assert check_tokenizer(loaded, wrong).result == "FAIL"
+
+
 # --- facts with text ---------------------------------------------------------------------------------------
 
 
@@ -390,6 +414,15 @@ def test_sample_data_that_does_not_agree(model: Path, tmp_path: Path) -> None:
 def test_the_embedded_model_is_not_gpt2_but_passes_facts_about_itself(mini: Path, tmp_path: Path) -> None:
     found = recognise(open_model(mini))
     facts = make_facts(found.config, found.sources, mini / "model.onnx")
+    tokenizer = gpt2np.tokenizer.load(mini)
+    for one, prompt in zip(facts["facts"], ("Once upon a time", "<|endoftext|>"), strict=False):
+        one |= {"prompt": prompt, "ids": gpt2np.tokenizer.encode(tokenizer, prompt)}
+    oracle = GPT2(found.config, found.sources, "numpy", "float64")
+    for one in facts["facts"][:2]:
+        logits = oracle([one["ids"]]).logits
+        assert logits is not None
+        one["tokens"] = [int(logits[0, -1].argmax())]
+        one["values"] = [float(logits[0, -1].max())]
     groups, words = run(mini, facts, tmp_path)
     assert {group: results(checks) for group, checks in groups.items() if group not in ("sample data", "weights")} == {
         "file": {"pass"},
@@ -397,6 +430,7 @@ def test_the_embedded_model_is_not_gpt2_but_passes_facts_about_itself(mini: Path
         "facts": {"pass"},
         "ONNX Runtime": {"pass"},
     }
+    assert "2 prompts give the published tokens" in groups["facts"][0].found
     assert "FAIL" not in results(groups["weights"])
     assert "bit by bit" in words
     sentence = verdict(list(verify(mini, load_facts(), zoo.known_files(), engine="numpy")))
@@ -459,7 +493,7 @@ def test_the_verify_command(model: Path, tmp_path: Path) -> None:
 
     result = CliRunner().invoke(APP, [str(model), "--facts", str(facts), "--json"])
     groups = [json.loads(line)["group"] for line in result.stdout.splitlines()]
-    assert groups.count("facts") == 5
+    assert groups.count("facts") == 6
 
     changed_by_one_bit(model, initializers(model)[3])
     result = CliRunner().invoke(APP, [str(model), "--facts", str(facts)])

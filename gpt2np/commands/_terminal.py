@@ -7,6 +7,7 @@ as it is: rich's [markup] is off, so that a file or token name can never be take
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -75,7 +76,10 @@ def progress(description: str, total: float | None, unit: str = "") -> Iterator[
 
 def note(message: str) -> None:
     """Tell the user something that is not a result, on standard error."""
-    console(stderr=True).print(message, style="dim")
+    if hasattr(sys.stderr, "rich_proxied_file"):  # a progress bar is shown: this goes above it
+        print(message, file=sys.stderr)
+    else:
+        console(stderr=True).print(message, style="dim")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..parity.runners import Model, Ours
 
 Result = Literal["pass", "FAIL", "skip"]
+NO_TOKENIZER = "needs a tokenizer beside the model; `gpt2np fetch tokenizer` gets GPT-2's two files"
 Outputs = Mapping[str, Array]  # by the file's names
 LISTED = 5  # how many of many differences are named
 
@@ -85,6 +86,7 @@ def verify(
         words = f"they are about {chosen.model}, which this file is not"
         yield Check("facts", f"{len(chosen.facts)} facts", "skip", words)
     else:
+        yield check_tokenizer(ours.gpt2, chosen)
         for fact in chosen.facts:
             yield check_fact(ours.gpt2, fact)
     yield from check_runs(model, ours)
@@ -220,6 +222,20 @@ def check_against(recognised: Recognised, checkpoint: Path) -> Iterator[Check]:
 # --- does gpt2np compute what is published? ------------------------------------------------------------------
 
 
+def check_tokenizer(gpt2: GPT2, facts: Facts) -> Check:
+    """The published prompts' token ids."""
+    from ..tokenizer import encode
+
+    prompts = [fact for fact in facts.facts if "prompt" in fact]
+    if gpt2.tokenizer is None or not prompts:
+        return Check("facts", "tokenizer", "skip", NO_TOKENIZER if prompts else "no prompts are known")
+    for fact in prompts:
+        if (found := encode(gpt2.tokenizer, fact["prompt"])) != fact["ids"]:
+            words = f"{fact['prompt']!r} gives {found}, published {fact['ids']}"
+            return Check("facts", "tokenizer", "FAIL", words, fact["source"])
+    return Check("facts", "tokenizer", "pass", f"{len(prompts)} prompts give the published tokens")
+
+
 def check_fact(gpt2: GPT2, fact: dict[str, Any]) -> Check:
     """One published result."""
     check = {"greedy": _greedy, "logits": _logits, "hidden": _hidden, "cross_entropy": _cross_entropy}[fact["kind"]]
@@ -298,7 +314,7 @@ def _greedy_text(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
     from ..tokenizer import decode
 
     if gpt2.tokenizer is None:
-        return "skip", "needs the tokenizer beside the model: gpt2np fetch tokenizer"
+        return "skip", NO_TOKENIZER
     text, ids = "", list(fact["ids"])
     cache = gpt2.new_cache(1)
     new = ids
@@ -363,6 +379,8 @@ def verdict(checks: Sequence[Check]) -> str:
     failed = {check.group for check in checks if check.result == "FAIL"}
     passed = {check.group for check in checks if check.result == "pass"}
     runs = {"sample data", "ONNX Runtime"}
+    if "graph" in failed and "file" in passed:
+        return "This is a published file, but its graph is not one that gpt2np runs."
     if "graph" in failed:
         return f"This is not a GPT-2 that gpt2np knows, and so not {model}."
     if "config" in failed or ("weights" in failed and "file" not in failed):
