@@ -546,6 +546,27 @@ def test_from_a_file_got_by_other_means(server: FaultServer, entry: zoo.Entry, t
     assert server.log == []
 
 
+def test_test_data_can_be_taken_later(server: FaultServer, entry: zoo.Entry, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(CONTENT)
+    zoo.fetch("tiny", tmp_path / "weights", source=tmp_path / "model.onnx")
+    (tmp_path / "a.tar.gz").write_bytes(bytes(server.files["/tiny-10.tar.gz"]))  # type: ignore[arg-type]
+    zoo.fetch("tiny", tmp_path / "weights", source=tmp_path / "a.tar.gz")
+    assert content_of(tmp_path / "weights" / "tiny") == {
+        "model.onnx": CONTENT,
+        "test_data_set_0/input_0.pb": PB,
+    }
+
+
+def test_a_password_in_a_url_is_neither_printed_nor_stored(case: Case) -> None:
+    case.server.faults["/model"] = [Fault(cut=CUT), Fault(status=404)]
+    url = case.server.url("/model").replace("http://", "http://user:secret@")
+    with pytest.raises(DownloadError) as error:
+        download(case.wanted, [Mirror(url)], case.notes.append, sleep=case.slept.append)
+    left = "".join(path.read_text("latin1") for path in case.path.parent.iterdir())
+    assert "secret" not in f"{error.value}{case.notes}{left}"
+    assert "127.0.0.1" in str(error.value)
+
+
 def test_from_another_file_is_refused(server: FaultServer, entry: zoo.Entry, tmp_path: Path) -> None:
     source = tmp_path / "model.onnx"
     source.write_bytes(CONTENT[:-1] + b"?")

@@ -197,7 +197,7 @@ def fetch(
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder, note):
             missing = [file for file in entry.files + entry.extras if _is_missing(folder / file.path, file)]
-            if missing and source is not None:
+            if source is not None:
                 _take(entry, missing, source, folder, note)
             elif missing and not offline:
                 _get(entry, missing, mirror, folder, note, progress, sleep)
@@ -228,7 +228,7 @@ def _require(entry: Entry, folder: Path, note: Callable[[str], None]) -> None:
     """Raise unless all that the entry needs is there; what only lies beside it is worth a note."""
     for file in entry.files:
         if not (folder / file.path).is_file():
-            urls = "\n  ".join(mirror.url for mirror in file.mirrors)
+            urls = "\n  ".join(mirror.shown for mirror in file.mirrors)
             raise DownloadError(f"{folder / file.path} is not here; it can be had from\n  {urls}")
     for file in entry.extras:
         if not (folder / file.path).is_file():
@@ -290,7 +290,7 @@ def _open_archive(archive: Path, folder: Path, model: RemoteFile, note: Callable
     shutil.rmtree(unpacked, ignore_errors=True)  # of a run that was killed
     try:
         for path in unpack(archive, unpacked):
-            if path.parent.name.startswith("test_data_set_"):
+            if path.parent.name.startswith("test_data_set_") and path.suffix == ".pb":
                 target = folder / path.parent.name / path.name
                 target.parent.mkdir(exist_ok=True)
                 os.replace(path, target)
@@ -308,7 +308,9 @@ def _take(entry: Entry, missing: Sequence[RemoteFile], source: Path, folder: Pat
     if not source.exists():
         raise DownloadError(f"{source}: no such file or folder")
     given = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
-    wanted = [*missing, *([entry.archive] if entry.archive and entry.files[0] in missing else [])]
+    wanted = list(missing)
+    if entry.archive is not None and (entry.files[0] in missing or not any(folder.glob("test_data_set_*"))):
+        wanted.append(entry.archive)
     taken = 0
     for file in wanted:
         for path in given:
@@ -322,7 +324,7 @@ def _take(entry: Entry, missing: Sequence[RemoteFile], source: Path, folder: Pat
                     _open_archive(folder / file.path, folder, entry.files[0], note)
                 taken += 1
                 break
-    if not taken:
+    if wanted and not taken:
         known = "\n  ".join(f"{file.name}: {file.bytes} bytes, SHA-256 {file.sha256}" for file in wanted)
         found = "\n  ".join(f"{path}: {path.stat().st_size} bytes, SHA-256 {file_hash(path)}" for path in given)
         raise DownloadError(f"none of these is a file that {entry.name} lacks:\n  {found}\nit lacks\n  {known}")

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from ..errors import DownloadError
 
@@ -41,6 +42,12 @@ class Mirror:
 
     url: str
     md5_url: str | None = None  # a text with the file's MD5 in it, where the publisher gives one
+
+    @property
+    def shown(self) -> str:
+        """The URL without a user's name and password."""
+        parts = urlsplit(self.url)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,8 @@ def download(
                     part.finish()
                     return
                 except _GiveUp as failure:
-                    failures.append((mirror.url, failure))
-                    note(f"{mirror.url}: {failure}")
+                    failures.append((mirror.shown, failure))
+                    note(f"{mirror.shown}: {failure}")
     except OSError as error:
         if error.errno in DISK_FULL:
             raise DownloadError(f"the disk is full: {part.kept()}; make room and run the same command again") from error
@@ -143,7 +150,7 @@ def _from_mirror(
     while True:
         try:
             resumed = resumed or part.length > 0
-            _transfer(client, mirror.url, part)
+            _transfer(client, mirror, part)
             _check(client, mirror, part, note)
             return
         except _Corrupt as corrupt:
@@ -163,7 +170,7 @@ def _from_mirror(
             sleep(wait)
 
 
-def _transfer(client: httpx.Client, url: str, part: _Part) -> None:
+def _transfer(client: httpx.Client, mirror: Mirror, part: _Part) -> None:
     """One request: append what the part file lacks; returns when the server has sent all of it."""
     import httpx2 as httpx
 
@@ -173,14 +180,14 @@ def _transfer(client: httpx.Client, url: str, part: _Part) -> None:
     headers = {}
     if have:
         headers["Range"] = f"bytes={have}-"
-        if validator := part.validator_of(url):
+        if validator := part.validator_of(mirror.shown):
             headers["If-Range"] = validator
         elif part.wanted.sha256 is None:  # nothing would tell that the two halves belong together
             part.discard()
             have, headers = 0, {}
     try:
-        with client.stream("GET", url, headers=headers) as response:
-            _body(response, url, part, have)
+        with client.stream("GET", mirror.url, headers=headers) as response:
+            _body(response, mirror.shown, part, have)
     except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
         raise _Transient(f"no connection: {error}", attempts=CONNECT_ATTEMPTS) from error
     except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL) as error:
