@@ -260,7 +260,7 @@ class ReplacingMask(np.ndarray):
 
     keep: Array
 
-    def __radd__(self, scores: Array) -> Array:
+    def __radd__(self, scores: Any) -> Any:
         return np.where(self.keep, scores, 0) + np.asarray(self)
 
 

@@ -208,7 +208,7 @@ class InferenceSession:
 
     def _position_ids(self, feeds: Mapping[str, Array], mask: Array | None, B: int, T: int, P: int) -> Array | None:
         """Rows of wpe, where they do not simply follow the cached ones."""
-        if self._recognised.positions == "mask" and mask is not None:
+        if self._recognised.positions.startswith("mask") and mask is not None:
             return self._recognised.positions_from_mask(mask)[:, P:]
         for port in self._recognised.inputs:
             if port.role == "position_ids":

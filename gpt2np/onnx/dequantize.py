@@ -40,6 +40,7 @@ def _node(origin: Node, op: str, inputs: tuple[str, ...], output: str, **attribu
 
 def _constant(graph: Graph, name: str, value: Any) -> str:
     graph.constants[name] = np.asarray(value)
+    graph.invented.add(name)
     return name
 
 

@@ -93,10 +93,11 @@ class Evaluator:
             raise UnsupportedModelError(f"{node.describe()} cannot be evaluated on {shapes}: {error}") from error
         outputs = result if isinstance(result, list) else [result]
         for output, value in zip(node.outputs, outputs, strict=False):
-            array = value if isinstance(value, tuple) else np.asarray(value)  # a tuple is a sequence
-            if output in self.rounded and array.dtype == np.float32:
-                array = array.astype(np.float16)
-            self.values[output] = array
+            if not isinstance(value, tuple):  # a sequence of arrays
+                value = np.asarray(value)
+                if output in self.rounded and value.dtype == np.float32:
+                    value = value.astype(np.float16)
+            self.values[output] = value
 
 
 def _single(value: Any) -> Any:

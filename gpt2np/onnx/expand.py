@@ -159,7 +159,7 @@ def _contrib_attention(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _multi_head_attention(graph: Graph, node: Node) -> list[Node] | None:
-    """com.microsoft.MultiHeadAttention: query, key, value, bias, key_padding_mask, attention_bias, past_key, past_value."""
+    """com.microsoft.MultiHeadAttention: query, key, value, bias, key_padding_mask, attention_bias, two pasts."""
     q, k, v, bias, mask, score_bias, past_k, past_v = (node.input(i) for i in range(8))
     if not k or not v or (len(node.inputs) > 8 and any(node.inputs[8:])):
         return None

@@ -127,7 +127,7 @@ class Graph:
             rule = rules.get(node.op)
             pieces = rule(self, node) if rule else None
             if pieces is not None:
-                if node.op in dequantize.ROUNDING:
+                if node.op in dequantize.ROUNDING or node.attributes.get("accuracy_level", 0) == 4:
                     self.roundings[node.op] = self.roundings.get(node.op, 0) + 1
                 for piece in pieces:
                     if piece.op == node.op:
@@ -257,7 +257,7 @@ class Graph:
         starts, ends, steps = (self.small(node.input(i)) for i in (1, 2, 4))
         if starts is None or ends is None or (node.input(4) and steps is None):
             return False
-        return not starts.any() and (ends >= 2**31 - 1).all() and (steps is None or (steps == 1).all())
+        return bool(not starts.any() and (ends >= 2**31 - 1).all() and (steps is None or (steps == 1).all()))
 
     def small(self, name: str) -> Array | None:
         """A constant of a few elements, computed if need be; else None."""

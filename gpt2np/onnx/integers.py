@@ -104,7 +104,8 @@ def _qlinear(function: Callable[[Array, Array], Array]) -> Any:
     """y = function(a, b); inputs a, scale, zero, b, scale, zero, and scale and zero of y."""
 
     def run(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-        a, b = dequantize(*inputs[0:3], axis=-2), dequantize(*inputs[3:6], axis=-1)
+        a_x, a_scale, a_zero, b_x, b_scale, b_zero = inputs[:6]
+        a, b = dequantize(a_x, a_scale, a_zero, -2), dequantize(b_x, b_scale, b_zero, -1)
         return quantize(function(a, b), inputs[6], _input(inputs, 7))
 
     return run

@@ -31,10 +31,10 @@ def match_last_position(graph: Graph, name: str) -> str | None:
         index = graph.small(node.inputs[1])
         return node.inputs[0] if index is not None and index.size == 1 and int(index.flat[0]) == -1 else None
     if node.op == "Slice" and len(node.inputs) > 3:
-        start, end, axis = (graph.small(node.inputs[i]) for i in (1, 2, 3))
-        if start is not None and end is not None and axis is not None and start.size == 1:
-            if int(start[0]) == -1 and int(end[0]) >= 2**31 - 1 and int(axis[0]) in (1, -2):
-                return node.inputs[0]
+        bounds = [graph.small(node.inputs[i]) for i in (1, 2, 3)]
+        start, end, axis = (int(b.flat[0]) if b is not None and b.size == 1 else 0 for b in bounds)
+        if start == -1 and end >= 2**31 - 1 and axis in (1, -2):
+            return node.inputs[0]
     return None
 
 
@@ -142,9 +142,7 @@ def _scaled(graph: Graph, name: str) -> Linear | None:
         scale = constant_source(graph, factors)
         if int(np.prod(scale.shape)) not in (1, linear.weight.shape[1]):
             return None
-        weight = linear.weight.then("Mul", linear.weight.shape, lambda w: w * scale.read().reshape(-1).astype(w.dtype))
-        weight = replace(weight, origin=tuple(dict.fromkeys((*weight.origin, *scale.origin))))
-        return replace(linear, out=name, weight=weight)
+        return replace(linear, out=name, weight=linear.weight.times(scale))
     return None
 
 
@@ -217,8 +215,8 @@ def _written_out_norm(graph: Graph, name: str) -> LayerNorm | None:
     x = next((m.inputs[0] for m in means if _is_mean_of_centred_input(graph, m, value)), None)
     if x is None:
         return None
-    vector = parts["Mul"] or parts["Add"]
-    epsilon = _measure_epsilon(graph, value, graph.strip(x, SAME), vector.shape[0] if vector else 8, node)
+    gain = parts["Mul"] or parts["Add"]
+    epsilon = _measure_epsilon(graph, value, graph.strip(x, SAME), gain.shape[0] if gain else 8, node)
     return LayerNorm(graph.strip(x, SAME), name, parts["Mul"], parts["Add"], epsilon, node)
 
 

@@ -14,12 +14,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from .. import reference
-from ..config import GPT2Config
+from ..config import Activation, GPT2Config
 from ..errors import UnsupportedModelError, WeightError
 from ..weights import weight_shapes
 from . import patterns
@@ -58,6 +58,14 @@ class TapLocation:
         return self.convert(array, batch)
 
 
+# What graphs make of the positions of padding: mask (B, S) of bools -> (B, S).
+POSITIONS_FROM_MASK: dict[str, Callable[[Array], Array]] = {
+    "mask": lambda keep: np.maximum(np.cumsum(keep, axis=-1) - 1, 0),
+    "mask, padding at 1": lambda keep: np.where(keep, np.cumsum(keep, axis=-1) - 1, 1),
+    "mask, padding at 0": lambda keep: np.where(keep, np.cumsum(keep, axis=-1) - 1, 0),
+}
+
+
 @dataclass(frozen=True)
 class Recognised:
     """What `recognise` found."""
@@ -69,7 +77,13 @@ class Recognised:
     outputs: tuple[Port, ...]
     ignored: tuple[tuple[str, str], ...]  # (initializer, why it is no weight)
     notes: tuple[str, ...]  # anything odd
-    positions: str = "range"  # how rows of wpe are chosen: "range", "input", or "mask" (counted in attention_mask)
+    # How rows of wpe are chosen where the caller does not: "range", or counted in attention_mask ("mask...").
+    positions: str = "range"
+    graph_size: int = 0  # nodes, after fused and quantised ones are taken apart
+
+    def positions_from_mask(self, attention_mask: Array) -> Array:
+        """Position of every key, (B, S), as graphs count them that do not take position_ids."""
+        return POSITIONS_FROM_MASK[self.positions](attention_mask != 0)
 
 
 def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = None) -> Recognised:
@@ -120,7 +134,7 @@ class _Recogniser:
         self.roles: dict[str, tuple[str, int | None]] = {}
         self.output_roles: dict[str, tuple[str, int | None]] = {}
         self.epsilons: dict[str, float] = {}
-        self.activations: dict[int, str] = {}
+        self.activations: dict[int, Activation] = {}
         self.scales: dict[int, float] = {}
         self.masks: dict[int, Mask] = {}
         self.heads: dict[int, tuple[int, int]] = {}
@@ -170,6 +184,7 @@ class _Recogniser:
             ignored,
             tuple(self.notes),
             positions,
+            len(graph.nodes),
         )
 
     def find_top(self) -> tuple[Linear | None, LayerNorm]:
@@ -352,7 +367,8 @@ class _Recogniser:
                 sizes_past = [s if isinstance(s, int) and s > 0 else 0 for s in shape]
                 if len(shape) not in (4, 5) or not sizes_past[-1] or not sizes_past[-3]:
                     raise UnsupportedModelError(
-                        f"input {port.name!r} is a cache of shape {shape}, expected ([2,] batch, {'heads'}, past, head size)"
+                        f"input {port.name!r} is a cache of shape {shape}, "
+                        f"expected ([2,] batch, heads, past, head size)"
                     )
                 sizes_past[-4], sizes_past[-2] = self.B, self.P
                 if len(shape) == 5:
@@ -365,8 +381,7 @@ class _Recogniser:
 
     def evaluate(self, name: str) -> Array:
         """A value of the probe; activations are NaN, only their shape counts."""
-        value = self.base(name)
-        return value
+        return self.base(name)
 
     def run_with(self, feeds: dict[str, Array], *names: str) -> list[Array]:
         """Values of the probe, with some values replaced."""
@@ -385,9 +400,10 @@ class _Recogniser:
         """Which rows of its table a lookup takes."""
         if lookup.rows:
             return self.run_with(feeds or {}, lookup.rows)[0]
-        table = lookup.node.inputs[0]
         numbered = np.arange(lookup.table.shape[0], dtype=np.float64)[:, None]
-        (taken,) = self.run_with({**(feeds or {}), table: numbered}, lookup.node.outputs[0])
+        known = {n: v for n, v in self.known.items() if n != lookup.out}
+        evaluator = Evaluator(self.graph, {**known, **(feeds or {}), lookup.node.inputs[0]: numbered})
+        taken = evaluator(lookup.node.outputs[0])
         return taken[..., 0].astype(np.int64)
 
     def find_positions(self, places: Lookup) -> tuple[int, str]:
@@ -404,15 +420,16 @@ class _Recogniser:
         how = "input" if given else "range"
         masks = [n for n, (role, _) in self.roles.items() if role == "attention_mask"]
         if how == "range" and masks:
-            padded = np.ones_like(self.known[masks[0]])
-            padded[:, :1] = 0
-            moved = np.broadcast_to(self.rows(places, {masks[0]: padded}).reshape(-1, T), (B, T))
-            if (moved == rows - 1).all():
-                how = "mask"
-            elif (moved != rows).any():
-                raise UnsupportedModelError(
-                    f"{places.node.describe()} derives positions from {masks[0]!r} in an unknown way"
-                )
+            mask = np.ones_like(self.known[masks[0]])
+            mask[0, : P + 2] = mask[-1, P + 1] = mask[-1, 0] = 0  # padding on the left, and holes
+            moved = np.broadcast_to(self.rows(places, {masks[0]: mask}).reshape(-1, T), (B, T)) - offset
+            counts = {name: count(mask != 0)[:, P:] for name, count in POSITIONS_FROM_MASK.items()}
+            if (moved != expected).any():
+                how = next((name for name, count in counts.items() if (moved == count).all()), "")
+                if not how:
+                    raise UnsupportedModelError(
+                        f"{places.node.describe()} derives positions from {masks[0]!r} in an unknown way"
+                    )
         if offset.flat[0]:
             self.notes.append(f"the first token takes row {int(offset.flat[0])} of wpe")
         return int(offset.flat[0]), how
@@ -466,12 +483,12 @@ class _Recogniser:
         if not branch.out.bias_later:
             self.taps[f"{name}.out"] = self.stream(self.widest(branch.out.out))
 
-    def activation(self, fc: Linear, out: Linear, shape: tuple[int, ...]) -> str:
+    def activation(self, fc: Linear, out: Linear, shape: tuple[int, ...]) -> Activation:
         """Which function lies between the two maps of an MLP: that whose values come out."""
         grid = np.resize(np.linspace(-8, 8, 8191), shape) if np.prod(shape) > 8191 else _spread(shape)
         (got,) = self.run_with({fc.out: grid}, out.x)
         errors = {n: float(np.abs(got.ravel() - f(grid.ravel())).max()) for n, f in reference.ACTIVATIONS.items()}
-        best = min(errors, key=lambda n: errors[n])
+        best = cast(Activation, min(errors, key=lambda n: errors[n]))
         # GELU by erf and by tanh lie 4.7e-4 apart; its constants are off by up to 4e-4 in bfloat16
         rivals = sorted(errors.values())
         if not errors[best] < 2e-4 and not (errors[best] < 4e-4 and errors[best] < 0.75 * rivals[1]):
@@ -564,7 +581,7 @@ class _Recogniser:
         self, i: int, maps: tuple[Linear, ...], starts: dict[str, int], numbers: Array, what: str
     ) -> tuple[Linear, Array]:
         """Which columns of which map make q, k or v: numbers (B, H, T, D) -> (map, (HD,))."""
-        B, H, T, D = numbers.shape
+        B, _, T, _ = numbers.shape
         for linear in maps:
             width = linear.weight.shape[1]
             offset = numbers - starts[linear.out]
@@ -738,9 +755,9 @@ class _Recogniser:
                 usual = next(j for j, m in self.masks.items() if m == mask)
                 what = f"layer {i} is masked otherwise ({other}) than layer {usual} ({mask})"
                 self.graph.object(UnsupportedModelError(what))
-        epsilon, activation, scale = (
-            Counter(d.values()).most_common(1)[0][0] for d in (self.epsilons, self.activations, self.scales)
-        )
+        epsilon = Counter(self.epsilons.values()).most_common(1)[0][0]
+        activation = Counter(self.activations.values()).most_common(1)[0][0]
+        scale = Counter(self.scales.values()).most_common(1)[0][0]
         overrides: list[tuple[str, float | str]] = []
         overrides += [(f"{n}.epsilon", e) for n, e in self.epsilons.items() if e != epsilon]
         overrides += [(f"h.{i}.mlp.activation", a) for i, a in self.activations.items() if a != activation]
@@ -931,16 +948,16 @@ def read_mask(
         return scale, replace(mask, padding=(1.0, 0.0), padding_later=(float(mask.kind == "added"), mask.value))
     effects: dict[str, set[Effect]] = {"padding": set(), "padding_later": set()}
     blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "masked"
-    for hidden_keys, f, a in results:
-        gone = np.broadcast_to(hidden_keys[:, None, None], f.shape)
+    for hidden_keys, factors, addends in results:
+        gone = np.broadcast_to(hidden_keys[:, None, None], factors.shape)
         blind_row = (gone | later).all(axis=-1, keepdims=True)
-        if (blind_row & (a == 0) & (f != 0)).sum() == (blind_row & np.ones_like(gone)).sum() > 0:
+        if (blind_row & (addends == 0) & (factors != 0)).sum() == (blind_row & np.ones_like(gone)).sum() > 0:
             blind_rows = "unmasked"
         count = blind_row if blind_rows == "unmasked" else np.zeros_like(blind_row)
         for name, where in (("padding", gone & ~later), ("padding_later", gone & later)):
             if (where & ~count).any():
-                effects[name].add(one_effect(f, a, where & ~count, scale, "padded keys"))
-        if (a[~gone & ~later] != 0).any():
+                effects[name].add(one_effect(factors, addends, where & ~count, scale, "padded keys"))
+        if (addends[~gone & ~later] != 0).any():
             raise ValueError("attention_mask hides keys where it is 1")
     if any(len(e) > 1 for e in effects.values()):
         raise ValueError("padded keys are treated in several ways")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -57,6 +57,11 @@ class Source:
     def scaled(self, factor: float, step: str) -> Source:
         """The weight times a number."""
         return self if factor == 1 else self.then(step, self.shape, lambda a: a * a.dtype.type(factor))
+
+    def times(self, factors: Source) -> Source:
+        """The matrix times one number, or one number per column, that the file holds."""
+        scaled = self.then("Mul", self.shape, lambda a: a * factors.read().reshape(-1).astype(a.dtype))
+        return replace(scaled, origin=tuple(dict.fromkeys((*self.origin, *factors.origin))))
 
     def reshaped(self, shape: tuple[int, ...]) -> Source:
         """The same elements in another shape."""
@@ -112,7 +117,7 @@ def constant_source(graph: Graph, name: str) -> Source:
     while pending:
         current = pending.pop(0)
         if current in graph.constants:
-            if current not in origin:
+            if current not in origin and current not in graph.invented:
                 origin.append(current)
         elif (node := graph.producer(current)) is not None:
             if node.op != "Identity":
@@ -121,9 +126,8 @@ def constant_source(graph: Graph, name: str) -> Source:
     direct = graph.strip(name, frozenset({"Identity"}))
     if direct in graph.constants:
         return Source(graph.shape(direct), (direct,), (), lambda: _fresh(graph, direct))
-    main = max(origin, key=lambda o: int(np.prod(graph.shape(o))), default=name)
-    ordered = (main, *(o for o in origin if o != main and np.prod(graph.shape(o)) > 1))
-    return Source(constant_shape(graph, name), ordered, tuple(steps), lambda: Evaluator(graph, {})(name))
+    origin.sort(key=lambda o: -int(np.prod(graph.shape(o))))  # the weight itself before its scales
+    return Source(constant_shape(graph, name), tuple(origin), tuple(steps), lambda: Evaluator(graph, {})(name))
 
 
 def _fresh(graph: Graph, name: str) -> Array:

@@ -20,8 +20,10 @@ from .data import DataSet
 from .operations import Call, Program, tap_names
 
 if TYPE_CHECKING:
-    from ..model import GPT2
+    from ..model import GPT2, Output
     from ..onnx.recognise import Recognised
+    from ..reference import Tap
+    from ..session import InferenceSession
 
 Feeds = Mapping[str, Array]
 
@@ -51,7 +53,8 @@ class Model:
     """
 
     path: Path
-    problem: Gpt2npError | None = None  # why gpt2np cannot place the graph
+    problem: Gpt2npError | None = None  # why gpt2np cannot place the graph at all
+    objections: list[UnsupportedModelError] = field(default_factory=list)  # what in it is no GPT-2's
     _calls: dict[int, Call] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -62,7 +65,7 @@ class Model:
 
         file = open_model(self.path)
         try:
-            return recognise(file)
+            return recognise(file, self.objections)
         except UnsupportedModelError as error:
             self.problem = error
             return None
@@ -82,12 +85,6 @@ class Model:
     def program(self) -> Program:
         """The forward pass as operations over this file's weights."""
         return Program.of(self.config, self.recognised.sources)
-
-    def model(self, engine: str, dtype: str = "float32") -> GPT2:
-        from ..model import GPT2
-
-        found = self.recognised
-        return GPT2(found.config, found.sources, engine, dtype, self.path, found)
 
     def call(self, feeds: Feeds) -> Call:
         """The file's inputs as what our operations take."""
@@ -159,10 +156,10 @@ def call_of(recognised: Recognised, feeds: Feeds) -> Call:
     attention_mask = by_role.get("attention_mask")
     rows = by_role.get("position_ids")
     if recognised.positions == "mask" and attention_mask is not None:
-        rows = np.maximum(np.cumsum(attention_mask != 0, axis=-1) - 1, 0)[:, start:]
+        rows = recognised.positions_from_mask(attention_mask)[:, start:]
     positions = check_positions(rows, config, B, T, start)
-    mask = additive_mask(attention_mask, config, B, T, start + T, np.dtype(np.float64))
-    return Call(ids, positions, past if start else None, mask)
+    additive_mask(attention_mask, config, B, T, start + T, np.dtype(np.float32))  # checks it
+    return Call(ids, positions, past if start else None, attention_mask)
 
 
 class Ours:
@@ -172,44 +169,41 @@ class Ours:
         self.model, self.engine, self.dtype, self.name = model, engine, dtype, name
 
     @cached_property
+    def session(self) -> InferenceSession:
+        from ..session import InferenceSession
+
+        return InferenceSession(self.model.path, self.engine, self.dtype)
+
+    @property
     def gpt2(self) -> GPT2:
-        return self.model.model(self.engine, self.dtype)
+        return self.session.model
 
     def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
-        call = self.model.call(feeds)
-        recognised = self.model.recognised
-        wanted = set(taps)
+        made: dict[str, Array] = {}
         found: dict[str, Array] = {}
+        if outputs:
+            names = [o.name for o in self.session.get_outputs()]
+            made = dict(zip(names, self.session.run(names, feeds), strict=True))
+        if taps:
+            wanted = set(taps)
 
-        def tap(name: str, value: Array) -> None:
-            if name in wanted:
-                found[name] = np.array(value)
+            def tap(name: str, value: Array) -> None:
+                if name in wanted:
+                    found[name] = np.array(value)
 
-        mask = next((feeds[p.name] for p in recognised.inputs if p.role == "attention_mask" and p.name in feeds), None)
+            self.call(self.model.call(feeds), tap, "logits" in wanted)
+        return Run(made, found)
+
+    def call(self, call: Call, tap: Tap | None = None, logits: bool = False) -> Output:
+        """One call of the model, past and padding included."""
         B, T = call.input_ids.shape
         cache = self.gpt2.new_cache(B, call.start + T)
         if call.past is not None:
             for layer, past in zip(cache.layers, call.past, strict=True):
                 layer[:, :, :, : call.start] = past
             cache.advance(call.start)
-        positions = call.position_ids - recognised.config.position_offset  # the model adds it again
-        out = self.gpt2(
-            call.input_ids, cache, tap if wanted else None, self.model.has_logits(),
-            None if mask is None else np.asarray(mask), positions,
-        )  # fmt: skip
-        made = {}
-        if outputs:
-            for port in recognised.outputs:
-                ids_shape = next(np.asarray(feeds[p.name]).shape for p in recognised.inputs if p.role == "input_ids")
-                if port.role in ("last_hidden_state", "logits"):
-                    value = out.last_hidden_state if port.role == "last_hidden_state" else out.logits
-                    assert value is not None
-                    made[port.name] = value.reshape(*ids_shape, value.shape[-1])
-                elif port.role == "present":
-                    made[port.name] = out.past[port.layer or 0].copy()
-                elif port.role in ("present_key", "present_value"):
-                    made[port.name] = out.past[port.layer or 0][int(port.role == "present_value")].copy()
-        return Run(made, found)
+        positions = call.position_ids - self.gpt2.config.position_offset  # the model adds it again
+        return self.gpt2(call.input_ids, cache, tap, logits, call.attention_mask, positions)
 
 
 class Ort:

@@ -1,0 +1,244 @@
+"""gpt2np info: what a model file holds, and where each weight comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..onnx.reader import ModelFile
+    from ..onnx.recognise import Port, Recognised
+    from ..onnx.sources import Source
+
+
+def info(
+    model: Annotated[
+        Path | None, typer.Argument(help="model.onnx, or a folder with one in it. Default: the embedded model.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one line of JSON.")] = False,
+) -> None:
+    """Explain a model file: configuration, inputs and outputs, and the source of every weight."""
+    from ..model import embedded_model_path
+    from ..onnx.reader import open_model
+    from ..onnx.recognise import recognise
+    from ._terminal import print_json
+
+    file = open_model(model or embedded_model_path())
+    found = recognise(file)
+    if as_json:
+        print_json(describe(file, found))
+    else:
+        print_info(file, found)
+
+
+def describe(file: ModelFile, found: Recognised) -> dict[str, Any]:
+    """Everything that `--json` prints."""
+    from dataclasses import asdict
+
+    proto = file.proto
+    return {
+        "path": str(file.path),
+        "bytes": file.nbytes,
+        "sha256": file.sha256,
+        "producer": f"{proto.producer_name} {proto.producer_version}".strip(),
+        "ir_version": proto.ir_version,
+        "opset": {o.domain or "ai.onnx": o.version for o in proto.opset_import},
+        "variant": variant(file, found),
+        "operators": operators(file),
+        "config": {k: _finite(v) for k, v in asdict(found.config).items()},
+        "parameters": parameters(found),
+        "positions": found.positions,
+        "inputs": [_port(p) for p in found.inputs],
+        "outputs": [_port(p) for p in found.outputs],
+        "weights": {
+            name: {
+                "shape": list(source.shape),
+                "from": list(source.origin),
+                "stored": stored(file, source),
+                "through": list(source.through),
+            }
+            for name, source in found.sources.items()
+        },
+        "bytes_by_dtype": bytes_by_dtype(file),
+        "ignored": dict(found.ignored),
+        "taps": {name: tap.tensor for name, tap in found.taps.items()},
+        "notes": list(found.notes),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinities."""
+    import math
+
+    if isinstance(value, tuple | list):
+        return [_finite(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _port(port: Port) -> dict[str, Any]:
+    return {
+        "name": port.name,
+        "dtype": port.dtype.name,
+        "shape": list(port.shape),
+        "role": port.role,
+        "layer": port.layer,
+    }
+
+
+def parameters(found: Recognised) -> int:
+    """Number of weights, the head counted only where it is not wte."""
+    import math
+
+    return sum(math.prod(s.shape) for s in found.sources.values() if s.origin)
+
+
+def operators(file: ModelFile) -> dict[str, int]:
+    """{operator: nodes} of the main graph, the most frequent first."""
+    from collections import Counter
+
+    names = (f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in file.proto.graph.node)
+    return dict(Counter(names).most_common())
+
+
+def variant(file: ModelFile, found: Recognised) -> list[str]:
+    """What kind of export this is, in words."""
+    roles = {p.role for p in (*found.inputs, *found.outputs)}
+    words = []
+    if "logits" in roles or "last_logits" in roles:
+        where = "" if "logits" in roles else " of the last position"
+        words.append(f"logits{where}, {'head tied to wte' if found.config.tied else 'separate head'}")
+    if "last_hidden_state" in roles:
+        words.append("hidden states")
+    if "past" in roles:
+        words.append("past and present as pairs")
+    elif "past_key" in roles:
+        words.append("past and present as keys and values")
+    elif roles & {"present", "present_key"}:
+        words.append("present, but no past")
+    if "attention_mask" in roles:
+        words.append("attention_mask")
+    if "position_ids" in roles:
+        words.append("position_ids")
+    if len(file.files) > 1:
+        words.append(f"external data in {len(file.files) - 1} file{'s' if len(file.files) > 2 else ''}")
+    special = [f"{name} x{count}" for name, count in operators(file).items() if "." in name]
+    if special:
+        words.append(f"special operators: {', '.join(special)}")
+    return words
+
+
+def stored(file: ModelFile, source: Source) -> str:
+    """Element type and place of a weight's main tensor in the file."""
+    tensor = file.tensors.get(source.origin[0]) if source.origin else None
+    return f"{tensor.dtype.name}, {tensor.origin}" if tensor else ("in the graph" if source.origin else "nowhere")
+
+
+def bytes_by_dtype(file: ModelFile) -> dict[str, int]:
+    """Bytes of all initializers and large constants, by element type."""
+    totals: dict[str, int] = {}
+    for tensor in file.tensors.values():
+        totals[tensor.dtype.name] = totals.get(tensor.dtype.name, 0) + tensor.nbytes
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def print_info(file: ModelFile, found: Recognised) -> None:
+    """For reading: a head, then tables."""
+    from ._terminal import console, print_table
+
+    out, proto, c = console(), file.proto, found.config
+    opsets = ", ".join(f"{o.domain or 'ONNX'} opset {o.version}" for o in proto.opset_import)
+    producer = f"{proto.producer_name} {proto.producer_version}".strip() or "an unnamed exporter"
+    out.print(str(file.path), style="bold")
+    out.print(f"{file.nbytes:,} bytes, made by {producer}, {opsets}, {len(proto.graph.node):,} nodes", style="dim")
+    out.print("; ".join(variant(file, found)), style="dim")
+    out.print()
+    out.print(
+        f"GPT-2 with {parameters(found):,} parameters: {c.n_layer} layers, {c.n_head} heads of {c.head_size}, "
+        f"width {c.n_embd}, MLP {c.n_inner}, {c.vocab_size:,} tokens, {c.n_ctx:,} positions",
+        style="bold",
+    )
+    activation = {"gelu_tanh": "GELU by tanh", "gelu_erf": "GELU by erf", "gelu_quick": "GELU by sigmoid"}
+    how = {"replaced": "become", "added": "have added", "none": "are not masked:"}[c.mask_kind]
+    out.print(
+        f"{activation.get(c.activation, 'ReLU')}; layer norm epsilon {c.layer_norm_epsilon:g}; "
+        f"scores times {c.attn_scale:g}; scores of later keys {how} {c.mask_value:g}"
+    )
+    for note in found.notes:
+        out.print(f"note: {note}", style="yellow")
+    out.print()
+    ports = [("in", p) for p in found.inputs] + [("out", p) for p in found.outputs]
+    print_table(("", "name", "type", "shape", "role"), (_port_row(d, p) for d, p in _folded_ports(ports)))
+    out.print()
+    columns = ("weight", "shape", "from", "stored as", "seen through")
+    print_table(columns, _weight_rows(file, found))
+    out.print()
+    sizes = ", ".join(f"{size:,} {name}" for name, size in bytes_by_dtype(file).items())
+    out.print(f"bytes by type: {sizes}")
+    reasons: dict[str, list[str]] = {}
+    for name, why in found.ignored:
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        out.print(f"not a weight: {shown} ({why})", style="dim")
+
+
+def _folded_ports(ports: list[tuple[str, Port]]) -> list[tuple[str, Port]]:
+    """One row for what every layer has: the first and the last layer's names stand for all."""
+    from dataclasses import replace
+
+    rows: list[tuple[str, Port]] = []
+    groups: dict[tuple[str, str], list[Port]] = {}
+    for direction, port in ports:
+        if port.layer is None:
+            rows.append((direction, port))
+            continue
+        group = groups.setdefault((direction, port.role), [])
+        group.append(port)
+        if len(group) == 1:
+            rows.append((direction, port))
+    folded = []
+    for direction, port in rows:
+        group = groups.get((direction, port.role), [port])
+        if port.layer is not None and len(group) > 1:
+            port = replace(port, name=f"{port.name} ... {group[-1].name}")
+        folded.append((direction, port))
+    return folded
+
+
+def _port_row(direction: str, port: Port) -> tuple[str, ...]:
+    shape = ", ".join("?" if s is None else str(s) for s in port.shape)
+    return direction, port.name, port.dtype.name, f"({shape})", port.role
+
+
+def _weight_rows(file: ModelFile, found: Recognised) -> list[tuple[str, ...]]:
+    """One row for each weight; for those that all layers have alike, one row for all layers."""
+    L = found.config.n_layer
+    rows: list[tuple[str, ...]] = []
+    seen: set[str] = set()
+    for name, source in found.sources.items():
+        if name in seen:
+            continue
+        group = [name]
+        if name.startswith("h.0.") and L > 1:
+            group = [f"h.{i}.{name[4:]}" for i in range(L)]
+            looks = {
+                (found.sources[n].shape, stored(file, found.sources[n]).split(",")[0], found.sources[n].through)
+                for n in group
+            }
+            if len(looks) > 1:
+                group = [name]
+        seen.update(group)
+        more = f" + {len(source.origin) - 1}" if len(source.origin) > 1 else ""  # scales and zero points
+        origins = [found.sources[n].origin[0] if source.origin else "-" for n in group]
+        origin = origins[0]
+        if len(group) > 1:
+            starred = {o.replace(f"h.{i}.", "h.*.", 1) for i, o in enumerate(origins)}
+            same = len(starred) == 1
+            origin = starred.pop() if same else f"{origins[0]} ... {origins[-1]}"
+        origin += more
+        label = f"h.0-{L - 1}.{name[4:]}" if len(group) > 1 else name
+        kind = stored(file, source)
+        rows.append((label, str(source.shape), origin, kind.split(",")[0], ", ".join(source.through)))
+    return rows
