@@ -13,7 +13,7 @@ import numpy as np
 from ..weights import Array
 from .operations import Call, Program, split_tap, tap_inputs
 
-F64 = np.dtype(np.float64)
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
 class Gradients:

@@ -72,7 +72,7 @@ class Call(NamedTuple):
     input_ids: Array  # (B, T) int64
     position_ids: Array  # (B, T) int64, rows of wpe
     past: list[Array] | None = None  # L x (2, B, H, P, D): keys and values of the cached positions
-    mask: Array | None = None  # (B or 1, 1, T, S), added to the scores; None: the causal mask
+    attention_mask: Array | None = None  # (B, S), 1 for keys that may be seen
 
     @property
     def start(self) -> int:
@@ -221,14 +221,17 @@ def _scores(p: Program, call: Call, tap: str, inputs: list[Array], dtype: np.dty
     return np.asarray(inputs[0] @ keys.swapaxes(-1, -2) * p.config.layer_scale(layer))
 
 
-def mask_of(call: Call, scores: Array) -> Array:
-    """What is added to the scores (B, H, T, S) of one call."""
-    T, S = scores.shape[-2:]
-    return reference.causal_mask(T, S, scores.dtype) if call.mask is None else call.mask.astype(scores.dtype)
+def masked_softmax(scores: Array, config: GPT2Config, attention_mask: Array | None) -> Array:
+    """Probabilities of scores (B, H, T, S) under the mask that a config describes."""
+    from ..model import additive_mask
+
+    B, _, T, S = scores.shape
+    mask = additive_mask(attention_mask, config, B, T, S, scores.dtype)
+    return reference.softmax(scores + (reference.causal_mask(T, S, scores.dtype) if mask is None else mask))
 
 
 def _probs(p: Program, call: Call, tap: str, inputs: list[Array], dtype: np.dtype[Any]) -> Array:
-    return reference.softmax(inputs[0] + mask_of(call, inputs[0]))
+    return masked_softmax(inputs[0], p.config, call.attention_mask)
 
 
 def _heads(p: Program, call: Call, tap: str, inputs: list[Array], dtype: np.dtype[Any]) -> Array:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations
 from typing import Any
 
@@ -20,11 +20,11 @@ import numpy as np
 
 from .. import reference
 from ..weights import Array
-from .gradients import F64, Gradients
+from .gradients import F32, F64, Gradients
 from .metrics import difference
-from .operations import Call, Program, Run, embed_at, mask_of, split_tap, tap_inputs, tap_names
+from .operations import Call, Program, Run, embed_at, masked_softmax, split_tap, tap_inputs, tap_names
 
-EXACT = 0.97  # share of the error removed from which on a guess counts as the explanation
+NOISE_FACTOR = 10.0  # a guess explains an error if it leaves no more than so many times float32's own error
 CERTAIN = 0.96  # rank of what the file itself shows (two layers with one weight) though it cannot be undone
 
 
@@ -39,13 +39,16 @@ class Guess:
     runs: dict[str, Run] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     removed: float = -math.inf  # share of the error that it removes: 1 explains all of it
+    explains: bool = False  # what remains is float32 noise
     evidence: str = ""  # what the file itself shows for it
+    element: tuple[str, tuple[int, ...], float] = ("", (), 0.0)  # a wrong element: weight, index, correction
+    named: str = ""  # the tap to name, where it is an input of `tap` that arrives changed
 
     def applied(self, program: Program) -> Program:
         return program.with_(self.weights, self.runs, **self.config)
 
     def as_dict(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("cause", "tap", "text", "removed", "evidence")}
+        return {k: getattr(self, k) for k in ("cause", "tap", "text", "removed", "explains", "evidence")}
 
 
 class Problem:
@@ -73,66 +76,121 @@ class Problem:
                 needed.add(tap)
                 pending += [i for i in tap_inputs(tap, program.config) if i not in self.given]
         self.taps = [tap for tap in names[: last + 1] if tap in needed]
-        self.values = dict(self.given)
-        self.before = self.error(program, record=True)
+        finite = {tap: np.nan_to_num(value, posinf=0, neginf=0) for tap, value in self.observed.items()}
+        self.weights = {
+            tap: 1 / max(math.sqrt(float(np.square(value).sum()) * len(observed)), 1e-300)
+            for tap, value in finite.items()
+        }
+        self.values = self.run(program)
+        self.before = self.error(self.values)
+        low = self.run(program, dtype=F32)
+        noise = self.weighted({tap: low[tap] - self.values[tap] for tap in observed})
+        self.noise = math.sqrt(sum(float(np.square(v).sum()) for v in noise.values()))
 
-    def error(self, program: Program, first: str | None = None, record: bool = False) -> float:
-        """Relative rms over all observed taps; operations before `first` are those of the base program."""
+    def run(self, program: Program, first: str | None = None, dtype: Any = F64) -> dict[str, Array]:
+        """All values of another program; operations before `first` keep the base program's."""
         start = self.taps.index(first) if first in self.taps else 0
-        known = self.values if record else {**self.given, **{t: self.values[t] for t in self.taps[:start]}}
-        total = 0.0
-        for tap in self.taps[0 if record else start :]:
+        known = {**{t: self.values[t] for t in self.taps[:start]}, **self.given} if start else dict(self.given)
+        for tap in self.taps[start:]:
             inputs = [self.given.get(i, known.get(i)) for i in tap_inputs(tap, program.config)]
-            known[tap] = program.run(tap, self.call, inputs, F64)  # type: ignore[arg-type]
+            known[tap] = program.run(tap, self.call, inputs, dtype)  # type: ignore[arg-type]
+        return known
+
+    def weighted(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Arrays of the observed taps, scaled so that the sum of all squares is the relative squared error."""
+        return {tap: value * self.weights[tap] for tap, value in arrays.items()}
+
+    def residuals(self, values: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """observed - computed, weighted."""
+        values = self.values if values is None else values
+        return self.weighted({tap: target - values[tap] for tap, target in self.observed.items()})
+
+    def error(self, values: Mapping[str, Array]) -> float:
+        """Relative rms error over all observed taps; infinite where one is not finite."""
+        total = 0.0
         for tap, target in self.observed.items():
             with np.errstate(over="ignore"):
-                distance = float(np.mean(np.square(difference(known[tap], target))))
-                total += distance / max(float(np.mean(np.square(np.nan_to_num(target)))), 1e-300)
-        return math.sqrt(total / max(len(self.observed), 1))
+                total += float(np.square(difference(values[tap], target) * self.weights[tap]).sum())
+        return math.sqrt(total)
 
     def judge(self, guess: Guess) -> Guess:
         """Fill in how much of the error the guess removes."""
-        after = self.error(guess.applied(self.program), guess.tap)
+        after = self.error(self.run(guess.applied(self.program), guess.tap))
         guess.removed = 1 - after / self.before if self.before > 0 and math.isfinite(after) else -math.inf
+        guess.explains = after <= NOISE_FACTOR * self.noise
         return guess
 
-    def residuals(self) -> dict[str, Array]:
-        """observed - computed, each scaled as `error` weighs it."""
-        out = {}
-        for tap, target in self.observed.items():
-            weight = 1 / max(float(np.sqrt(np.mean(np.square(target)) * target.size)), 1e-300)
-            out[tap] = (target - self.values[tap]) * weight
-        return out
 
-
-def rank(problem: Problem, forward: bool, keep: int = 5) -> list[Guess]:
+def rank(problem: Problem, forward: bool, spare: Mapping[str, Array] | None = None, keep: int = 5) -> list[Guess]:
     """The best explanations, best first.
 
     forward: the program is right and a mistake is to be reproduced; otherwise it is wrong and to be undone.
+    spare: initializers of the file that nothing uses, which may be the weights that are missed.
     """
     guesses: list[Guess] = []
     if problem.before > 0 and math.isfinite(problem.before):
         for tap in problem.suspects:
-            for guess in catalogue(problem, tap, forward):
-                guesses.append(problem.judge(guess))
-        guesses += fits(problem, forward)
-    evidence = [] if forward else shown_by_the_file(problem)
-    if evidence:
-        exact = max((g.removed for g in guesses), default=-math.inf) >= EXACT
-        for found in evidence:
-            found.removed = max(found.removed, 0.0 if exact else CERTAIN)
-        guesses += evidence
+            guesses += [problem.judge(guess) for guess in catalogue(problem, tap, forward)]
+        guesses += [problem.judge(guess) for guess in spare_weights(problem, spare or {})]
+        if not forward:
+            guesses += everywhere(problem, guesses)
+            guesses += absent_biases(problem)
+        if not any(g.explains for g in guesses):
+            guesses += single_elements(problem)
+    if not forward:
+        explained = any(g.explains for g in guesses)
+        for found in shown_by_the_file(problem):
+            found.removed = 0.1 if explained else found.removed
+            guesses.append(found)
     best: dict[tuple[str, str], Guess] = {}
-    for guess in sorted(guesses, key=lambda g: -g.removed):
+    for guess in sorted(guesses, key=lambda g: (-g.explains, -g.removed)):
         best.setdefault((guess.cause, guess.tap), guess)
     return [g for g in best.values() if g.removed > 0.05][:keep]
+
+
+def everywhere(problem: Problem, guesses: Sequence[Guess]) -> list[Guess]:
+    """The most promising guesses once more, made in every layer at once: exporters err in all layers alike."""
+    if any(g.explains for g in guesses):
+        return []
+    found = []
+    norms = ("ln_1", "ln_2", "ln_f")
+    for guess in sorted(guesses, key=lambda g: -g.removed)[:8]:
+        layer, part = split_tap(guess.tap)
+        if layer is None or guess.removed < 0.02:
+            continue
+        weights, runs = dict(guess.weights), dict(guess.runs)
+        key = guess.text.replace(f"h.{layer}.", "h.*.")
+        for tap in problem.taps:
+            other, its_part = split_tap(tap)
+            group = its_part == part or (part in norms and its_part in norms)
+            if group and tap != guess.tap:
+                for twin in catalogue(problem, tap, forward=False, alone=True):
+                    if twin.cause == guess.cause and twin.text.replace(f"h.{other}.", "h.*.") == key:
+                        weights |= twin.weights
+                        runs |= twin.runs
+                        break
+        if len(weights) + len(runs) > len(guess.weights) + len(guess.runs):
+            text = f"{guess.text}, and so in the other layers"
+            found.append(problem.judge(Guess(guess.cause, guess.tap, text, weights=weights, runs=runs)))
+    return found
+
+
+def spare_weights(problem: Problem, spare: Mapping[str, Array]) -> Iterator[Guess]:
+    """Weights that lie in the file unused, in place of one of their shape."""
+    for name, tap in weight_names(problem):
+        shape = problem.program.weights(name, F64).shape
+        for origin, value in spare.items():
+            for fitting in (value, value.T) if value.shape != value.shape[::-1] else (value,):
+                if fitting.shape == shape:
+                    text = f"{origin}, which the file holds unused, in place of what it takes for {name}"
+                    yield Guess("other_layer", tap, text, weights={name: fitting.astype(np.float64)})
 
 
 # ---------------------------------------------------------------- the catalogue of usual mistakes
 
 
-def catalogue(problem: Problem, tap: str, forward: bool) -> Iterator[Guess]:
-    """Mistakes whose right (or wrong) form is known, at one operation."""
+def catalogue(problem: Problem, tap: str, forward: bool, alone: bool = False) -> Iterator[Guess]:
+    """Mistakes whose right (or wrong) form is known, at one operation; `alone`: suspected or not."""
     layer, part = split_tap(tap)
     if part == "embed":
         yield from _embedding(problem)
@@ -141,13 +199,13 @@ def catalogue(problem: Problem, tap: str, forward: bool) -> Iterator[Guess]:
     elif part in ("attn.q", "attn.k", "attn.v"):
         # the three share one matrix: they are tried together, at the first of them that is suspected
         group = [f"h.{layer}.attn.{x}" for x in "qkv"]
-        if tap == next(t for t in group if t in problem.suspects):
+        if alone or tap == next(t for t in group if t in problem.suspects):
             yield from _c_attn(problem, layer, forward)  # type: ignore[arg-type]
     elif part == "attn.scores":
         yield from _scale(problem, tap)
     elif part == "attn.probs":
         yield from _mask(problem, tap)
-    elif part == "attn.heads":
+    elif part == "attn.heads" and forward:  # in a file, another order of heads is one of c_proj's rows
         yield from _merge(problem, tap)
     elif part in ("attn.out", "mlp.out", "mlp.c_fc"):
         yield from _linear(problem, tap, tap.replace(".out", ".c_proj"), forward)
@@ -161,7 +219,9 @@ def catalogue(problem: Problem, tap: str, forward: bool) -> Iterator[Guess]:
     elif part in ("resid_mid", "resid_post"):
         yield Guess("missing_residual", tap, "the residual is not added", runs={tap: _without_residual})
     elif part == "logits":
-        yield from _head(problem, forward)
+        yield from _head(problem)
+    if forward:
+        yield from _rounded(problem, tap)
 
 
 def _swap_text(other: object, now: object, forward: bool) -> str:
@@ -250,8 +310,6 @@ def _other_weights(problem: Problem, tap: str, name: str, others: list[str], for
     bias = w(f"{name}.bias", F64)
     if bias.any():
         yield Guess("missing_bias", tap, f"{name}.bias is missing", weights={f"{name}.bias": np.zeros_like(bias)})
-    if forward:
-        yield from _rounded(problem, tap, name)
 
 
 def rounded(x: Array, kind: str) -> Array:
@@ -262,27 +320,31 @@ def rounded(x: Array, kind: str) -> Array:
         return x.astype(np.float32).astype(ml_dtypes.bfloat16 if kind == "bf16" else np.float16).astype(np.float64)
 
 
-def _rounded(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
+def _rounded(problem: Problem, tap: str) -> Iterator[Guess]:
+    """Weights, result or inputs of an operation in a 16-bit float."""
     p = problem.program
+    names = list(dict.fromkeys(name for name, of in weight_names(problem) if of == tap))
+    inputs = tap_inputs(tap, p.config)
     for kind in ("bf16", "fp16"):
-        weight, bias = p.weights(f"{name}.weight", F64), p.weights(f"{name}.bias", F64)
-        yield Guess(
-            "rounding", tap, f"{name}'s weights are rounded to {kind}",
-            weights={f"{name}.weight": rounded(weight, kind), f"{name}.bias": rounded(bias, kind)},
-        )  # fmt: skip
-        yield Guess(
-            "rounding", tap, f"{name}.weight is rounded to {kind}", weights={f"{name}.weight": rounded(weight, kind)}
-        )
-        yield Guess("rounding", tap, f"the result is rounded to {kind}", runs={tap: _rounded_result(p, tap, kind)})
-        yield Guess("rounding", tap, f"the inputs are rounded to {kind}", runs={tap: _rounded_inputs(p, tap, kind)})
+        both = {name: rounded(p.weights(name, F64).astype(np.float64), kind) for name in names}
+        for name, value in both.items():
+            yield Guess("rounding", tap, f"{name} is rounded to {kind}", weights={name: value})
+        if len(both) > 1:
+            yield Guess("rounding", tap, f"{' and '.join(both)} are rounded to {kind}", weights=both)
+        yield Guess("rounding", tap, f"{tap} is rounded to {kind}", runs={tap: _rounded_run(p, kind, result=True)})
+        for i, name in enumerate(inputs):
+            text = f"{name} is rounded to {kind} before {tap} reads it"
+            guess = Guess("rounding", tap, text, runs={tap: _rounded_run(p, kind, which=i)})
+            guess.named = name
+            yield guess
 
 
-def _rounded_result(p: Program, tap: str, kind: str) -> Run:
-    return lambda q, call, name, x, dtype: rounded(p.run(name, call, x, dtype), kind)
+def _rounded_run(p: Program, kind: str, which: int = -1, result: bool = False) -> Run:
+    def run(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+        value = p.run(tap, call, [rounded(v, kind) if i == which else v for i, v in enumerate(x)], dtype)
+        return rounded(value, kind) if result else value
 
-
-def _rounded_inputs(p: Program, tap: str, kind: str) -> Run:
-    return lambda q, call, name, x, dtype: p.run(name, call, [rounded(v, kind) for v in x], dtype)
+    return run
 
 
 def _linear(problem: Problem, tap: str, name: str, forward: bool) -> Iterator[Guess]:
@@ -450,49 +512,38 @@ def _scale(problem: Problem, tap: str) -> Iterator[Guess]:
 
 
 def _mask(problem: Problem, tap: str) -> Iterator[Guess]:
-    p, call = problem.program, problem.call
+    """Masks by what GPT2Config can say of them: which keys are forbidden, and what their scores become."""
+    now = problem.program.config
+    call = problem.call
 
-    def allowed_of(scores: Array, shift: int) -> Array:
-        T, S = scores.shape[-2:]
-        return np.arange(S) <= np.arange(S - T, S)[:, None] + shift
+    def masked(**change: Any) -> Run:
+        config = replace(now, **change)
 
-    def run_with(shift: int, value: float, replaces: bool) -> Run:
-        def run(q: Program, call: Call, name: str, x: list[Array], dtype: Any) -> Array:
-            allowed = allowed_of(x[0], shift)
-            if call.mask is not None and shift == 0:
-                allowed = np.isfinite(mask_of(call, x[0])) & (mask_of(call, x[0]) > -1e30)
-            elif call.mask is not None:  # padding stays hidden: keys that no row of the call may see
-                seen = (mask_of(call, x[0]) > -1e30).any(axis=-2, keepdims=True)
-                allowed = allowed & seen
-            low = np.asarray(value, dtype)
-            masked = np.where(allowed, x[0], low if replaces else x[0] + low)
-            blind = ~np.isfinite(masked).any(axis=-1, keepdims=True)
-            return reference.softmax(np.where(blind, np.asarray(-1e4, dtype), masked))
+        return lambda p, call, name, x, dtype: masked_softmax(x[0], config, call.attention_mask)
 
-        return run
+    def keys(shift: int) -> str:
+        return "query i sees keys up to i" + (f" {'+-'[shift < 0]} {abs(shift)}" if shift else "")
 
+    S = call.start + call.input_ids.shape[1]
     for shift in (0, 1, -1, 2):
-        words = (
-            "the causal mask" if shift == 0 else f"query i sees keys up to i {'+' if shift > 0 else '-'} {abs(shift)}"
-        )
-        yield Guess(
-            "mask_shift" if shift else "mask_value", tap, f"mask: {words}", runs={tap: run_with(shift, -math.inf, True)}
-        )
-        if shift < 0:
-            yield Guess("mask_shift", tap, f"mask: {words}", runs={tap: run_with(shift, -1e4, True)})
-    yield Guess("mask_missing", tap, "no causal mask at all", runs={tap: run_with(0, 0.0, False)})
-    values = {-1.0, -2.0, -5.0, -10.0, -20.0, -50.0, -100.0, -1000.0, 0.0, float(p.config.mask_value)}
-    for value, replaces in [(v, r) for v in sorted(values) for r in (True, False)] + _fitted_mask(problem, tap):
-        how = "replaced by" if replaces else "added"
-        yield Guess(
-            "mask_value",
-            tap,
-            f"forbidden scores: {value:.5g} {how}, not -inf",
-            runs={tap: run_with(0, value, replaces)},
-        )
+        if shift != now.causal_shift or now.mask_kind == "none":
+            cause = "mask_missing" if now.mask_kind == "none" else "mask_shift"
+            text = f"mask off by {abs(shift - now.causal_shift)}: {keys(shift)}, not {keys(now.causal_shift)}"
+            change = {"mask_kind": "replaced", "mask_value": -1e4} if now.mask_kind == "none" else {}
+            yield Guess(cause, tap, text, runs={tap: masked(causal_shift=shift, **change)})
+    yield Guess("mask_missing", tap, "no causal mask at all", runs={tap: masked(mask_kind="none", causal_shift=S)})
+    values: list[tuple[float, str]] = [
+        (v, k)
+        for v in (-1e4, -1.0, -2.0, -5.0, -10.0, -20.0, -50.0, -100.0, -1e3, 0.0)
+        for k in ("replaced", "added")
+    ]
+    for value, kind in [*values, *_fitted_mask(problem, tap)]:
+        if (value, kind) != (now.mask_value, now.mask_kind):
+            text = f"mask value: {now.mask_value:.5g} {now.mask_kind}, not {value:.5g} {kind}"
+            yield Guess("mask_value", tap, text, runs={tap: masked(mask_value=value, mask_kind=kind)})
 
 
-def _fitted_mask(problem: Problem, tap: str) -> list[tuple[float, bool]]:
+def _fitted_mask(problem: Problem, tap: str) -> list[tuple[float, str]]:
     """The mask value that observed probabilities imply: log p - score is one constant per row, up to it."""
     if tap not in problem.observed:
         return []
@@ -508,7 +559,7 @@ def _fitted_mask(problem: Problem, tap: str) -> list[tuple[float, bool]]:
     own = np.take_along_axis(log - scores, np.broadcast_to(diagonal, (*probs.shape[:3], 1)), axis=-1)
     effective = (log - own)[forbidden]
     added = effective - scores[forbidden]
-    return [(float(np.median(effective)), True), (float(np.median(added)), False)]
+    return [(float(np.median(effective)), "replaced"), (float(np.median(added)), "added")]
 
 
 def _merge(problem: Problem, tap: str) -> Iterator[Guess]:
@@ -526,141 +577,106 @@ def _merge(problem: Problem, tap: str) -> Iterator[Guess]:
         yield Guess("swapped_heads", tap, f"heads {a} and {b} are swapped", runs={tap: ordered(order.ravel())})
 
 
-def _head(problem: Problem, forward: bool) -> Iterator[Guess]:
+def _head(problem: Problem) -> Iterator[Guess]:
     p = problem.program
-    key = p.head
     if not p.config.tied:
         wte = p.weights("wte.weight", F64)
-        yield Guess("untied_head", "logits", "the head is not wte (untied)", weights={key: wte})
-    if forward:
-        head = p.weights(key, F64)
-        for kind in ("bf16", "fp16"):
-            yield Guess(
-                "rounding", "logits", f"the head's weights are rounded to {kind}", weights={key: rounded(head, kind)}
-            )
+        yield Guess("untied_head", "logits", "the head is not wte (untied)", weights={p.head: wte})
 
 
 # ---------------------------------------------------------------- what has to be solved for
 
 
-def fits(problem: Problem, forward: bool) -> list[Guess]:
-    """Mistakes with an unknown number in them: one wrong element, a bias that is not there."""
-    found: list[Guess] = []
-    if all(np.isfinite(v).all() for v in problem.values.values()):
-        found += single_elements(problem)
-        if not forward:
-            found += absent_biases(problem)
-    return found
+def tap_of_element(program: Program, call: Call, name: str, index: tuple[int, ...]) -> str:
+    """The first tap that one element of a weight changes."""
+    if not name.startswith("h."):
+        stem = name.rsplit(".", 1)[0]
+        if stem == "wte" and not (call.input_ids == index[0]).any():
+            return "logits"  # of a tied head; no token of the input uses this row
+        return {"wte": "embed", "wpe": "embed", "ln_f": "ln_f"}.get(stem, "logits")
+    _, layer, stem = name.rsplit(".", 1)[0].split(".", 2)
+    if stem == "attn.c_attn":
+        width = program.config.n_head * program.config.head_size
+        return f"h.{layer}.attn.{'qkv'[index[-1] // width]}"
+    return f"h.{layer}.{stem.replace('c_proj', 'out')}"
 
 
-def tap_of_weight(problem: Problem, name: str, index: tuple[int, ...]) -> str | None:
-    """The first suspected tap that one element of a weight changes."""
-    layer, stem = (name.split(".", 2)[1], name.split(".", 2)[2]) if name.startswith("h.") else (None, name)
-    stem = stem.rsplit(".", 1)[0]
-    if layer is None:
-        if stem == "wpe":
-            taps = ["embed"]
-        elif stem == "wte":
-            used = bool((problem.call.input_ids == index[0]).any())
-            taps = ["embed"] if used else ["logits"]
-        else:
-            taps = ["ln_f" if stem == "ln_f" else "logits"]
-    elif stem == "attn.c_attn":
-        width = problem.program.config.n_head * problem.program.config.head_size
-        taps = [f"h.{layer}.attn.{'qkv'[index[-1] // width]}"]
-    else:
-        taps = [f"h.{layer}.{stem.replace('c_proj', 'out')}"]
-    return taps[0] if taps[0] in problem.suspects else None
-
-
-def single_elements(problem: Problem, probes: int = 16, verify: int = 24) -> list[Guess]:
+def single_elements(problem: Problem, probes: int = 16) -> list[Guess]:
     """The single weight element whose change would explain the error best.
 
     To first order, changing element j by d changes the outputs by J_j d. The error that the best d removes is
     (J_j . e)^2 / |J_j|^2: the numerator for all elements comes from one backward pass over the error e, the
     denominator from backward passes over random vectors r, as the mean of (J_j . r)^2. The most promising ones
-    are then solved exactly.
+    of every weight are then solved exactly.
     """
     program = problem.program
     back = Gradients(program, problem.call, problem.values, problem.taps)
-    error = problem.residuals()
-    numerator = back(error)
-    weights = {
-        tap: 1 / max(float(np.sqrt(np.mean(np.square(t)) * t.size)), 1e-300) for tap, t in problem.observed.items()
-    }
+    numerator = back(problem.weighted(problem.residuals()))
     rng = np.random.default_rng(0)
     norms: dict[str, Array] = {name: np.zeros_like(g) for name, g in numerator.items()}
     for _ in range(probes):
-        noise = {tap: rng.standard_normal(t.shape) * weights[tap] for tap, t in problem.observed.items()}
-        for name, g in back(noise).items():
+        noise = {tap: rng.standard_normal(t.shape) for tap, t in problem.observed.items()}
+        for name, g in back(problem.weighted(noise)).items():
             norms[name] += g * g / probes
-    candidates: list[tuple[float, str, tuple[int, ...], float]] = []
+    candidates: list[tuple[str, tuple[int, ...], float]] = []
     for name, g in numerator.items():
-        floor = float(np.median(norms[name][norms[name] > 0])) * 0.05 if (norms[name] > 0).any() else 1.0
+        seen = norms[name] > 0
+        floor = float(np.median(norms[name][seen])) * 0.05 if seen.any() else 1.0
         score = g * g / (norms[name] + floor)
-        for flat in np.argpartition(-score.ravel(), min(7, score.size - 1))[:8]:
+        for flat in np.argpartition(-score.ravel(), min(3, score.size - 1))[:4]:
             index = tuple(int(i) for i in np.unravel_index(int(flat), score.shape))
-            step = float(g[index] / (norms[name][index] + floor))
-            candidates.append((float(score[index]), name, index, step))
+            candidates.append((name, index, float(g[index] / (norms[name][index] + floor))))
         # an element far out of its matrix's range is a suspect in itself: large errors are not linear
         value = program.weights(name, F64).astype(np.float64)
-        spread = float(np.median(np.abs(value - np.median(value)))) / 0.6745 or 1.0
-        extreme = tuple(int(i) for i in np.unravel_index(int(np.abs(value - np.median(value)).argmax()), value.shape))
-        if abs(value[extreme] - np.median(value)) > 8 * spread:
-            candidates.append((math.inf, name, extreme, float(np.median(value)) - float(value[extreme])))
-    candidates.sort(key=lambda c: -c[0])
-    found: list[Guess] = []
-    for _, name, index, step in candidates[:verify]:
-        tap = tap_of_weight(problem, name, index)
-        if tap is not None:
-            found.append(solve_element(problem, name, index, step, tap))
-    found.sort(key=lambda g: -g.removed)
-    return found[:3]
+        middle = float(np.median(value))
+        spread = float(np.median(np.abs(value - middle))) / 0.6745 or 1.0
+        extreme = tuple(int(i) for i in np.unravel_index(int(np.abs(value - middle).argmax()), value.shape))
+        if abs(value[extreme] - middle) > 6 * spread:
+            candidates.append((name, extreme, middle - float(value[extreme])))
+    placed = [(n, index, step, tap_of_element(program, problem.call, n, index)) for n, index, step in candidates]
+    rough = [solve_element(problem, *c, rounds=2) for c in placed if c[3] in problem.suspects]
+    rough.sort(key=lambda g: -g.removed)
+    found = [solve_element(problem, *g.element, g.tap, rounds=8) for g in rough[:3]]
+    return sorted(found, key=lambda g: -g.removed)
 
 
-def solve_element(problem: Problem, name: str, index: tuple[int, ...], step: float, tap: str) -> Guess:
+def solve_element(
+    problem: Problem, name: str, index: tuple[int, ...], step: float, tap: str, rounds: int
+) -> Guess:
     """The value of one element that removes most of the error, by Gauss-Newton steps on that number alone."""
     base = problem.program.weights(name, F64).astype(np.float64)
-    program = problem.program
-    weights = {t: 1 / max(float(np.sqrt(np.mean(np.square(v)) * v.size)), 1e-300) for t, v in problem.observed.items()}
 
-    def outputs(value: float) -> Array:
-        changed = base.copy()
-        changed[index] = value
-        known = dict(problem.given)
-        start = problem.taps.index(tap)
-        known.update({t: problem.values[t] for t in problem.taps[:start]})
-        p = program.with_({name: changed})
-        for t in problem.taps[start:]:
-            known[t] = p.run(
-                t, problem.call, [problem.given.get(i, known.get(i)) for i in tap_inputs(t, p.config)], F64
-            )  # type: ignore[misc]
-        return np.concatenate([(problem.observed[t] - known[t]).ravel() * weights[t] for t in problem.observed])
+    def changed(value: float) -> Array:
+        new = base.copy()
+        new[index] = value
+        return new
+
+    def residual(value: float) -> Array:
+        values = problem.run(problem.program.with_({name: changed(value)}), tap)
+        return np.concatenate([r.ravel() for r in problem.residuals(values).values()])
 
     old = float(base[index])
-    value = old + step
-    best, best_value = float(np.square(outputs(old)).sum()), old
-    for _ in range(8):
-        e = outputs(value)
+    value, best_value = old + step, old
+    best = float(np.square(residual(old)).sum())
+    for _ in range(rounds):
+        e = residual(value)
         size = float(np.square(e).sum())
-        if not math.isfinite(size):
-            break
         if size < best:
             best, best_value = size, value
         h = 1e-4 * max(abs(value), 1e-2)
-        slope = (outputs(value + h) - e) / h
+        slope = (residual(value + h) - e) / h
         bottom = float(np.square(slope).sum())
-        if bottom == 0 or not math.isfinite(bottom):
+        if not (bottom > 0 and math.isfinite(bottom) and math.isfinite(size)):
             break
         move = -float((slope * e).sum()) / bottom
+        value += move
         if abs(move) < 1e-9 * max(abs(value), 1e-3):
             break
-        value += move
-    changed = base.copy()
-    changed[index] = best_value
     place = "[" + ", ".join(map(str, index)) + "]"
     text = f"one element of {name}: {place} is {old:.6g}, where {best_value:.6g} fits"
-    return problem.judge(Guess("corrupted_element", tap, text, weights={name: changed}))
+    guess = Guess("corrupted_element", tap, text, weights={name: changed(best_value)})
+    guess.element = (name, index, best_value - old)
+    return problem.judge(guess)
 
 
 def absent_biases(problem: Problem) -> list[Guess]:
@@ -700,58 +716,45 @@ def suspect_biases(problem: Problem) -> Iterator[tuple[str, str]]:
             yield name, tap
 
 
-def solve_bias(problem: Problem, name: str, tap: str, rounds: int = 4, steps: int = 40) -> Guess:
+def solve_bias(problem: Problem, name: str, tap: str, rounds: int = 3, steps: int = 24) -> Guess:
     """The bias that removes most of the error: Gauss-Newton, each step by conjugate gradients."""
     base = problem.program.weights(name, F64)
-    current, delta = problem, np.zeros_like(base)
+    delta = np.zeros_like(base)
     for _ in range(rounds):
         program = problem.program.with_({name: base + delta})
-        current = Problem(program, problem.call, problem.given, problem.observed, problem.suspects)
-        if not math.isfinite(current.before) or current.before < 1e-9:
+        values = problem.run(program, tap)
+        residual = problem.residuals(values)
+        error = sum(float(np.square(r).sum()) for r in residual.values())
+        if not math.isfinite(error) or error < 1e-14:
             break
-        back = Gradients(program, problem.call, current.values, current.taps)
-        weights = {
-            t: 1 / max(float(np.sqrt(np.mean(np.square(v)) * v.size)), 1e-300) for t, v in problem.observed.items()
-        }
+        back = Gradients(program, problem.call, values, problem.taps)
 
-        def forward(
-            d: Array, program: Program = program, current: Problem = current, weights: dict[str, float] = weights,
-            start: Array = delta,
-        ) -> dict[str, Array]:  # fmt: skip
-            size = float(np.abs(d).max()) or 1.0
-            h = 1e-5 / size
-            moved = Problem(
-                program.with_({name: base + start + h * d}),
-                problem.call,
-                problem.given,
-                problem.observed,
-                problem.suspects,
-            )
-            return {t: (moved.values[t] - current.values[t]) / h * weights[t] for t in problem.observed}
+        def along(d: Array, program: Program = program, values: dict[str, Array] = values) -> dict[str, Array]:
+            h = 1e-5 / (float(np.abs(d).max()) or 1.0)
+            moved = problem.run(program.with_({name: program.weights(name, F64) + h * d}), tap)
+            return problem.weighted({t: (moved[t] - values[t]) / h for t in problem.observed})
 
         x = np.zeros_like(base)
-        r = {t: v for t, v in current.residuals().items()}
-        s = back({t: v * weights[t] for t, v in r.items()}).get(name, np.zeros_like(base))
+        s = back(problem.weighted(residual))[name]
         p, gamma = s.copy(), float((s * s).sum())
         first = gamma
-        for _ in range(min(steps, base.size + 1)):
-            if gamma <= 1e-16 * first or gamma == 0:
+        for _ in range(min(steps, base.size)):
+            if gamma <= 1e-12 * first or gamma == 0:
                 break
-            q = forward(p)
+            q = along(p)
             bottom = sum(float(np.square(v).sum()) for v in q.values())
             if bottom == 0:
                 break
             a = gamma / bottom
             x = x + a * p
-            r = {t: r[t] - a * q[t] for t in r}
-            s = back({t: v * weights[t] for t, v in r.items()})[name]
+            residual = {t: residual[t] - a * q[t] for t in residual}
+            s = back(problem.weighted(residual))[name]
             gamma, old = float((s * s).sum()), gamma
             p = s + gamma / old * p
         delta = delta + x
-    return problem.judge(
-        Guess("missing_bias", tap, f"{name} is missing (all zeros); one of rms {float(np.sqrt((delta**2).mean())):.3g} fits",
-              weights={name: base + delta})
-    )  # fmt: skip
+    size = float(np.sqrt((delta**2).mean()))
+    text = f"{name} is missing: it is all zeros, where one of rms {size:.3g} fits"
+    return problem.judge(Guess("missing_bias", tap, text, weights={name: base + delta}))
 
 
 # ---------------------------------------------------------------- what the file itself shows
@@ -800,7 +803,7 @@ def same_as_another_layer(problem: Problem) -> list[Guess]:
         for i in range(p.config.n_layer):
             if i != int(layer) and np.array_equal(mine, p.weights(f"h.{i}.{stem}", F64)):
                 words = f"{name} is element for element h.{i}.{stem}: another layer's weight"
-                found.append(Guess("other_layer", tap, words, evidence="equal in the file"))
+                found.append(Guess("other_layer", tap, words, removed=CERTAIN, evidence="equal in the file"))
                 break
     return found
 
@@ -834,19 +837,8 @@ def expected_rounding_error(problem: Problem, name: str, tap: str, kind: str) ->
     value = problem.program.weights(name, F64).astype(np.float64)
     bits = 8 if kind == "bf16" else 11  # of the significand
     _, exponent = np.frexp(value)
-    ulp = np.ldexp(1.0, exponent - bits)
-    noise = np.random.default_rng(0).uniform(-0.5, 0.5, value.shape) * ulp
-    moved = problem.program.with_({name: value + noise})
-    start = problem.taps.index(tap) if tap in problem.taps else 0
-    known = {**problem.given, **{t: problem.values[t] for t in problem.taps[:start]}}
-    for t in problem.taps[start:]:
-        known[t] = moved.run(
-            t, problem.call, [problem.given.get(i, known.get(i)) for i in tap_inputs(t, moved.config)], F64
-        )  # type: ignore[misc]
-    total = 0.0
-    for t, target in problem.observed.items():
-        total += float(np.mean(np.square(known[t] - problem.values[t]))) / max(
-            float(np.mean(np.square(target))), 1e-300
-        )
-    made = math.sqrt(total / len(problem.observed))
-    return problem.before / made if made > 0 else math.inf
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, value.shape) * np.ldexp(1.0, exponent - bits)
+    moved = problem.run(problem.program.with_({name: value + noise}), tap)
+    made = problem.weighted({t: moved[t] - problem.values[t] for t in problem.observed})
+    size = math.sqrt(sum(float(np.square(v).sum()) for v in made.values()))
+    return problem.before / size if size > 0 else math.inf

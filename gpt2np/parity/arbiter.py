@@ -1,0 +1,213 @@
+"""Two parties tap by tap: how far apart, where it starts, and who is closer to float64.
+
+For every tap, with op the operation of the program under test in float64 and a, b what the parties gave:
+
+    total      a - b
+    local      a - op(a's own inputs), and the same for b: what this operation itself added
+    inherited  op(a's inputs) - op(b's inputs): what came in with the inputs
+    gain       relative total of this tap / largest relative total of its inputs
+    R          rms(a - f64) / rms(b - f64), f64 being a float64 run from the token ids on
+
+The budget of a local error is measured, not chosen: the same operation is run in float32 on the same inputs,
+and the error of that run against float64 is this operation's float32 floor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..weights import Array
+from .metrics import difference
+from .operations import Call, Program, split_tap, tap_inputs
+
+F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
+
+# How many times the float32 floor a local error may be. Between NumPy, ONNX Runtime and the kernels, which sum
+# in different orders and approximate exp and tanh differently, it is at most 5 over all fixtures.
+LOCAL_FACTOR = 32.0
+ROWS = 64  # positions of logits that are judged at a time: they are the one tap of the vocabulary's size
+
+Taps = Callable[[Sequence[str]], Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class TapRow:
+    """What is known of one tap. Errors are rms over all elements; None where a party does not give the tap."""
+
+    tap: str
+    shape: tuple[int, ...]
+    scale: float  # rms of the float64 run
+    total: float | None
+    max_abs: float | None
+    at: tuple[int, ...]
+    inherited: float | None
+    local_a: float | None
+    local_b: float | None
+    floor: float  # rms error of the operation in float32
+    over_a: float  # largest local error over its budget: above 1, the operation itself differs
+    over_b: float
+    gain: float | None
+    r: float | None
+
+    @property
+    def closer(self) -> str:
+        """Which party is closer to float64: "a", "b" or "tie"."""
+        if self.r is None or (0.8 < self.r < 1.25):
+            return "tie"
+        return "a" if self.r < 1 else "b"
+
+    @property
+    def diverges(self) -> bool:
+        return max(self.over_a, self.over_b) > 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "closer": self.closer, "diverges": self.diverges}
+
+
+class _Sum:
+    """Root mean square and largest value of an error that comes in pieces along the positions."""
+
+    def __init__(self) -> None:
+        self.squares, self.count, self.largest, self.at = 0.0, 0, 0.0, ()
+
+    def add(self, a: Array, b: Array, offset: int = 0, axis: int = 1) -> None:
+        distance = difference(a, b)
+        with np.errstate(over="ignore"):
+            self.squares += float(np.square(distance).sum())
+        self.count += distance.size
+        where = np.unravel_index(int(distance.argmax()), distance.shape)
+        if float(distance[where]) > self.largest or not self.at:
+            self.largest = float(distance[where])
+            self.at = tuple(int(w) + (offset if i == axis else 0) for i, w in enumerate(where))
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+
+def compare_taps(
+    program: Program, call: Call, a: Taps, b: Taps, names: Sequence[str], group_bytes: int = 256 << 20
+) -> Iterator[TapRow]:
+    """One row for each tap, in order.
+
+    Parties are asked for some layers' taps at a time, so that no more than about `group_bytes` of them are in
+    memory at once. Where a party does not give a tap, its value is computed from what it gave before.
+    """
+    known: dict[str, dict[str, Array]] = {"a": {}, "b": {}, "oracle": {}}
+    relative: dict[str, float] = {}
+    last_use = {used: name for name in names for used in tap_inputs(name, program.config)}
+    for group in tap_groups(program, call, names, group_bytes):
+        given = {"a": dict(a(group)), "b": dict(b(group))}
+        for tap in group:
+            inputs = tap_inputs(tap, program.config)
+            row = _row(program, call, tap, {p: [known[p][i] for i in inputs] for p in known}, given, known)
+            incoming = max((relative[i] for i in inputs if i in relative), default=0.0)
+            if row.total is not None:
+                relative[tap] = row.total / row.scale if row.scale else 0.0
+            elif incoming:
+                relative[tap] = incoming
+            gain = relative[tap] / incoming if incoming and row.total is not None else None
+            yield TapRow(**{**asdict(row), "gain": gain})
+            for party in known:
+                for used in inputs:
+                    if last_use[used] == tap:
+                        known[party].pop(used, None)
+                if tap not in last_use:
+                    known[party].pop(tap, None)
+            given["a"].pop(tap, None)
+            given["b"].pop(tap, None)
+
+
+def tap_groups(program: Program, call: Call, names: Sequence[str], group_bytes: int) -> Iterator[list[str]]:
+    """The taps cut into runs of whole layers whose float32 arrays fit into `group_bytes`."""
+    group: list[str] = []
+    size = 0
+    for tap in names:
+        if group and split_tap(tap)[1] in ("ln_1", "ln_f", "logits") and size > group_bytes:
+            yield group
+            group, size = [], 0
+        group.append(tap)
+        size += 4 * tap_size(program, call, tap)
+    yield group
+
+
+def tap_size(program: Program, call: Call, tap: str) -> int:
+    """Elements of one tap."""
+    c, (B, T) = program.config, call.input_ids.shape
+    part = split_tap(tap)[1]
+    if part in ("attn.scores", "attn.probs"):
+        return B * c.n_head * T * (call.start + T)
+    width = {"mlp.c_fc": c.n_inner, "mlp.gelu": c.n_inner, "logits": c.vocab_size}.get(part, c.n_embd)
+    return B * T * width
+
+
+def _row(
+    program: Program,
+    call: Call,
+    tap: str,
+    inputs: Mapping[str, list[Array]],
+    given: Mapping[str, Mapping[str, Array]],
+    known: Mapping[str, dict[str, Array]],
+) -> TapRow:
+    """All errors of one tap; leaves every party's value in `known`."""
+    T = call.input_ids.shape[1]
+    step = ROWS if tap == "logits" else T
+    sums = {name: _Sum() for name in ("total", "inherited", "a", "b", "floor_a", "floor_b", "oracle_a", "oracle_b", "scale")}
+    a, b = given["a"].get(tap), given["b"].get(tap)
+    over = {"a": 0.0, "b": 0.0}
+    keep = tap != "logits"
+    for start in range(0, T, step):
+        part = slice(start, start + step)
+
+        def cut(value: Array, part: slice = part) -> Array:
+            return value[:, part] if tap == "logits" else value
+
+        op = {p: program.run(tap, call, [cut(x) for x in inputs[p]], F64) for p in inputs}
+        for party, value in (("a", a), ("b", b)):
+            low = program.run(tap, call, [cut(x) for x in inputs[party]], F32)
+            sums[f"floor_{party}"].add(low, op[party], start)
+            if value is not None:
+                sums[party].add(cut(value), op[party], start)
+                sums[f"oracle_{party}"].add(cut(value), op["oracle"], start)
+        sums["scale"].add(op["oracle"], np.zeros_like(op["oracle"]))
+        if a is not None and b is not None:
+            sums["total"].add(cut(a), cut(b), start)
+            sums["inherited"].add(op["a"], op["b"], start)
+        if keep:
+            known["oracle"][tap] = op["oracle"]
+            for party, value in (("a", a), ("b", b)):
+                known[party][tap] = op[party] if value is None else value
+    for party, value in (("a", a), ("b", b)):
+        if value is not None:
+            # a float16 tap was computed in float16: its own rounding is the floor
+            eps = float(np.finfo(value.dtype).eps) if value.dtype.kind == "f" else float(np.finfo(np.float32).eps)
+            rounding = max(eps, float(np.finfo(np.float32).eps)) / 4 * sums["scale"].rms
+            floor = sums[f"floor_{party}"]
+            ratios = [
+                sums[party].rms / (LOCAL_FACTOR * max(floor.rms, rounding)),
+                sums[party].largest / (LOCAL_FACTOR * max(floor.largest, 4 * rounding)),
+            ]
+            over[party] = max((r for r in ratios if not math.isnan(r)), default=0.0)
+    both = a is not None and b is not None
+    r = None
+    if both:
+        near, far = sums["oracle_a"].rms, sums["oracle_b"].rms
+        r = near / far if far > 0 else (1.0 if near == 0 else math.inf)
+        r = None if math.isnan(r) else r
+    shape = tuple((a if a is not None else b if b is not None else known["oracle"].get(tap, np.empty(0))).shape)
+    return TapRow(
+        tap, shape, sums["scale"].rms, sums["total"].rms if both else None, sums["total"].largest if both else None,
+        sums["total"].at if both else (), sums["inherited"].rms if both else None,
+        sums["a"].rms if a is not None else None, sums["b"].rms if b is not None else None,
+        max(sums["floor_a"].rms, sums["floor_b"].rms), over["a"], over["b"], None, r,
+    )  # fmt: skip
+
+
+def first_divergence(rows: Sequence[TapRow]) -> TapRow | None:
+    """The first tap whose local error leaves its budget, on either side."""
+    return next((row for row in rows if row.diverges), None)
