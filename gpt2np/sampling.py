@@ -1,8 +1,8 @@
 """From the scores of one position to the next token: penalties, filters, and a reproducible draw.
 
-All functions take the logits (V,) of one position in float32 or float64 and work in that dtype; only sums over
-the vocabulary are float64. The order in which the filters are applied, and what each keeps, is that of Hugging
-Face's `generate`: repetition penalty, temperature, top-k, top-p, min-p.
+All functions take logits or probabilities (V,) of one position in float32 or float64 and work in that dtype; sums
+over more than 128 of them are float64. The order in which the filters are applied, and what each keeps, is that of
+Hugging Face's `generate`: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -96,19 +96,19 @@ class Sampling:
             raise InputError(f"no token can be chosen: the largest logit, that of token {best}, is {logits[best]}")
         if not self.temperature:
             return best
-        with np.errstate(over="ignore"):  # -inf is right for what is that improbable
-            scores = (logits - logits[best]) / self.temperature  # at most 0, so that exp cannot overflow
-        kept = None  # ids of the tokens that `scores` are about; None: all
-        if self.top_k is not None:
-            kept = top_k(scores, self.top_k)
-            scores = scores[kept]
+        kept = None  # ids of the tokens that `weights` are about; None: all
+        if self.top_k is not None:  # before the temperature, which changes no order
+            kept = top_k(logits, self.top_k)
+        weights = logits - logits[best] if kept is None else logits[kept] - logits[best]  # <= 0: exp cannot overflow
+        weights /= self.temperature
+        np.exp(weights, out=weights)
         if self.top_p is not None:
-            inside = top_p(scores, self.top_p)
-            kept, scores = inside if kept is None else kept[inside], scores[inside]
+            inside = top_p(weights, self.top_p)
+            kept, weights = inside if kept is None else kept[inside], weights[inside]
         if self.min_p is not None:
-            inside = min_p(scores, self.min_p)
-            kept, scores = inside if kept is None else kept[inside], scores[inside]
-        drawn = draw(np.exp(scores), rng.random())
+            inside = min_p(weights, self.min_p)
+            kept, weights = inside if kept is None else kept[inside], weights[inside]
+        drawn = draw(weights, rng.random())
         return drawn if kept is None else int(kept[drawn])
 
 
@@ -128,38 +128,39 @@ def penalise_repetition(logits: Array, seen: Array, penalty: float) -> Array:
     return penalised
 
 
-def top_k(logits: Array, k: int) -> Array:
-    """Indices of the k largest logits, and of any equal to the smallest of these, in ascending order."""
-    if k >= len(logits):
-        return np.arange(len(logits))
-    maxima = np.maximum.reduceat(logits, np.arange(0, len(logits), BLOCK))
-    candidates = np.arange(len(logits))
-    if k < len(maxima):
-        # k blocks hold something as large as the k-th largest maximum: nothing smaller can be among the k largest
-        candidates = np.flatnonzero(logits >= _largest(maxima, k))
-    values = logits[candidates]
-    return candidates[values >= _largest(values, k)]
+def top_k(values: Array, k: int) -> Array:
+    """Indices of the k largest values, and of any equal to the smallest of these, in ascending order."""
+    if k >= len(values):
+        return np.arange(len(values))
+    maxima = np.maximum.reduceat(values, np.arange(0, len(values), BLOCK))
+    if k >= len(maxima):
+        return np.flatnonzero(values >= _largest(values, k))
+    # k blocks hold something as large as the k-th largest maximum: nothing smaller can be among the k largest.
+    candidates = np.flatnonzero(values >= _largest(maxima, k))
+    large = values[candidates]
+    found: Array = candidates[large >= _largest(large, k)]
+    return found
 
 
-def top_p(logits: Array, p: float) -> Array:
-    """Indices of the fewest largest logits that hold at least p of the probability, in descending order.
+def top_p(weights: Array, p: float) -> Array:
+    """Indices of the fewest largest weights that add up to at least p of the sum of all, in descending order.
 
-    Of equal logits at the edge the first are kept. At least one token always is.
+    The weights (V,) are probabilities, or proportional to them. Of equal weights at the edge the first are kept.
     """
-    probabilities = np.exp(logits - logits.max())
-    wanted = p * probabilities.sum(dtype=np.float64)
-    candidates, k = top_k(logits, BLOCK), BLOCK
-    while k < len(logits) and probabilities[candidates].sum(dtype=np.float64) < wanted:
+    wanted = p * _block_sums(weights).sum(dtype=np.float64)
+    k = BLOCK
+    candidates = top_k(weights, k)
+    while k < len(weights) and weights[candidates].sum(dtype=np.float64) < wanted:
         k *= 8
-        candidates = top_k(logits, k)
-    order = candidates[np.argsort(-logits[candidates], kind="stable")]
-    held = probabilities[order].cumsum(dtype=np.float64)
+        candidates = top_k(weights, k)
+    order = candidates[np.argsort(-weights[candidates], kind="stable")]
+    held = weights[order].cumsum(dtype=np.float64)
     return order[: 1 + int(np.searchsorted(held[:-1], wanted))]
 
 
-def min_p(logits: Array, p: float) -> Array:
-    """Indices of tokens at least p times as probable as the most probable one, in ascending order."""
-    return np.flatnonzero(np.exp(logits - logits.max()) >= p)
+def min_p(weights: Array, p: float) -> Array:
+    """Indices of the weights (V,) that are at least p times the largest one, in ascending order."""
+    return np.flatnonzero(weights >= p * weights.max())
 
 
 def draw(weights: Array, uniform: float) -> int:
@@ -167,7 +168,7 @@ def draw(weights: Array, uniform: float) -> int:
 
     An entry of weight 0 is never drawn.
     """
-    blocks = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64).cumsum()
+    blocks = _block_sums(weights).cumsum(dtype=np.float64)
     target = uniform * blocks[-1]
     block = _first_above(blocks, target)
     inside = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
@@ -181,15 +182,23 @@ def log_probabilities(logits: Array, ids: Array) -> Array:
 
 
 def log_sum_exp(logits: Array) -> float:
-    """log(sum(exp(logits))) in float64, from exponentials in the dtype of the logits."""
+    """log(sum(exp(logits))), from exponentials in the dtype of the logits."""
     largest = logits.max()
-    return float(largest) + math.log(np.exp(logits - largest).sum(dtype=np.float64))
+    exps = logits - largest
+    np.exp(exps, out=exps)
+    return float(largest) + math.log(_block_sums(exps).sum(dtype=np.float64))
 
 
 def most_probable(logits: Array, n: int) -> Array:
     """Indices of the n largest logits, the largest first; of equal ones the first in the vocabulary."""
     candidates = top_k(logits, n)
     return candidates[np.argsort(-logits[candidates], kind="stable")][:n]
+
+
+def _block_sums(values: Array) -> Array:
+    """Sums of 128 values each: with few steps in them, so that they are as exact as the values."""
+    sums: Array = np.add.reduceat(values, np.arange(0, len(values), BLOCK))
+    return sums
 
 
 def _largest(values: Array, k: int) -> Array:

@@ -43,32 +43,37 @@ def test_top_k_of_a_large_vocabulary(k, dtype):
     assert sampling.top_k(logits, k).tolist() == sorted(np.argsort(-logits)[:k].tolist())
 
 
-@given(vectors(), st.floats(0.001, 1))
-def test_top_p_keeps_the_fewest_that_hold_p(logits, p):
-    kept = sampling.top_p(logits, p)
-    probabilities = softmax(logits)
+def weights(dtype=np.float64):
+    """Unnormalised probabilities, some of them 0."""
+    return vectors(dtype).map(lambda logits: np.exp(logits - logits.max()))
+
+
+@given(weights(), st.floats(0.001, 1))
+def test_top_p_keeps_the_fewest_that_hold_p(weights, p):
+    kept = sampling.top_p(weights, p)
     assert len(set(kept.tolist())) == len(kept) >= 1
-    held = probabilities[kept].sum()
-    assert held >= p * (1 - 1e-12)
-    assert held - probabilities[kept[-1]] < p * (1 + 1e-12)  # one fewer would not do
-    others = np.delete(logits, kept)
-    assert others.size == 0 or others.max() <= logits[kept].min()
-    assert (np.diff(logits[kept]) <= 0).all() or not np.isfinite(logits[kept]).all()
+    held = weights[kept].sum()
+    wanted = p * weights.sum()
+    assert held >= wanted * (1 - 1e-12)
+    assert held - weights[kept[-1]] < wanted * (1 + 1e-12)  # one fewer would not do
+    others = np.delete(weights, kept)
+    assert others.size == 0 or others.max() <= weights[kept].min()
+    assert (np.diff(weights[kept]) <= 0).all()
 
 
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999, 1.0])
 def test_top_p_of_a_large_flat_vocabulary(p):
     """More tokens than the first look takes in."""
-    logits = long_vector() / 10
-    order = np.argsort(-logits)
-    held = softmax(logits)[order].cumsum()
-    assert sampling.top_p(logits, p).tolist() == order[: 1 + np.searchsorted(held[:-1], p * held[-1])].tolist()
+    probabilities = softmax(long_vector() / 10)
+    order = np.argsort(-probabilities)
+    held = probabilities[order].cumsum()
+    kept = sampling.top_p(probabilities, p).tolist()
+    assert kept == order[: 1 + np.searchsorted(held[:-1], p * probabilities.sum())].tolist()
 
 
-@given(vectors(), st.floats(0, 1))
-def test_min_p_compares_with_the_most_probable(logits, p):
-    ratio = np.exp(logits - logits.max())
-    assert sampling.min_p(logits, p).tolist() == [i for i, r in enumerate(ratio) if r >= p]
+@given(weights(), st.floats(0, 1))
+def test_min_p_compares_with_the_most_probable(weights, p):
+    assert sampling.min_p(weights, p).tolist() == [i for i, w in enumerate(weights) if w >= p * weights.max()]
 
 
 @given(vectors(), st.data(), st.floats(0.5, 2))

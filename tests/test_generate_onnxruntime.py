@@ -1,0 +1,57 @@
+"""Greedy generation from a file against ONNX Runtime running that file in its own greedy loop."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import gpt2np
+from conftest import ROOT, SHARED
+from gpt2np.generate import generate
+
+# The zoo's base file has no head.
+FILES = sorted(p for p in (SHARED / "fixtures").glob("*/model.onnx") if p.parent.name != "zoo_base")
+MINI = ROOT / "weights" / "mini" / "model.onnx"
+
+
+class Runtime:
+    """What a user of ONNX Runtime writes: the whole text in, the last position's logits out."""
+
+    def __init__(self, path: Path) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def last_logits(self, ids: list[int]) -> np.ndarray:
+        row = np.array([ids])
+        feeds = {}
+        for port in self.session.get_inputs():
+            if port.name in ("input1", "input_ids"):
+                value = row.reshape((1,) * (len(port.shape) - 1) + (-1,))
+            elif port.name == "attention_mask":
+                value = np.ones_like(row)
+            elif port.name == "position_ids":
+                value = np.arange(len(ids))[None]
+            else:  # an empty past
+                kind = np.float16 if port.type == "tensor(float16)" else np.float32
+                value = np.zeros(
+                    [d if isinstance(d, int) else 1 if i == 0 else 0 for i, d in enumerate(port.shape)], kind
+                )
+            feeds[port.name] = value
+        logits = self.session.run([self.session.get_outputs()[0].name], feeds)[0]
+        return logits.reshape(-1, logits.shape[-1])[len(ids) - 1]
+
+
+@pytest.mark.parametrize("path", [MINI, *FILES], ids=lambda p: p.parent.name)
+@pytest.mark.parametrize("engine", ["numpy", pytest.param("numba", marks=pytest.mark.jit)])
+def test_greedy_ids_are_onnxruntimes(path, engine):
+    if not path.is_file():
+        pytest.skip(f"no {path.parent.name} here")
+    runtime, model = Runtime(path), gpt2np.load(path, engine=engine)
+    for seed in range(3):
+        ids = np.random.default_rng(seed).integers(0, model.config.vocab_size, 4 + 3 * seed).tolist()
+        for step in generate(model, ids, 24):
+            logits = runtime.last_logits(ids)
+            assert step.token_id == int(logits.argmax()), (seed, len(ids), np.sort(logits)[-2:])
+            ids = [*ids, step.token_id]
