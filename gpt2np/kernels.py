@@ -39,11 +39,12 @@ from numba.np.ufunc.parallel import threading_layer
 
 from .errors import InputError
 from .reference import Tap, no_tap, split_heads
-from .tile import PANEL, ROWS, config, fma, make_tile
+from .tile import PANEL, ROWS, SQUARE, config, fma, make_tile, transpose
 from .weights import MLP, Array, Attention, BlockWeights, GPT2Weights, WeightSource
 
-BLOCK = 64  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
-CHUNK = 96  # rows (or queries) that share one pass over a panel of weights (or over the keys); a multiple of ROWS
+BLOCK = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
+CHUNK = 48  # rows that share one pass over a panel of weights; a multiple of every ROWS
+QUERIES = 96  # queries that share one transposition of the keys; likewise
 LANES = 16  # running sums over a row: element i goes to sum i % LANES
 GRAIN = 1 << 16  # multiply-adds below which it is not worth waking another thread
 
@@ -61,9 +62,59 @@ def _jit(parallel: bool = False) -> Callable[[Any], Any]:
     return compile_
 
 
-MaskArguments = tuple[Array, Array, Array]  # mask (B, 1, T, S), keys (B, S), counts (B,): see `_visible_keys`
+Sight = tuple[Array, Array, Array]  # mask (B, 1, T, S) or empty, keys (B, S), limits (B, T): see `_look`
 
 tile_1, tile_2, tile_4, tile_full = make_tile(1), make_tile(2), make_tile(4), make_tile(ROWS)
+
+
+# ----------------------------------------------------------------------------------------------- vector loops
+# They work on slices, from index 0: where numba cannot see that an index is not negative, LLVM makes no vectors.
+
+
+@_jit()
+def _copy(source, target):
+    for i in range(target.size):
+        target[i] = source[i]
+
+
+@_jit()
+def _add(source, target):
+    for i in range(target.size):
+        target[i] += source[i]
+
+
+@_jit()
+def _sum(v, lanes):
+    """The sum of a vector: LANES running sums over every LANES-th element, then these by halves."""
+    lanes[:] = 0
+    whole = v.size - v.size % LANES
+    for start in range(0, whole, LANES):
+        part = v[start : start + LANES]
+        for i in range(LANES):
+            lanes[i] += part[i]
+    for i in range(v.size - whole):
+        lanes[i] += v[whole + i]
+    width = LANES
+    while width > 1:
+        width //= 2
+        for i in range(width):
+            lanes[i] += lanes[i + width]
+    return lanes[0]
+
+
+@_jit()
+def _transpose(source, s_start, s_stride, rows, columns, target, t_start, t_stride):
+    """target[c, r] = source[r, c], addressed as in `transpose`."""
+    source, target = source.reshape(-1), target.reshape(-1)
+    for r in range(0, rows, SQUARE):
+        for c in range(0, columns, SQUARE):
+            s, t = s_start + r * s_stride + c, t_start + c * t_stride + r
+            if r + SQUARE <= rows and c + SQUARE <= columns:
+                transpose(source, s, s_stride, target, t, t_stride)
+            else:
+                for i in range(min(SQUARE, rows - r)):
+                    for j in range(min(SQUARE, columns - c)):
+                        target[t + j * t_stride + i] = source[s + i * s_stride + j]
 
 
 # ---------------------------------------------------------------------------------------------- packed weights
@@ -91,19 +142,28 @@ def pack(name: str, source: WeightSource, dtype: Any) -> Any:
     """
     array = np.ascontiguousarray(source.load(), dtype)
     if name in ("wte.weight", "lm_head.weight"):
-        return pack_matrix(array, transpose=True)
+        return pack_matrix(array, transposed=True)
     if name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith(".weight"):
         return pack_matrix(array)
     return array
 
 
-def pack_matrix(matrix: Array, transpose: bool = False) -> Panels:
+def pack_matrix(matrix: Array, transposed: bool = False) -> Panels:
     """Panels of a C-contiguous matrix (K, N), or of the transpose of an (N, K) one."""
-    K, N = matrix.shape[::-1] if transpose else matrix.shape
+    K, N = matrix.shape[::-1] if transposed else matrix.shape
     data = _aligned((-(-N // PANEL), K, PANEL), matrix.dtype)
     with _pool() as threads:
         _deal(
-            len(data), data.size, threads, _pack_range, _pack, _scratch(threads, data.dtype), matrix, transpose, data, N
+            len(data),
+            data.size,
+            threads,
+            _pack_range,
+            _pack,
+            _scratch(threads, data.dtype),
+            matrix,
+            transposed,
+            data,
+            N,
         )
     return Panels(data, N)
 
@@ -124,22 +184,25 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 @_jit()
-def _pack_range(first, last, scratch, matrix, transpose, data, N):
+def _pack_range(first, last, scratch, matrix, transposed, data, N):
+    K = data.shape[1]
     for p in range(first, last):
         column = p * PANEL
         width = min(PANEL, N - column)
-        for k in range(data.shape[1]):
-            for c in range(width):
-                data[p, k, c] = matrix[column + c, k] if transpose else matrix[k, column + c]
-            for c in range(width, PANEL):
-                data[p, k, c] = 0
+        if width < PANEL:
+            data[p] = 0
+        if transposed:
+            _transpose(matrix, column * K, K, width, K, data, p * K * PANEL, PANEL)
+        else:
+            for k in range(K):
+                _copy(matrix[k, column : column + width], data[p, k, :width])
 
 
 @_jit(parallel=True)
-def _pack(parts, pieces, scratch, matrix, transpose, data, N):
+def _pack(parts, pieces, scratch, matrix, transposed, data, N):
     for part in prange(parts):
         first, last = pieces * part // parts, pieces * (part + 1) // parts
-        _pack_range(first, last, scratch[part], matrix, transpose, data, N)
+        _pack_range(first, last, scratch[part], matrix, transposed, data, N)
 
 
 # ----------------------------------------------------------------------------------------------------- threads
@@ -270,8 +333,8 @@ ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu_erf": 2, "gelu_quick": 3, "relu"
 
 
 @_jit()
-def _activate(v, start, count, activation):
-    """Apply an activation to v[start : start + count] in place; the formulas are those of `reference.py`.
+def _activate(v, activation):
+    """Apply an activation to a vector in place; the formulas are those of `reference.py`.
 
     0.5 (1 + tanh u) is written as 1 / (1 + exp(-2u)), and 1 + erf(z) as erfc(-z): the same numbers without the
     cancellation for negative x.
@@ -280,19 +343,19 @@ def _activate(v, start, count, activation):
     one = number(1)
     if activation == 1:
         linear, cubic = number(-2 * 0.7978845608028654), number(-2 * 0.7978845608028654 * 0.044715)
-        for i in range(start, start + count):
+        for i in range(v.size):
             x = v[i]
             v[i] = x / (one + exp(x * (linear + cubic * (x * x))))
     elif activation == 2:
         half, root = number(0.5), number(-0.7071067811865476)
-        for i in range(start, start + count):
+        for i in range(v.size):
             v[i] = half * v[i] * erfc(root * v[i])
     elif activation == 3:
         slope = number(-1.702)
-        for i in range(start, start + count):
+        for i in range(v.size):
             v[i] = v[i] / (one + exp(slope * v[i]))
     elif activation == 4:
-        for i in range(start, start + count):
+        for i in range(v.size):
             v[i] = number(0) if v[i] < number(0) else v[i]
 
 
@@ -321,31 +384,31 @@ def _multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, out, out_
 
 
 @_jit()
-def _linear_range(first, last, totals, x, weight, bias, activation, add, out):
+def _linear_range(first, last, scratch, x, weight, bias, activation, add, out):
     """Pieces first..last-1; a piece is one panel of columns for one chunk of rows."""
     (R, K), N = x.shape, out.shape[1]
     chunks = -(-R // CHUNK)
     for piece in range(first, last):
         column, row = piece // chunks * PANEL, piece % chunks * CHUNK
         rows, width = min(CHUNK, R - row), min(PANEL, N - column)
+        totals = scratch[: rows * PANEL]
 
-        # 1. the product, block by block of the sum; what a block reads of the weights stays in the L1 cache
-        for i in range(rows * PANEL):
-            totals[i] = 0
+        # 1. the bias, then the product, block by block of the sum; what one block reads stays in the caches
+        totals[:] = 0
+        if bias.size > 0:
+            for r in range(rows):
+                _copy(bias[column : column + width], totals[r * PANEL : r * PANEL + width])
         for k in range(0, K, BLOCK):
             depth = min(BLOCK, K - k)
             _multiply(rows, x, row * K + k, K, weight, column * K + k * PANEL, PANEL, depth, totals, 0, PANEL)
 
-        # 2. the bias, then the activation, then the way out: stored, or added to the residual stream
-        if bias.size > 0:
-            for r in range(rows):
-                for c in range(width):
-                    totals[r * PANEL + c] += bias[column + c]
-        _activate(totals, 0, rows * PANEL, activation)
+        # 2. the activation, and the way out: stored, or added to the residual stream
+        _activate(totals, activation)
         for r in range(rows):
-            for c in range(width):
-                total = totals[r * PANEL + c]
-                out[row + r, column + c] = out[row + r, column + c] + total if add else total
+            if add:
+                _add(totals[r * PANEL : r * PANEL + width], out[row + r, column : column + width])
+            else:
+                _copy(totals[r * PANEL : r * PANEL + width], out[row + r, column : column + width])
 
 
 @_jit(parallel=True)
@@ -374,37 +437,21 @@ def _embed(parts, pieces, scratch, ids, positions, wte, wpe, out):
 
 
 @_jit()
-def _sum_of_lanes(sums):
-    """The sum of LANES running sums, by halves."""
-    width = LANES
-    while width > 1:
-        width //= 2
-        for i in range(width):
-            sums[i] += sums[i + width]
-    return sums[0]
-
-
-@_jit()
-def _layer_norm_range(first, last, sums, x, weight, bias, epsilon, out):
+def _layer_norm_range(first, last, scratch, x, weight, bias, epsilon, out):
     C = x.shape[1]
     number = x.dtype.type
+    lanes, squares = scratch[:LANES], scratch[LANES : LANES + C]
     for r in range(first, last):
-        # 1. the mean
-        sums[:LANES] = 0
-        for c in range(0, C, LANES):
-            for i in range(min(LANES, C - c)):
-                sums[i] += x[r, c + i]
-        mean = _sum_of_lanes(sums) / number(C)
-        # 2. the variance: the mean square of what is left without the mean
-        sums[:LANES] = 0
-        for c in range(0, C, LANES):
-            for i in range(min(LANES, C - c)):
-                centred = x[r, c + i] - mean
-                sums[i] += centred * centred
-        deviation = np.sqrt(_sum_of_lanes(sums) / number(C) + number(epsilon))
-        # 3. normalise, scale and shift
+        row, normed = x[r], out[r]
+        # 1. take off the mean
+        mean = _sum(row, lanes) / number(C)
         for c in range(C):
-            out[r, c] = (x[r, c] - mean) / deviation * weight[c] + bias[c]
+            normed[c] = row[c] - mean
+            squares[c] = normed[c] * normed[c]
+        # 2. divide by the root of what is left on average, the variance
+        deviation = np.sqrt(_sum(squares, lanes) / number(C) + number(epsilon))
+        for c in range(C):
+            normed[c] = normed[c] / deviation * weight[c] + bias[c]
 
 
 @_jit(parallel=True)
@@ -424,151 +471,173 @@ def _remember(qkv, cache, start, T):
     for b in range(B):
         for h in range(H):
             for t in range(T):
-                for d in range(D):
-                    cache[0, b, h, start + t, d] = qkv[b * T + t, (H + h) * D + d]
-                    cache[1, b, h, start + t, d] = qkv[b * T + t, (2 * H + h) * D + d]
+                row = qkv[b * T + t]
+                _copy(row[(H + h) * D : (H + h + 1) * D], cache[0, b, h, start + t])
+                _copy(row[(2 * H + h) * D : (2 * H + h + 1) * D], cache[1, b, h, start + t])
 
 
 @_jit()
-def _visible_keys(mask, keys, counts):
-    """List the keys of each sequence that any query may see: mask (B, 1, T, S) -> keys (B, S), counts (B,).
+def _look(mask, start, keys, limits):
+    """Which keys the queries may see: keys (B, S) lists those of each sequence that any query may see, limits
+    (B, T) says how many of that list each query looks at. mask: (B, 1, T, S), or empty for the causal mask.
 
     A key whose mask is -inf for all queries (padding) is left out of every loop from here on, so that a padded
     sequence goes through the very operations of the sequence without padding.
     """
-    B, _, T, S = mask.shape
+    (B, S), T = keys.shape, limits.shape[1]
     for b in range(B):
-        counts[b] = 0
+        count = 0
         for j in range(S):
-            seen = False
-            for t in range(T):
+            seen = mask.size == 0
+            for t in range(T if mask.size > 0 else 0):
                 seen = seen or mask[b, 0, t, j] != -np.inf
             if seen:
-                keys[b, counts[b]] = j
-                counts[b] += 1
+                keys[b, count] = j
+                count += 1
+        for t in range(T):
+            if mask.size == 0:
+                limits[b, t] = start + t + 1
+            else:
+                limits[b, t] = count
+                while limits[b, t] > 0 and mask[b, 0, t, keys[b, limits[b, t] - 1]] == -np.inf:
+                    limits[b, t] -= 1
 
 
 @_jit()
-def _attend_range(first, last, scratch, qkv, cache, start, T, scale, mask, keys, counts, heads, probs):
+def _softmax(scores, limit, scale, masked, mask, keys, lanes):
+    """Turn the first `limit` scores of a query into exp(score - highest), the others into 0; return the sum.
+
+    scores is a multiple of LANES long.
+    """
+    number = scores.dtype.type
+    if limit == 0:  # a query that may see no key gets zeros, as in reference.softmax
+        scores[:] = 0
+        return number(1)
+    lowest = number(-np.inf)
+    scale = number(scale)
+    for j in range(scores.size):
+        scores[j] *= scale
+    if masked:
+        for j in range(limit):
+            scores[j] += mask[keys[j]]
+    scores[limit:] = lowest
+    lanes[:] = lowest
+    for start in range(0, scores.size, LANES):
+        part = scores[start : start + LANES]
+        for i in range(LANES):
+            lanes[i] = part[i] if part[i] > lanes[i] else lanes[i]
+    highest = lowest
+    for i in range(LANES):
+        highest = lanes[i] if lanes[i] > highest else highest
+    for j in range(scores.size):
+        scores[j] = exp(scores[j] - highest)
+    return _sum(scores, lanes)
+
+
+@_jit()
+def _attend_range(first, last, scratch, qkv, cache, scale, mask, keys, limits, heads, probs):
     """Pieces first..last-1; a piece is one chunk of queries of one head of one sequence."""
-    H, D = cache.shape[2], cache.shape[4]
+    H, room, D = cache.shape[2:]
+    T = limits.shape[1]
     width = -(-D // PANEL) * PANEL  # D, filled up to whole panels
-    chunks = -(-T // CHUNK)
-    number = qkv.dtype.type
-    row_stride = 3 * H * D
+    chunks = -(-T // QUERIES)
+    cached = cache.reshape(-1)
+    value_plane = cached.size // 2
     for piece in range(first, last):
-        b, h, t_first = piece // chunks // H, piece // chunks % H, piece % chunks * CHUNK
-        t_last = min(t_first + CHUNK, T)
-        S = counts[b] if mask.size > 0 else start + t_last
-        room = -(-S // PANEL) * PANEL
-        at_values = room * D
-        at_scores = at_values + room * width
-        at_totals = at_scores + ROWS * room
+        b, h, chunk = piece // chunks // H, piece // chunks % H, piece % chunks * QUERIES
+        queries = min(QUERIES, T - chunk)
+        limit = limits[b, chunk : chunk + queries]
+        S = limit.max()  # keys that this chunk looks at
+        panels = -(-S // PANEL)
+        length = panels * PANEL
+        # the thread's scratch: keys (panels, D, PANEL), values (S, width), then for ROWS queries at a time
+        # scores (ROWS, length), heads (ROWS, width), sums of probabilities (ROWS,), and LANES running sums
+        at_values = length * D
+        at_scores = at_values + length * width
+        at_heads = at_scores + ROWS * length
+        at_sums = at_heads + ROWS * width
+        sums, lanes = scratch[at_sums : at_sums + ROWS], scratch[at_sums + ROWS : at_sums + ROWS + LANES]
 
-        # 1. keys into panels of PANEL keys (their transpose), values into rows of whole panels
-        for j in range(room):
-            panel, lane = j // PANEL * PANEL * D, j % PANEL
-            if j < S:
-                position = keys[b, j] if mask.size > 0 else j
+        # 1. keys transposed into panels of PANEL keys; values as they lie in the cache if their rows fill whole
+        #    panels and no key is left out, else copied together
+        plane = (b * H + h) * room * D
+        together = S == 0 or keys[b, S - 1] == S - 1
+        in_place = together and width == D
+        values, value_start = (cached, value_plane + plane) if in_place else (scratch, at_values)
+        if together:
+            for p in range(panels):
+                row = p * PANEL
+                _transpose(cached, plane + row * D, D, min(PANEL, S - row), D, scratch, row * D, PANEL)
+        else:
+            for j in range(S):
                 for d in range(D):
-                    scratch[panel + d * PANEL + lane] = cache[0, b, h, position, d]
-                    scratch[at_values + j * width + d] = cache[1, b, h, position, d]
-                for d in range(D, width):
-                    scratch[at_values + j * width + d] = 0
-            else:
-                for d in range(D):
-                    scratch[panel + d * PANEL + lane] = 0
+                    scratch[(j // PANEL * D + d) * PANEL + j % PANEL] = cache[0, b, h, keys[b, j], d]
+        if not in_place:
+            for j in range(S):
+                row = scratch[at_values + j * width : at_values + (j + 1) * width]
+                row[D:] = 0
+                _copy(cache[1, b, h, keys[b, j]], row[:D])
 
-        for t in range(t_first, t_last, ROWS):
-            rows = min(ROWS, t_last - t)
-            query = (b * T + t) * row_stride + h * D
-            # the number of keys that the last query of the group looks at
-            longest = 0
-            for r in range(rows):
-                longest = max(longest, _limit(b, t + r, S, start, mask, keys))
-            panels = -(-longest // PANEL)
+        # A query's sum ends at its own last key: what lies behind must not matter. For a group of queries the sum
+        # runs on to the last key of all, with probability 0, which only is the same if those values are finite.
+        finite = True
+        for j in range(limit.min(), S):
+            at = value_start + j * width
+            finite = finite and _sum(values[at : at + width], lanes) * 0 == 0
 
-            # 2. scores = q . k, for groups of queries and panels of keys
-            for i in range(ROWS * room):
-                scratch[at_scores + i] = 0
-            for panel in range(panels):
+        for t in range(0, queries, ROWS):
+            rows = min(ROWS, queries - t)
+            query = ((b * T + chunk + t) * 3 * H + h) * D
+            shortest, longest = limit[t : t + rows].min(), limit[t : t + rows].max()
+            wide = -(-longest // PANEL) * PANEL
+
+            # 2. scores = q . k, for ROWS queries and PANEL keys at a time
+            scratch[at_scores : at_scores + rows * length] = 0
+            for j in range(0, wide, PANEL):
                 for d in range(0, D, BLOCK):
                     _multiply(
-                        rows, qkv, query + d, row_stride, scratch, (panel * D + d) * PANEL, PANEL, min(BLOCK, D - d),
-                        scratch, at_scores + panel * PANEL, room,
+                        rows, qkv, query + d, 3 * H * D, scratch, j * D + d * PANEL, PANEL, min(BLOCK, D - d),
+                        scratch, at_scores + j, length,
                     )  # fmt: skip
 
-            # 3. softmax, not yet divided by its sum; keys past a query's limit get probability 0
-            shortest = longest
+            # 3. softmax, without the division by its sum, which is left to the end
             for r in range(rows):
-                limit = _limit(b, t + r, S, start, mask, keys)
-                shortest = min(shortest, limit)
-                row = at_scores + r * room
-                highest = number(-np.inf)
-                for j in range(limit):
-                    score = scratch[row + j] * number(scale)
-                    if mask.size > 0:
-                        score += mask[b, 0, t + r, keys[b, j]]
-                    scratch[row + j] = score
-                    highest = score if score > highest else highest
-                for j in range(limit):
-                    scratch[row + j] = exp(scratch[row + j] - highest)
-                for j in range(limit, panels * PANEL):
-                    scratch[row + j] = 0
+                row = scratch[at_scores + r * length : at_scores + r * length + wide]
+                mask_row = mask[b, 0, chunk + t + r] if mask.size > 0 else row
+                sums[r] = _softmax(row, limit[t + r], scale, mask.size > 0, mask_row, keys[b], lanes)
 
-            # 4. the sum of the probabilities, and of the values weighted by them
-            for i in range(rows * width):
-                scratch[at_totals + i] = 0
+            # 4. the values, weighted
+            scratch[at_heads : at_heads + rows * width] = 0
             for j in range(0, longest, BLOCK):
                 for d in range(0, width, PANEL):
-                    value = at_values + j * width + d
-                    if j + BLOCK <= shortest:
+                    value = value_start + j * width + d
+                    if finite or j + BLOCK <= shortest:
                         _multiply(
-                            rows, scratch, at_scores + j, room, scratch, value, width, BLOCK,
-                            scratch, at_totals + d, width,
+                            rows, scratch, at_scores + j, length, values, value, width, min(BLOCK, longest - j),
+                            scratch, at_heads + d, width,
                         )  # fmt: skip
-                    else:  # each query stops at its own last key: what lies after it must not matter, NaN or not
+                    else:
                         for r in range(rows):
-                            depth = min(BLOCK, _limit(b, t + r, S, start, mask, keys) - j)
-                            if depth > 0:
+                            if j < limit[t + r]:
                                 _multiply(
-                                    1, scratch, at_scores + r * room + j, room, scratch, value, width, depth,
-                                    scratch, at_totals + r * width + d, width,
+                                    1, scratch, at_scores + r * length + j, length, values, value, width,
+                                    min(BLOCK, limit[t + r] - j), scratch, at_heads + r * width + d, width,
                                 )  # fmt: skip
             for r in range(rows):
-                row = at_scores + r * room
-                sums = scratch[at_totals + ROWS * width : at_totals + ROWS * width + LANES]
-                sums[:] = 0
-                for j in range(0, panels * PANEL, LANES):
-                    for i in range(LANES):
-                        sums[i] += scratch[row + j + i]
-                total = _sum_of_lanes(sums)
-                if total == 0:  # a query that may see no key gets zeros
-                    total = number(1)
+                out = heads[b * T + chunk + t + r, h * D : (h + 1) * D]
+                row = scratch[at_heads + r * width : at_heads + r * width + D]
                 for d in range(D):
-                    heads[b * T + t + r, h * D + d] = scratch[at_totals + r * width + d] / total
+                    out[d] = row[d] / sums[r]
                 if probs.size > 0:
-                    for j in range(_limit(b, t + r, S, start, mask, keys)):
-                        position = keys[b, j] if mask.size > 0 else j
-                        probs[b, h, t + r, position] = scratch[row + j] / total
-
-
-@_jit()
-def _limit(b, t, S, start, mask, keys):
-    """One past the last key that query t may see, counted in the list of visible keys."""
-    if mask.size == 0:
-        return start + t + 1
-    limit = S
-    while limit > 0 and mask[b, 0, t, keys[b, limit - 1]] == -np.inf:
-        limit -= 1
-    return limit
+                    for j in range(limit[t + r]):
+                        probs[b, h, chunk + t + r, keys[b, j]] = scratch[at_scores + r * length + j] / sums[r]
 
 
 @_jit(parallel=True)
-def _attend(parts, pieces, scratch, qkv, cache, start, T, scale, mask, keys, counts, heads, probs):
+def _attend(parts, pieces, scratch, qkv, cache, scale, mask, keys, limits, heads, probs):
     for part in prange(parts):
         first, last = pieces * part // parts, pieces * (part + 1) // parts
-        _attend_range(first, last, scratch[part], qkv, cache, start, T, scale, mask, keys, counts, heads, probs)
+        _attend_range(first, last, scratch[part], qkv, cache, scale, mask, keys, limits, heads, probs)
 
 
 @_jit()
@@ -592,11 +661,10 @@ def _scores(qkv, cache, start, T, scale, scores):
 # ------------------------------------------------------------------------- the functions of reference.py
 
 
-def _scratch(threads: int, dtype: Any, S: int = 0, D: int = 0) -> Array:
-    """Room for each thread's totals, or for attention over S keys of size D."""
-    room, width = -(-S // PANEL) * PANEL, -(-D // PANEL) * PANEL
-    attention_room = room * D + room * width + ROWS * room + ROWS * width + LANES
-    size = max(CHUNK * PANEL, attention_room, LANES)
+def _scratch(threads: int, dtype: Any, C: int = 0, S: int = 0, D: int = 0) -> Array:
+    """Room for each thread: for linear maps, layer norms of C numbers, and attention over S keys of size D."""
+    length, width = -(-S // PANEL) * PANEL, -(-D // PANEL) * PANEL
+    size = max(CHUNK * PANEL, LANES + C, length * (D + width + ROWS) + ROWS * (width + 1) + LANES)
     return _aligned((threads, -(-size // 16) * 16), dtype)
 
 
@@ -622,15 +690,15 @@ def _layer_norm_into(
 
 
 def _attend_into(
-    heads: Array, probs: Array, qkv: Array, cache: Array, start: int, scale: float, mask: MaskArguments,
+    heads: Array, probs: Array, qkv: Array, cache: Array, start: int, scale: float, sight: Sight,
     threads: int, scratch: Array,
 ) -> None:  # fmt: skip
     """heads = softmax(q . k * scale, causal or + mask) @ v over the cache: (R, 3HD) -> (R, HD)."""
     _, B, H, _, D = cache.shape
     T = len(qkv) // B
     _remember(qkv, cache, start, T)
-    pieces, work = B * H * -(-T // CHUNK), 2 * len(qkv) * (start + T) * H * D
-    _deal(pieces, work, threads, _attend_range, _attend, scratch, qkv, cache, start, T, scale, *mask, heads, probs)
+    pieces, work = B * H * -(-T // QUERIES), 2 * len(qkv) * (start + T) * H * D
+    _deal(pieces, work, threads, _attend_range, _attend, scratch, qkv, cache, scale, *sight, heads, probs)
 
 
 def embed(input_ids: Array, position_ids: Array, wte: Any, wpe: Array) -> Array:
@@ -648,7 +716,7 @@ def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
     """Give each vector mean 0 and variance 1, then scale and shift: (..., C) -> (..., C)."""
     out = _aligned(x.shape, x.dtype)
     with _pool() as threads:
-        _layer_norm_into(_rows(out), _rows(x), weight, bias, epsilon, threads, _scratch(threads, x.dtype))
+        _layer_norm_into(_rows(out), _rows(x), weight, bias, epsilon, threads, _scratch(threads, x.dtype, x.shape[-1]))
     return out
 
 
@@ -660,14 +728,14 @@ def linear(x: Array, weight: Any, bias: Array) -> Array:
     return out
 
 
-def _mask_arguments(mask: Array | None, B: int, dtype: Any) -> MaskArguments:
-    """mask, keys, counts for `_attend`; all empty for a causal mask."""
+def _sight(mask: Array | None, B: int, T: int, start: int, dtype: Any) -> Sight:
+    """What the queries may see, for `_attend_into`."""
     if mask is None:
-        return np.empty((0, 0, 0, 0), dtype), np.empty((0, 0), np.int64), np.empty(0, np.int64)
+        mask = np.empty((0, 0, 0, 0), dtype)
     mask = np.require(mask, dtype, ["C", "A", "W"])
-    keys, counts = np.empty((B, mask.shape[-1]), np.int64), np.empty(B, np.int64)
-    _visible_keys(mask, keys, counts)
-    return mask, keys, counts
+    keys, limits = np.empty((B, start + T), np.int64), np.empty((B, T), np.int64)
+    _look(mask, start, keys, limits)
+    return mask, keys, limits
 
 
 def attention(x: Array, w: Attention, cache: Array, start: int, mask: Array | None, tap: Tap, name: str) -> Array:
@@ -683,9 +751,9 @@ def attention(x: Array, w: Attention, cache: Array, start: int, mask: Array | No
     shape = (B, H, T, start + T) if tap is not no_tap else (0, 0, 0, 0)
     scores, probs = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
     with _pool() as threads:
-        scratch = _scratch(threads, x.dtype, start + T, D)
-        mask_arguments = _mask_arguments(mask, B, x.dtype)
-        _attend_into(_rows(heads), probs, _rows(qkv), cache, start, w.scale, mask_arguments, threads, scratch)
+        scratch = _scratch(threads, x.dtype, S=start + T, D=D)
+        sight = _sight(mask, B, T, start, x.dtype)
+        _attend_into(_rows(heads), probs, _rows(qkv), cache, start, w.scale, sight, threads, scratch)
         if tap is not no_tap:
             _scores(_rows(qkv), cache, start, T, w.scale, scores)
     for part, value in zip("qkv", split_heads(qkv, w.n_head), strict=True):
@@ -702,7 +770,7 @@ def activate(x: Array, activation: str) -> Array:
     """One of ACTIVATIONS, element by element."""
     out = x.copy()
     with _pool():
-        _activate(out.reshape(-1), 0, out.size, ACTIVATIONS[activation])
+        _activate(out.reshape(-1), ACTIVATIONS[activation])
     return out
 
 
@@ -784,12 +852,12 @@ def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Arr
     normed, qkv, heads, hidden = (_aligned((R, width), dtype) for width in (C, 3 * H * D, H * D, F))
     rows, no_probs = _rows(x), np.empty((0, 0, 0, 0), dtype)
     with _pool() as threads:
-        mask_arguments = _mask_arguments(mask, B, dtype)
-        scratch = _scratch(threads, dtype, start + T, D)
+        sight = _sight(mask, B, T, start, dtype)
+        scratch = _scratch(threads, dtype, C, start + T, D)
         for b, cache in zip(w.h, caches, strict=True):
             _layer_norm_into(normed, rows, *b.ln_1, threads, scratch)
             _linear_into(qkv, normed, *b.attn.c_attn, threads, scratch)
-            _attend_into(heads, no_probs, qkv, cache, start, b.attn.scale, mask_arguments, threads, scratch)
+            _attend_into(heads, no_probs, qkv, cache, start, b.attn.scale, sight, threads, scratch)
             _linear_into(rows, heads, *b.attn.c_proj, threads, scratch, add=True)
             _layer_norm_into(normed, rows, *b.ln_2, threads, scratch)
             _linear_into(hidden, normed, *b.mlp.c_fc, threads, scratch, ACTIVATIONS[b.mlp.activation])

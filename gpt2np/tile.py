@@ -40,9 +40,10 @@ def _has_avx512() -> bool:
     return config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("avx512f", False))
 
 
-# A full tile leaves registers for b[k] and a[r, k]: 12 x 32 float32 sums take 24 of AVX-512's 32 registers,
-# 6 x 16 take 12 of AVX2's 16 and 24 of arm64's 32.
-PANEL, ROWS = (32, 12) if _has_avx512() else (16, 6)
+# A full tile leaves registers for b[k] and a[r, k]: 8 x 32 float32 sums take 16 of AVX-512's 32 registers,
+# 6 x 16 take 12 of AVX2's 16 and 24 of arm64's 32. More rows than these bring no speed.
+PANEL, ROWS = (32, 8) if _has_avx512() else (16, 6)
+SQUARE = 16  # rows and columns that `transpose` turns at once
 
 
 def make_tile(rows: int) -> Callable[..., None]:
@@ -98,6 +99,9 @@ def make_tile(rows: int) -> Callable[..., None]:
             builder.position_at_end(loop)
             k, *sums = [builder.phi(kind) for kind in (index, *[vector] * rows)]
             b_vector = builder.load(vector_pointer(b_base, builder.mul(k, b_stride)), align=align)
+            for line in range(0, PANEL * align, 64):  # the next block of b is on its way while this one is used
+                ahead = builder.add(builder.mul(builder.add(k, depth), b_stride), index(line // align))
+                _prefetch(builder, builder.gep(b_base, [ahead]))
             new_sums = []
             for a_row, total in zip(a_rows, sums, strict=True):
                 number = builder.load(builder.gep(a_row, [k]))
@@ -123,12 +127,75 @@ def make_tile(rows: int) -> Callable[..., None]:
     return chosen
 
 
+def _make_transpose() -> Callable[..., None]:
+    """transpose(source, s_start, s_stride, target, t_start, t_stride): target[c, r] = source[r, c], r and c < SQUARE.
+
+    Element [r, c] of an array is number start + r * stride + c in memory order, as for a tile. The rows are held
+    in SQUARE vectors; step 1, 2, 4, ... swaps the off-diagonal squares of that size in each pair of rows.
+    """
+
+    def transpose_in_python(source, s_start, s_stride, target, t_start, t_stride):
+        step = np.arange(SQUARE)
+        rows = source.reshape(-1)[s_start + s_stride * step[:, None] + step]
+        target.reshape(-1)[t_start + t_stride * step[:, None] + step] = rows.T
+
+    @intrinsic
+    def transpose(_, source, s_start, s_stride, target, t_start, t_stride):
+        size = types.intp
+
+        def generate(context, builder, _, values):
+            source_array, s_start, s_stride, target_array, t_start, t_stride = values
+            vector = ir.VectorType(context.get_value_type(source.dtype), SQUARE)
+            align = source.dtype.bitwidth // 8
+
+            def row_pointer(kind, array, start, stride, r):
+                offset = builder.add(start, builder.mul(stride, stride.type(r)))
+                base = context.make_array(kind)(context, builder, array).data
+                return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
+
+            rows = [
+                builder.load(row_pointer(source, source_array, s_start, s_stride, r), align=align)
+                for r in range(SQUARE)
+            ]
+            step = 1
+            while step < SQUARE:
+                upper = [c if not c & step else SQUARE + c - step for c in range(SQUARE)]
+                lower = [c + step if not c & step else SQUARE + c for c in range(SQUARE)]
+                for r in range(SQUARE):
+                    if not r & step:
+                        pair = rows[r], rows[r + step]
+                        for target_row, lanes in ((r, upper), (r + step, lower)):
+                            mask = ir.Constant(ir.VectorType(ir.IntType(32), SQUARE), lanes)
+                            rows[target_row] = builder.shuffle_vector(*pair, mask)
+                step *= 2
+            for r, row in enumerate(rows):
+                builder.store(row, row_pointer(target, target_array, t_start, t_stride, r), align=align)
+            return context.get_dummy_value()
+
+        return types.void(source, size, size, target, size, size), generate
+
+    chosen: Callable[..., None] = transpose_in_python if config.DISABLE_JIT else transpose
+    return chosen
+
+
+transpose = _make_transpose()
+
+
 def _fmuladd(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """a * b + c, with one rounding where the machine can, with two where it cannot (never a slow library call)."""
     element, lanes = (a.type.element, f"v{a.type.count}") if isinstance(a.type, ir.VectorType) else (a.type, "")
     name = f"llvm.fmuladd.{lanes}{'f32' if isinstance(element, ir.FloatType) else 'f64'}"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
     return builder.call(function, [a, b, c])
+
+
+def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+    """Ask for a cache line that will be read soon, into the L2 cache; an address outside any array does no harm."""
+    byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    to_read, into_l2, data = word(0), word(2), word(1)
+    builder.call(function, [builder.bitcast(address, byte), to_read, into_l2, data])
 
 
 @intrinsic
