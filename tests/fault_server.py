@@ -48,6 +48,7 @@ class Request:
     path: str
     range: str | None
     if_range: str | None
+    accept_encoding: str | None
     status: int
 
 
@@ -120,8 +121,8 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
                 self.serve(content, fault)
 
         def begin(self, status: int, headers: dict[str, str]) -> None:
-            asked = self.headers
-            server.log.append(Request(self.path, asked.get("Range"), asked.get("If-Range"), status))
+            asked = (self.headers.get(name) for name in ("Range", "If-Range", "Accept-Encoding"))
+            server.log.append(Request(self.path, *asked, status))
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name, value)

@@ -90,6 +90,7 @@ def case(server: FaultServer, tmp_path: Path) -> Case:
 def test_a_good_server_is_asked_once(case: Case) -> None:
     case.succeeds()
     assert case.server.statuses("/model") == [200]
+    assert case.server.log[0].accept_encoding == "identity"
     assert case.slept == []
     assert case.notes == []
 
@@ -386,6 +387,20 @@ def test_disk_full_keeps_what_came(case: Case, monkeypatch: pytest.MonkeyPatch) 
     assert case.part.read_bytes() == CONTENT[:CUT]
     case.succeeds()
     assert case.server.statuses("/model") == [200, 206]
+
+
+def test_a_disk_that_takes_little_at_a_time(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(io.FileIO):
+        def write(self, data: Any) -> int:
+            return super().write(memoryview(data)[:10_000])
+
+    def open_slow(self: Any) -> Any:
+        self._file = Slow(self._path, "ab")
+        return self._write
+
+    monkeypatch.setattr(transfer._Writer, "__enter__", open_slow)
+    case.succeeds()
+    assert case.server.statuses("/model") == [200]
 
 
 def test_too_little_room_is_said_before_anything_is_asked(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -377,6 +377,13 @@ def test_another_activation_is_another_model(tmp_path: Path) -> None:
     assert "by its config." in words
 
 
+def test_another_number_of_parameters_is_another_model(model: Path, tmp_path: Path) -> None:
+    facts = make_facts(CONFIG, SOURCES)
+    groups, _ = run(model, {**facts, "parameters": facts["parameters"] + 1}, tmp_path)
+    assert [check.result for check in groups["config"]] == ["FAIL"]
+    assert "parameters" in groups["config"][0].found
+
+
 def test_a_graph_that_is_no_gpt2(tmp_path: Path) -> None:
     node = onnx.helper.make_node("Relu", ["x"], ["y"])
     values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1]) for n in "xy"]

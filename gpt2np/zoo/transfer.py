@@ -282,8 +282,6 @@ class _Part:
         self.path = wanted.path.with_name(wanted.path.name + ".part")
         self._origin = wanted.path.with_name(wanted.path.name + ".part.json")
         self._advance = advance
-        if wanted.bytes is not None and self.length > wanted.bytes:
-            self.path.unlink()
 
     @property
     def length(self) -> int:
