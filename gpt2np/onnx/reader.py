@@ -14,13 +14,13 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -160,7 +160,7 @@ class Tensor:
     _varint: bool = False  # stored as protobuf varints, one for each element (or byte of packed elements)
     _file: File | None = field(default=None, repr=False)
     _pieces: Pieces = ()
-    _inline: onnx.TensorProto | None = field(default=None, repr=False)  # its values are in the skeleton
+    _inline: np.ndarray | None = field(default=None, repr=False)  # the payload, where it is in the skeleton
 
     def load(self) -> np.ndarray:
         """Read it: a new, 64-byte-aligned, C-contiguous, writable array, the caller's own.
@@ -176,18 +176,18 @@ class Tensor:
         array = empty_aligned(self.shape, self.dtype)
         if array.size == 0:
             return array
-        if self._inline is not None:
-            from onnx import numpy_helper
-
-            array[...] = numpy_helper.to_array(self._inline)
-            return array
-        assert self._file is not None
         stored = array.reshape(-1).view(np.dtype(f"u{array.itemsize}"))
         # int32_data holds the bytes of packed 2- and 4-bit elements, but 6-bit elements one by one
-        packed = self._bits != 0 and not (self._varint and self._bits == 6)
+        packed = self._bits in (2, 4) or (self._bits == 6 and self.origin != "int32_data")
         entries = np.empty(self.nbytes, np.uint8) if packed else stored
-        if self._varint:
+        if self._inline is not None and self.dtype.kind == "f" and self._inline.dtype.kind == "f":
+            array.reshape(-1)[:] = self._inline  # float_data, double_data
+        elif self._inline is not None:
+            entries[:] = self._inline.view(entries.dtype) if self.origin == "raw_data" else self._inline
+        elif self._varint:
             self._read_varints(entries)
+        elif self._file is None:
+            raise AssertionError("a tensor with elements has a payload")
         elif len(self._pieces) == 1:
             self._file.read_in_parts(entries.view(np.uint8), self._pieces[0][0])
         else:
@@ -406,60 +406,60 @@ class ModelFile:
         ModelFileError
             If its type, dims, payload or external file contradict each other.
         """
+        fields = {descriptor.number: value for descriptor, value in proto.ListFields()}  # those that are set
         name = name or proto.name
-        onnx_type, dtype = _dtype(proto, name)
-        shape, count = _shape(proto, name)
-        bits = _BITS.get(onnx_type, 0)
+        try:
+            kind = _element_type(proto.data_type)
+        except (KeyError, ValueError):
+            raise ModelFileError(f"tensor {name!r} has the unknown element type {proto.data_type}") from None
+        shape = _shape(fields.get(1, ()), name)
+        count = math.prod(shape)
+        dtype, bits = kind.dtype, kind.bits
         nbytes = (count * (bits or 8 * dtype.itemsize) + 7) // 8
         if dtype.kind == "O":
             return Tensor(name, dtype, shape, 0, "string_data")
 
         def wrong(what: str) -> NoReturn:
-            raise ModelFileError(f"{self.path}: tensor {name!r}, {onnx_type} {list(shape)}: {what}")
+            raise ModelFileError(f"{self.path}: tensor {name!r}, {kind.name} {list(shape)}: {what}")
 
-        marks = [entry.value for entry in proto.external_data if entry.key == self._marker]
+        marks = [entry.value for entry in fields.get(13, ()) if entry.key == self._marker]
         if len(marks) > 1:
             wrong("it is given twice")
         payload = self._payloads[int(marks[0])] if marks else {}
-        found = {n: tuple(p) for n, p in payload.items() if sum(length for _, length in p)}
-        inline = [n for n, (attribute, _) in _PAYLOADS.items() if len(getattr(proto, attribute))]
-        if len(found) + len(inline) > 1 or proto.HasField("segment"):
+        stripped = {n: tuple(p) for n, p in payload.items() if sum(length for _, length in p)}
+        inline = [n for n, value in fields.items() if n in _PAYLOADS and len(value)]
+        if len(stripped) + len(inline) > 1 or 3 in fields:  # 3: segment
             wrong("its values are given in more than one place")
 
         if proto.data_location == proto.EXTERNAL:
-            if found or inline:
+            if stripped or inline:
                 wrong("its values are given both here and in another file")
             file, offset, origin = self._locate(proto, nbytes, wrong)
             return Tensor(name, dtype, shape, nbytes, origin, bits, False, file, ((offset, nbytes),))
-        if not found and not inline:
+        if not stripped and not inline:
             if count:
                 wrong("it has no values")
             return Tensor(name, dtype, shape, 0, "raw_data")
 
-        number = next(iter(found)) if found else inline[0]
-        origin = _PAYLOADS[number][0]
-        pieces = found.get(number, ())
-        if origin == "raw_data":
-            given, unit, needed = len(proto.raw_data) if inline else pieces[-1][1], "bytes", nbytes
-            pieces = pieces[-1:]  # of a field that is not repeated, the last one counts
-        else:
-            expected = _typed_field(onnx_type)
-            if origin != expected:
-                wrong(f"its values are in {origin}, not in {expected}")
-            parts = 2 if dtype.kind == "c" else 1
-            entries = nbytes if bits in (2, 4) else count * parts
-            if inline:
-                given, unit, needed = len(getattr(proto, origin)), "entries", entries
-            else:
-                given, unit, needed = sum(length for _, length in pieces), "bytes", nbytes
-                if _PAYLOADS[number][1] == VARINT:  # each takes 1 to 10 bytes; `load` counts them
-                    needed = min(max(given, entries), 10 * entries)
-        if given != needed:
-            wrong(f"its {origin} holds {given} {unit}, not {needed}")
+        number = inline[0] if inline else next(iter(stripped))
+        origin, wire = _PAYLOADS[number]
+        if origin not in ("raw_data", kind.field):
+            wrong(f"its values are in {origin}, not in {kind.field}")
+        entries = nbytes if bits in (2, 4) else count * (2 if dtype.kind == "c" else 1)
         if inline:
-            return Tensor(name, dtype, shape, nbytes, origin, _inline=proto)
-        varint = _PAYLOADS[number][1] == VARINT
-        return Tensor(name, dtype, shape, nbytes, origin, bits, varint, self._file, pieces)
+            values = np.frombuffer(fields[9], np.uint8) if origin == "raw_data" else np.array(fields[number])
+            needed = nbytes if origin == "raw_data" else entries
+            if len(values) != needed:
+                wrong(f"its {origin} holds {len(values)} values, not {needed}")
+            return Tensor(name, dtype, shape, nbytes, origin, bits, _inline=values)
+        pieces = stripped[number]
+        if origin == "raw_data":
+            pieces = pieces[-1:]  # of a field that is not repeated, the last one counts
+        given = sum(length for _, length in pieces)
+        # a varint takes 1 to 10 bytes; `load` counts them
+        if not (entries <= given <= 10 * entries if wire == VARINT else given == nbytes):
+            wrong(f"its {origin} holds {given} bytes, not {entries if wire == VARINT else nbytes}")
+        return Tensor(name, dtype, shape, nbytes, origin, bits, wire == VARINT, self._file, pieces)
 
     def _locate(self, proto: onnx.TensorProto, nbytes: int, wrong: Callable[[str], NoReturn]) -> tuple[File, int, str]:
         """The file with a tensor's external data, and the offset, both checked."""
@@ -496,31 +496,32 @@ class ModelFile:
         return file, offset, f"external {location}@{offset}"
 
 
-def _dtype(proto: onnx.TensorProto, name: str) -> tuple[str, np.dtype[Any]]:
-    """ONNX's name of a tensor's element type, and NumPy's type for it."""
+class _ElementType(NamedTuple):
+    """One of onnx.TensorProto.DataType."""
+
+    name: str
+    dtype: np.dtype[Any]
+    bits: int  # of an element in a packed stream, or 0
+    field: str  # of TensorProto, that holds values of this type when raw_data does not
+
+
+@cache
+def _element_type(data_type: int) -> _ElementType:
     from onnx import TensorProto, helper
 
-    try:
-        return TensorProto.DataType.Name(proto.data_type), helper.tensor_dtype_to_np_dtype(proto.data_type)
-    except (KeyError, ValueError):
-        raise ModelFileError(f"tensor {name!r} has the unknown element type {proto.data_type}") from None
+    name = TensorProto.DataType.Name(data_type)
+    dtype = helper.tensor_dtype_to_np_dtype(data_type)
+    return _ElementType(name, dtype, _BITS.get(name, 0), helper.tensor_dtype_to_field(data_type))
 
 
-def _typed_field(onnx_type: str) -> str:
-    """The TensorProto field that holds values of this type when raw_data does not."""
-    from onnx import TensorProto, helper
-
-    return helper.tensor_dtype_to_field(TensorProto.DataType.Value(onnx_type))
-
-
-def _shape(proto: onnx.TensorProto, name: str) -> tuple[tuple[int, ...], int]:
-    """Dims and number of elements, if NumPy could hold them."""
-    if len(proto.dims) > 32:
-        raise ModelFileError(f"tensor {name!r} has {len(proto.dims)} dims")
-    shape = tuple(int(d) for d in proto.dims)
+def _shape(dims: Sequence[int], name: str) -> tuple[int, ...]:
+    """Dims, if NumPy could have them."""
+    shape = tuple(dims)
+    if len(shape) > 32:
+        raise ModelFileError(f"tensor {name!r} has {len(shape)} dims")
     if any(d < 0 for d in shape) or math.prod(max(d, 1) for d in shape) > 1 << 58:
         raise ModelFileError(f"tensor {name!r} has the impossible shape {shape}")
-    return shape, math.prod(shape)
+    return shape
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:
