@@ -174,6 +174,8 @@ class InferenceSession:
         """A cache with room for the new positions, filled with the past that was fed."""
         config = self.model.config
         pasts = [port for port in self._recognised.inputs if port.role.startswith("past")]
+        if any(p.role == "use_cache_branch" and not feeds[p.name].all() for p in self._recognised.inputs):
+            pasts = []  # the branch of a merged decoder that looks at no past
         P = feeds[pasts[0].name].shape[-2] if pasts else 0
         for port in pasts:
             expected = (*(2,) * (port.role == "past"), B, config.n_head, P, config.head_size)

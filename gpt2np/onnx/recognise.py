@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -103,7 +103,26 @@ def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = 
     WeightError
         If a floating-point initializer is left over, missing, or of a shape that does not fit.
     """
-    return _Recogniser(Graph(file, objections=objections)).run()
+    condition = merged_condition(file)
+    if not condition:
+        return _Recogniser(Graph(file, objections=objections)).run()
+    # A merged decoder: one branch with past inputs, one without, over the same weights.
+    branches = [_Recogniser(Graph(file, b, objections=objections), condition).run() for b in ("then", "else")]
+    branches.sort(key=lambda r: not any(p.role.startswith("past") for p in r.inputs))
+    found, other = branches
+    if found.config != other.config or _origins(found) != _origins(other):
+        raise UnsupportedModelError(f"the branches of the If on {condition!r} are two different models")
+    return replace(found, taps={})  # what is inside a branch cannot be an output of the file
+
+
+def merged_condition(file: ModelFile) -> str:
+    """The input that an If of the main graph chooses its branch by, "" if there is none."""
+    inputs = {i.name for i in file.proto.graph.input}
+    return next((n.input[0] for n in file.proto.graph.node if n.op_type == "If" and n.input[0] in inputs), "")
+
+
+def _origins(found: Recognised) -> dict[str, tuple[str, ...]]:
+    return {name: source.origin for name, source in found.sources.items()}
 
 
 # What a probe runs on: no two sizes equal, so that an axis is known by its size.
@@ -123,8 +142,9 @@ class _Branch:
 
 
 class _Recogniser:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, condition: str = "") -> None:
         self.graph = graph
+        self.condition = condition
         self.sources: dict[str, Source] = {}
         self.taps: dict[str, TapLocation] = {}
         self.notes: list[str] = []
@@ -334,8 +354,11 @@ class _Recogniser:
                     self.roles[value] = "attention_mask", None
         for value in graph.ancestors(places.rows, set(self.roles)) if places.rows else ():
             if graph.is_input(value) and value not in self.roles:
-                self.roles[value] = "attention_mask", None
+                masked = ("attention_mask", None) in self.roles.values() or "position" in value
+                self.roles[value] = "position_ids" if masked else "attention_mask", None
         for port in graph.inputs:
+            if port.name == self.condition:
+                self.roles[port.name] = "use_cache_branch", None
             if port.name not in self.roles:
                 self.roles[port.name] = "unused", None
                 if any(True for _ in graph.consumers(port.name)):
@@ -711,6 +734,8 @@ class _Recogniser:
     def find_heads(self, value: str, numbers: Array, codes: dict[str, Array]) -> TapLocation | None:
         """On the way from the map to the product: a value that holds all new positions, split into heads."""
         for candidate in self.graph.ancestors(value):
+            if candidate in self.graph.invented:
+                continue
             try:
                 (array,) = self.run_with(codes, candidate)
                 (unit,) = self.run_with({n: np.ones_like(c) for n, c in codes.items()}, candidate)
@@ -755,9 +780,9 @@ class _Recogniser:
                 usual = next(j for j, m in self.masks.items() if m == mask)
                 what = f"layer {i} is masked otherwise ({other}) than layer {usual} ({mask})"
                 self.graph.object(UnsupportedModelError(what))
-        epsilon = Counter(self.epsilons.values()).most_common(1)[0][0]
-        activation = Counter(self.activations.values()).most_common(1)[0][0]
-        scale = Counter(self.scales.values()).most_common(1)[0][0]
+        epsilon = _usual(self.epsilons, 1e-5)
+        activation = _usual(self.activations, "gelu_tanh")
+        scale = _usual(self.scales, D**-0.5)
         overrides: list[tuple[str, float | str]] = []
         overrides += [(f"{n}.epsilon", e) for n, e in self.epsilons.items() if e != epsilon]
         overrides += [(f"h.{i}.mlp.activation", a) for i, a in self.activations.items() if a != activation]
@@ -978,6 +1003,12 @@ def one_effect(factor: Array, added: Array, where: Array, scale: float, what: st
 
 
 # -------------------------------------------------------------------------------------------------- helpers
+def _usual(found: Mapping[Any, Any], gpt2: Any) -> Any:
+    """What most layers have; GPT-2's own where two are equally frequent."""
+    counts = Counter(found.values())
+    return max(counts, key=lambda value: (counts[value], value == gpt2))
+
+
 def _spread(shape: tuple[int, ...]) -> Array:
     return np.linspace(-8, 8, int(np.prod(shape))).reshape(shape)
 

@@ -1,0 +1,65 @@
+"""Inputs for any recognised file, and ONNX Runtime's answer to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from gpt2np.onnx.recognise import Recognised
+
+Array = np.ndarray
+DATA = Path(__file__).parent / "data"
+
+
+def feeds_for(
+    found: Recognised, B: int, T: int, P: int = 0, mask: Array | None = None, seed: int = 0
+) -> dict[str, Array]:
+    """Random inputs of the file's own names, ranks and types: T new positions after P cached ones."""
+    rng = np.random.default_rng(seed)
+    config = found.config
+    keep = np.ones((B, P + T), int) if mask is None else mask
+    feeds: dict[str, Array] = {}
+    for port in found.inputs:
+        if port.role == "input_ids":
+            shape = {1: (T,), 2: (B, T), 3: (1, B, T)}[len(port.shape)]
+            value: Any = rng.integers(0, config.vocab_size, shape)
+        elif port.role == "attention_mask":
+            value = keep
+        elif port.role == "position_ids":
+            value = np.maximum(np.cumsum(keep, axis=-1) - 1, 0)[:, P:]
+        elif port.role == "use_cache_branch":
+            value = np.array([P > 0])
+        elif port.role.startswith("past"):
+            shape = (B, config.n_head, P, config.head_size)
+            value = rng.standard_normal((2, *shape) if port.role == "past" else shape)
+        else:
+            raise AssertionError(port)
+        feeds[port.name] = value.astype(port.dtype)
+    return feeds
+
+
+def runtime(path: Path, extra: list[str] | None = None, scratch: Path | None = None) -> onnxruntime.InferenceSession:
+    """ONNX Runtime without optimisations; `extra` values of the graph become outputs, in a copy in `scratch`."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    if extra:
+        assert scratch is not None
+        model = onnx.load(path)
+        have = {o.name for o in model.graph.output}
+        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in extra if n not in have)
+        path = scratch / "with_more_outputs.onnx"
+        onnx.save(model, path)
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def assert_close(got: Array, expected: Array, what: str, rtol: float = 1e-3, atol: float = 1e-5) -> None:
+    """Same shape, type and NaNs, and close."""
+    assert got.shape == expected.shape, what
+    assert got.dtype == expected.dtype, what
+    np.testing.assert_allclose(got, expected, rtol, atol, equal_nan=True, err_msg=what)
