@@ -1,33 +1,67 @@
-"""`gpt2np parity`: are the outputs right, and if not, which operation is it?"""
+"""`gpt2np parity`: are the outputs right, and if not, which operation is it and why?"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 
 def parity(
-    model: Annotated[
-        Optional[Path], typer.Argument(help="model.onnx or its folder; default: the embedded model")
-    ] = None,  # noqa: UP045
-    data: Annotated[Optional[list[Path]], typer.Option(help="test_data_set folder, or a folder of them")] = None,  # noqa: UP045
+    model: Annotated[Path | None, typer.Argument(help="model.onnx or its folder; default: the embedded model")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PARTY",
+            help="ort (default), ort-off, ort-1t, onnxref, numpy, numba, float64, another model.onnx, a trace.npz, "
+            "or package.module:function; repeat for several",
+        ),
+    ] = None,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="a test_data_set folder or a folder of them; default: beside MODEL")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="run on this text (needs a tokenizer)")] = None,
+    random: Annotated[int, typer.Option(min=0, help="run on that many random prompts")] = 0,
+    seed: Annotated[int, typer.Option(help="of the random prompts")] = 0,
     engine: Annotated[str, typer.Option(help="ours: numba or numpy")] = "numba",
-    rtol: Annotated[Optional[list[str]], typer.Option(help="V, or NAME:V for one output")] = None,  # noqa: UP045
-    atol: Annotated[Optional[list[str]], typer.Option(help="V, or NAME:V for one output")] = None,  # noqa: UP045
-    json: Annotated[Optional[Path], typer.Option(help="write the report as JSON")] = None,  # noqa: UP045
+    preset: Annotated[str, typer.Option(help="budget: zoo, onnx, ort-gpt2 or strict")] = "zoo",
+    rtol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all outputs, or one")] = None,
+    atol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all outputs, or one")] = None,
+    checks: Annotated[
+        str, typer.Option(help="of outputs, taps, cache, batch, causal, determinism, finite; or all")
+    ] = "outputs",
+    noise_floor: Annotated[
+        bool, typer.Option("--noise-floor", help="take the budget from ONNX Runtime's difference from itself")
+    ] = False,
+    json: Annotated[Path | None, typer.Option(help="write every metric and threshold")] = None,
+    junit: Annotated[Path | None, typer.Option(help="write one test case for each output and check")] = None,
+    save_trace: Annotated[Path | None, typer.Option(help="write ours, all taps of the first input, as .npz")] = None,
 ) -> None:
-    """Compare ours, ONNX Runtime and the recorded outputs of a model, output by output."""
-    from ..parity.debugger import Options, model_path
-    from ..parity.debugger import parity as compare
-    from ..parity.report import lines_of, write_json
+    """Compare a model's outputs: ours, ONNX Runtime's and the recorded ones.
+
+    Where they differ, says which operation is the first to differ and which mistake explains it. Exit code 0:
+    pass, 1: a comparison failed, 2: usage or unreadable input, 3: nothing was compared.
+
+    Examples: `gpt2np parity`, `gpt2np parity model.onnx --checks all`,
+    `gpt2np parity model.onnx --against mypackage.port:forward --random 3`
+    """
+    from ..parity import debugger
+    from ..parity.report import lines_of, write_json, write_junit
     from ._terminal import console
 
-    report = compare(Options(model_path(model), data=data or [], engine=engine, rtol=rtol or [], atol=atol or []))
+    options = debugger.Options(
+        debugger.model_path(model), against or [], data or [], prompt or [], random, seed, engine, preset,
+        rtol or [], atol or [], debugger.parse_checks(checks), noise_floor,
+    )  # fmt: skip
+    report = debugger.parity(options)
     out = console()
     for text, style in lines_of(report):
         out.print(text, style=style or None)
     if json is not None:
         write_json(report, json)
+    if junit is not None:
+        write_junit(report, junit)
+    if save_trace is not None:
+        debugger.save_ours(options, save_trace)
     raise typer.Exit(report.exit_code)

@@ -91,9 +91,16 @@ class _Sum:
 
 
 def compare_taps(
-    program: Program, call: Call, a: Taps, b: Taps, names: Sequence[str], group_bytes: int = 256 << 20
+    program: Program,
+    call: Call,
+    a: Taps,
+    b: Taps,
+    names: Sequence[str],
+    group_bytes: int = 256 << 20,
+    oracle: Program | None = None,
+    oracle_taps: Taps | None = None,
 ) -> Iterator[TapRow]:
-    """One row for each tap, in order.
+    """One row for each tap, in order. The oracle is the program in float64, another program, or given taps.
 
     Parties are asked for some layers' taps at a time, so that no more than about `group_bytes` of them are in
     memory at once. Where a party does not give a tap, its value is computed from what it gave before.
@@ -102,10 +109,11 @@ def compare_taps(
     relative: dict[str, float] = {}
     last_use = {used: name for name in names for used in tap_inputs(name, program.config)}
     for group in tap_groups(program, call, names, group_bytes):
-        given = {"a": dict(a(group)), "b": dict(b(group))}
+        given = {"a": dict(a(group)), "b": dict(b(group)), "oracle": dict(oracle_taps(group)) if oracle_taps else {}}
         for tap in group:
             inputs = tap_inputs(tap, program.config)
-            row = _row(program, call, tap, {p: [known[p][i] for i in inputs] for p in known}, given, known)
+            programs = {"a": program, "b": program, "oracle": oracle or program}
+            row = _row(programs, call, tap, {p: [known[p][i] for i in inputs] for p in known}, given, known)
             incoming = max((relative[i] for i in inputs if i in relative), default=0.0)
             if row.total is not None:
                 relative[tap] = row.total / row.scale if row.scale else 0.0
@@ -119,8 +127,8 @@ def compare_taps(
                         known[party].pop(used, None)
                 if tap not in last_use:
                     known[party].pop(tap, None)
-            given["a"].pop(tap, None)
-            given["b"].pop(tap, None)
+            for values in given.values():
+                values.pop(tap, None)
 
 
 def tap_groups(program: Program, call: Call, names: Sequence[str], group_bytes: int) -> Iterator[list[str]]:
@@ -147,7 +155,7 @@ def tap_size(program: Program, call: Call, tap: str) -> int:
 
 
 def _row(
-    program: Program,
+    programs: Mapping[str, Program],
     call: Call,
     tap: str,
     inputs: Mapping[str, list[Array]],
@@ -157,7 +165,8 @@ def _row(
     """All errors of one tap; leaves every party's value in `known`."""
     T = call.input_ids.shape[1]
     step = ROWS if tap == "logits" else T
-    sums = {name: _Sum() for name in ("total", "inherited", "a", "b", "floor_a", "floor_b", "oracle_a", "oracle_b", "scale")}
+    kinds = ("total", "inherited", "a", "b", "floor_a", "floor_b", "oracle_a", "oracle_b", "scale")
+    sums = {name: _Sum() for name in kinds}
     a, b = given["a"].get(tap), given["b"].get(tap)
     over = {"a": 0.0, "b": 0.0}
     keep = tap != "logits"
@@ -167,9 +176,11 @@ def _row(
         def cut(value: Array, part: slice = part) -> Array:
             return value[:, part] if tap == "logits" else value
 
-        op = {p: program.run(tap, call, [cut(x) for x in inputs[p]], F64) for p in inputs}
+        op = {p: programs[p].run(tap, call, [cut(x) for x in inputs[p]], F64) for p in inputs}
+        if tap in given["oracle"]:
+            op["oracle"] = cut(given["oracle"][tap])
         for party, value in (("a", a), ("b", b)):
-            low = program.run(tap, call, [cut(x) for x in inputs[party]], F32)
+            low = programs[party].run(tap, call, [cut(x) for x in inputs[party]], F32)
             sums[f"floor_{party}"].add(low, op[party], start)
             if value is not None:
                 sums[party].add(cut(value), op[party], start)

@@ -12,6 +12,7 @@ Two questions, asked in this order:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,18 +36,17 @@ class Diagnosis:
     who: str  # the party whose operation differs, or "the file"
     text: str
     suspects: list[str] = field(default_factory=list)  # operations that it may be
+    case: str = ""  # the input that it was found on
     guesses: list[Guess] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         return {
-            "tap": self.tap, "who": self.who, "text": self.text, "suspects": self.suspects,
+            "tap": self.tap, "who": self.who, "text": self.text, "suspects": self.suspects, "case": self.case,
             "guesses": [g.as_dict() for g in self.guesses],
         }  # fmt: skip
 
 
-def from_taps(
-    program: Program, call: Call, row: TapRow, party: str, given: Mapping[str, Array]
-) -> Diagnosis:
+def from_taps(program: Program, call: Call, row: TapRow, party: str, given: Mapping[str, Array]) -> Diagnosis:
     """The cause at an operation whose local error is out of budget, from the party's own taps around it."""
     layer, part = split_tap(row.tap)
     group = [f"h.{layer}.attn.{x}" for x in "qkv"] if part in ("attn.q", "attn.k", "attn.v") else [row.tap]
@@ -60,6 +60,13 @@ def from_taps(
     best = guesses[0] if guesses and guesses[0].removed > 0.9 else None
     tap = row.tap if best is None else best.named or best.tap
     return Diagnosis(tap, party, f"{party} computes {tap} differently", suspects, guesses)
+
+
+def unplaced(message: str) -> Diagnosis:
+    """A file in which no GPT-2 can be made out: the node that the error names is the first suspect."""
+    place = re.search(r"h\.(\d+)[./](ln_1|ln_2|attn|mlp)", message)
+    tap = f"h.{place[1]}.{place[2]}" if place else "ln_f" if "ln_f" in message else "unknown"
+    return Diagnosis(tap, "the file", f"gpt2np cannot place it: {message}")
 
 
 def missing_inputs(tap: str, program: Program, given: Mapping[str, Array]) -> list[str]:
@@ -158,9 +165,7 @@ def _boundaries(program: Program) -> list[str]:
     return ["embed", *(f"h.{i}.resid_post" for i in range(program.config.n_layer))]
 
 
-def bracket(
-    program: Program, ordered: Sequence[str], wrong: Sequence[str], first: str
-) -> tuple[list[str], str | None]:
+def bracket(program: Program, ordered: Sequence[str], wrong: Sequence[str], first: str) -> tuple[list[str], str | None]:
     """Suspected operations, and the tap before them that is known to be right (None: the token ids).
 
     Right keys and values of layer i vouch for its ln_1 and everything before. A layer with a wrong k and a

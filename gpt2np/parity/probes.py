@@ -533,9 +533,7 @@ def _mask(problem: Problem, tap: str) -> Iterator[Guess]:
             yield Guess(cause, tap, text, runs={tap: masked(causal_shift=shift, **change)})
     yield Guess("mask_missing", tap, "no causal mask at all", runs={tap: masked(mask_kind="none", causal_shift=S)})
     values: list[tuple[float, str]] = [
-        (v, k)
-        for v in (-1e4, -1.0, -2.0, -5.0, -10.0, -20.0, -50.0, -100.0, -1e3, 0.0)
-        for k in ("replaced", "added")
+        (v, k) for v in (-1e4, -1.0, -2.0, -5.0, -10.0, -20.0, -50.0, -100.0, -1e3, 0.0) for k in ("replaced", "added")
     ]
     for value, kind in [*values, *_fitted_mask(problem, tap)]:
         if (value, kind) != (now.mask_value, now.mask_kind):
@@ -640,9 +638,7 @@ def single_elements(problem: Problem, probes: int = 16) -> list[Guess]:
     return sorted(found, key=lambda g: -g.removed)
 
 
-def solve_element(
-    problem: Problem, name: str, index: tuple[int, ...], step: float, tap: str, rounds: int
-) -> Guess:
+def solve_element(problem: Problem, name: str, index: tuple[int, ...], step: float, tap: str, rounds: int) -> Guess:
     """The value of one element that removes most of the error, by Gauss-Newton steps on that number alone."""
     base = problem.program.weights(name, F64).astype(np.float64)
 

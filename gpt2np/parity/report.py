@@ -170,7 +170,7 @@ def lines_of(report: Report) -> list[Line]:
         for check in report.checks:
             word = {True: "ok", False: "FAIL", None: "not made"}[check.ok]
             style = {True: "", False: "red", None: "yellow"}[check.ok]
-            lines += [(line, style) for line in wrap(f"{check.name:<14}{word:<9}{check.text}", " " * 23)]
+            lines += [(line, style) for line in wrap(f"{check.name:<18}{word:<9}{check.text}", " " * 27)]
     for title, body in report.sections:
         lines += [("", ""), *((line, "bold") for line in wrap(title)), *body]
     return [*lines, ("", ""), *summary_lines(report)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from ..config import GPT2Config
-from ..errors import ComparisonError, Gpt2npError, InputError, UnsupportedModelError
+from ..errors import ComparisonError, Gpt2npError, InputError, TraceError, UnsupportedModelError
 from ..weights import Array
 from .data import DataSet
 from .operations import Call, Program, tap_names
@@ -348,6 +348,27 @@ class Recorded:
         return Run(dict(self.data.outputs) if outputs else {}, found)
 
 
+class TraceRunner:
+    """A saved trace: it gives what it holds, for the inputs that it was recorded on."""
+
+    def __init__(self, model: Model, path: Path) -> None:
+        from .trace import load
+
+        self.model, self.path, self.trace = model, path, load(path)
+        self.name = path.stem
+        if self.trace.manifest["stats_only"]:
+            raise TraceError(f"{path}: holds statistics of taps only, not the taps")
+
+    def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
+        for name, value in feeds.items():
+            if name not in self.trace.inputs or not np.array_equal(value, self.trace.inputs[name]):
+                raise TraceError(f"{self.path}: recorded on other inputs ({name!r} differs)")
+        held = dict(self.trace.taps)
+        if taps:
+            held = {**self.model.outputs_as_taps(self.trace.outputs, self.model.call(feeds)), **held}
+        return Run(dict(self.trace.outputs) if outputs else {}, {t: held[t] for t in taps if t in held})
+
+
 class Function:
     """A user's function `package.module:function`, the port under test.
 
@@ -376,7 +397,10 @@ class Function:
         self.function = value
 
     def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
-        given = self.function({name: np.array(value) for name, value in feeds.items()})
+        try:
+            given = self.function({name: np.array(value) for name, value in feeds.items()})
+        except Exception as error:  # whatever a user's code raises is its failure, not ours
+            raise ComparisonError(f"{self.name} raised {type(error).__name__}: {error}") from error
         names = output_names(self.model)
         if not isinstance(given, Mapping):
             given = {names[0]: given}

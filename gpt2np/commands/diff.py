@@ -1,0 +1,54 @@
+"""`gpt2np diff`: two parties tap by tap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def diff(
+    a: Annotated[str, typer.Argument(help="a model.onnx, a trace.npz, or package.module:function")],
+    b: Annotated[str, typer.Argument(help="the other one")],
+    oracle: Annotated[
+        str | None, typer.Option(help="arbiter: a model.onnx or a float64 trace; default: A in float64")
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="every tap with what its operation itself added")] = False,
+    dump_repro: Annotated[
+        Path | None, typer.Option(help="write the divergent operation alone into this folder")
+    ] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="a test_data_set folder, or a folder of them")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="run on this text (needs a tokenizer)")] = None,
+    random: Annotated[int, typer.Option(min=0, help="run on random prompts")] = 0,
+    seed: Annotated[int, typer.Option(help="of the random prompts")] = 0,
+    preset: Annotated[str, typer.Option(help="budget of outputs: zoo, onnx, ort-gpt2 or strict")] = "zoo",
+    rtol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all, or one output")] = None,
+    atol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all, or one output")] = None,
+    json: Annotated[Path | None, typer.Option(help="write every metric and threshold")] = None,
+    junit: Annotated[Path | None, typer.Option(help="write one test case for each output and check")] = None,
+) -> None:
+    """Find the first operation in which two models, traces or functions differ.
+
+    Each operation is fed with each party's own inputs, so that what it itself adds is told from what came in.
+    Two traces are judged without running anything.
+
+    Examples: `gpt2np diff good.onnx bad.onnx --dump-repro repro/`,
+    `gpt2np diff model.onnx mypackage.port:forward --random 1`
+    """
+    from ..parity import debugger
+    from ..parity.report import lines_of, write_json, write_junit
+    from ._terminal import console
+
+    report = debugger.diff(
+        a, b, lambda model: debugger.gather_cases(model, data or [], prompt or [], random, seed), oracle, preset,
+        rtol or [], atol or [], local, dump_repro,
+    )  # fmt: skip
+    out = console()
+    for text, style in lines_of(report):
+        out.print(text, style=style or None)
+    if json is not None:
+        write_json(report, json)
+    if junit is not None:
+        write_junit(report, junit)
+    raise typer.Exit(report.exit_code)

@@ -1,0 +1,52 @@
+"""`gpt2np trace`: save outputs and intermediate results of one call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def trace(
+    model: Annotated[Path | None, typer.Argument(help="model.onnx or its folder; default: the embedded model")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="the .npz to write")] = Path("trace.npz"),
+    prompt: Annotated[str | None, typer.Option(help="run on this text (needs a tokenizer)")] = None,
+    data: Annotated[Path | None, typer.Option(help="run on the input of this test_data_set folder")] = None,
+    random: Annotated[bool, typer.Option("--random", help="run on a random prompt")] = False,
+    seed: Annotated[int, typer.Option(help="of the random prompt")] = 0,
+    runner: Annotated[str, typer.Option(help="ours, ort, ort-off, onnxref, or package.module:function")] = "ours",
+    taps: Annotated[list[str] | None, typer.Option(help="pattern of tap names, as 'h.*.attn.*'; default: all")] = None,
+    stats_only: Annotated[bool, typer.Option("--stats-only", help="keep rms, maximum and samples of each tap")] = False,
+    dtype: Annotated[str, typer.Option(help="of ours: float32 or float64")] = "float32",
+    engine: Annotated[str, typer.Option(help="of ours: numba or numpy")] = "numba",
+) -> None:
+    """Save what a model computes inside, under the same tap names for every exporter and runtime.
+
+    Examples: `gpt2np trace --prompt "Once upon a time" -o golden.npz`,
+    `gpt2np trace model.onnx --data test_data_set_0 --runner ort --taps 'h.*.attn.*' -o attention.npz`
+    """
+    from ..errors import InputError
+    from ..parity import debugger, runners
+    from ..parity import trace as traces
+    from ._terminal import console
+
+    if sum((prompt is not None, data is not None, random)) != 1:
+        raise InputError("give one of --prompt, --data and --random")
+    subject = runners.Model(debugger.model_path(model))
+    cases = debugger.gather_cases(subject, [data] if data else [], [prompt] if prompt else [], int(random), seed)
+    party = (
+        runners.Ours(subject, engine if dtype == "float32" else "numpy", dtype)
+        if runner == "ours"
+        else debugger.runner_of(subject, runner, engine)
+    )
+    made = debugger.record(subject, party, cases[0], taps or ["*"])
+    traces.save(output, made, stats_only)
+    out = console()
+    size = output.stat().st_size
+    out.print(
+        f"{output}: {len(made.taps)} taps and {len(made.outputs)} outputs of {party.name} on {cases[0].name}, {size:,} bytes"
+    )
+    missing = made.manifest["taps_missing"]
+    if missing:
+        out.print(f"not in this graph: {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}")

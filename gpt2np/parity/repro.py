@@ -1,0 +1,194 @@
+"""One divergent operation as a model of its own: model.onnx, test_data_set_0 and a script that replays it.
+
+The inputs are the float32 values that the operation was given, the expected output is what it gives in float64,
+so ONNX Runtime, onnx's own test runner, or the port under test can be pointed at it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import UnsupportedModelError
+from ..weights import Array
+from .data import save_set
+from .operations import Call, Program, split_tap, tap_inputs
+
+OPSET = 17  # the first with LayerNormalization
+
+REPLAY = '''"""Run this one operation: in ONNX Runtime (default), or by onnx's reference (--onnx). Needs numpy and onnx."""
+import pathlib, sys
+import numpy as np, onnx
+from onnx import numpy_helper
+
+here = pathlib.Path(__file__).parent
+def read(kind):
+    files = sorted((here / "test_data_set_0").glob(kind + "_*.pb"), key=lambda p: int(p.stem.split("_")[1]))
+    return {t.name: numpy_helper.to_array(t) for t in (onnx.load_tensor(str(f)) for f in files)}
+inputs, expected = read("input"), read("output")
+if "--onnx" in sys.argv:
+    from onnx.reference import ReferenceEvaluator
+    got = ReferenceEvaluator(str(here / "model.onnx")).run(list(expected), inputs)
+else:
+    import onnxruntime
+    got = onnxruntime.InferenceSession(str(here / "model.onnx"), providers=["CPUExecutionProvider"]).run(list(expected), inputs)
+failed = False
+for (name, want), value in zip(expected.items(), got):
+    bad = np.abs(value - want) > 1e-5 + 1e-3 * np.abs(want)
+    failed |= bool(bad.any())
+    print(f"{name}: max abs error {np.abs(value - want).max():.3e}, {bad.sum()} of {bad.size} out of tolerance")
+seen = here / "seen.npy"
+if seen.exists():
+    value, want = np.load(seen), next(iter(expected.values()))
+    print(f"what the party under test gave: max abs error {np.abs(value - want).max():.3e}")
+sys.exit(failed)
+'''
+
+
+def dump(folder: Path, program: Program, call: Call, tap: str, inputs: list[Array], seen: Array | None) -> None:
+    """Write the operation of one tap with these inputs; `seen` is what the party under test gave for it."""
+    import onnx
+
+    names = [n.replace(".", "_") for n in tap_inputs(tap, program.config)]
+    feeds = {n: np.ascontiguousarray(x, np.float32) for n, x in zip(names, inputs, strict=True)}
+    expected = program.run(tap, call, list(feeds.values()), np.dtype(np.float64)).astype(np.float32)
+    output = tap.replace(".", "_")
+    nodes, constants, extra = _graph(program, call, tap, names, output)
+    feeds |= extra
+    model = onnx.helper.make_model(
+        onnx.helper.make_graph(
+            nodes,
+            output,
+            [
+                onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+                for n, v in feeds.items()
+            ],
+            [onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, expected.shape)],
+            [onnx.numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in constants.items()],
+        ),
+        opset_imports=[onnx.helper.make_opsetid("", OPSET)],
+        producer_name="gpt2np",
+        doc_string=f"the operation of {tap} alone",
+    )
+    model.ir_version = 8
+    onnx.checker.check_model(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    save_set(folder / "test_data_set_0", feeds, {output: expected})
+    (folder / "replay.py").write_text(REPLAY, encoding="utf-8")
+    if seen is not None:
+        np.save(folder / "seen.npy", seen)
+
+
+def _graph(
+    p: Program, call: Call, tap: str, x: list[str], y: str
+) -> tuple[list[Any], dict[str, Array], dict[str, Array]]:
+    """Nodes, constants and further inputs of one operation."""
+    from onnx.helper import make_node as node
+
+    layer, part = split_tap(tap)
+    c = p.config
+    f32 = np.dtype(np.float32)
+    B, T = call.input_ids.shape
+
+    def linear(name: str, columns: slice = slice(None)) -> tuple[list[Any], dict[str, Array]]:
+        w, b = p.weights(f"{name}.weight", f32)[:, columns], p.weights(f"{name}.bias", f32)[columns]
+        return [node("MatMul", [x[0], "weight"], ["product"]), node("Add", ["product", "bias"], [y])], {
+            "weight": w,
+            "bias": b,
+        }
+
+    if part == "embed":
+        nodes = [
+            node("Gather", ["wte", "input_ids"], ["tokens"]), node("Gather", ["wpe", "position_ids"], ["positions"]),
+            node("Add", ["tokens", "positions"], [y]),
+        ]  # fmt: skip
+        tables = {"wte": p.weights("wte.weight", f32).astype(f32), "wpe": p.weights("wpe.weight", f32)}
+        return nodes, tables, {"input_ids": call.input_ids, "position_ids": call.position_ids}
+    if part in ("ln_1", "ln_2", "ln_f"):
+        w, b, eps = p.norm(tap, f32)
+        return (
+            [node("LayerNormalization", [x[0], "weight", "bias"], [y], axis=-1, epsilon=eps)],
+            {"weight": w, "bias": b},
+            {},
+        )
+    if part in ("attn.q", "attn.k", "attn.v"):
+        width = c.n_head * c.head_size
+        which = "qkv".index(part[-1])
+        nodes, constants = linear(f"{tap[:-2]}.c_attn", slice(which * width, (which + 1) * width))
+        nodes[-1].output[0] = "flat"
+        nodes += [node("Reshape", ["flat", "shape"], ["split"]), node("Transpose", ["split"], [y], perm=[0, 2, 1, 3])]
+        return nodes, {**constants, "shape": np.array([B, T, c.n_head, c.head_size])}, {}
+    if part in ("attn.out", "mlp.out", "mlp.c_fc"):
+        nodes, constants = linear(tap.replace(".out", ".c_proj"))
+        return nodes, constants, {}
+    if part in ("resid_mid", "resid_post"):
+        return [node("Add", x, [y])], {}, {}
+    if part == "attn.scores":
+        assert layer is not None
+        nodes, keys, past = _with_past(call, layer, 0, x[1])
+        nodes += [
+            node("Transpose", [keys], ["columns"], perm=[0, 1, 3, 2]), node("MatMul", [x[0], "columns"], ["product"]),
+            node("Mul", ["product", "scale"], [y]),
+        ]  # fmt: skip
+        return nodes, {"scale": np.array(c.layer_scale(layer), f32)}, past
+    if part == "attn.probs":
+        from ..model import additive_mask
+        from ..reference import causal_mask
+
+        S = call.start + T
+        mask = additive_mask(call.attention_mask, c, B, T, S, f32)
+        mask = causal_mask(T, S, f32) if mask is None else np.asarray(mask)
+        return [node("Add", [x[0], "mask"], ["masked"]), node("Softmax", ["masked"], [y], axis=-1)], {"mask": mask}, {}
+    if part == "attn.heads":
+        assert layer is not None
+        nodes, values, past = _with_past(call, layer, 1, x[1])
+        nodes += [
+            node("MatMul", [x[0], values], ["mixed"]), node("Transpose", ["mixed"], ["moved"], perm=[0, 2, 1, 3]),
+            node("Reshape", ["moved", "shape"], [y]),
+        ]  # fmt: skip
+        return nodes, {"shape": np.array([B, T, c.n_head * c.head_size])}, past
+    if part == "mlp.gelu":
+        assert layer is not None
+        return _activation(c.layer_activation(layer), x[0], y)
+    if part == "logits":
+        head = p.weights(p.head, f32).astype(f32)
+        return [node("MatMul", [x[0], "head"], [y])], {"head": head.T}, {}
+    raise UnsupportedModelError(f"no graph for the operation of {tap}")
+
+
+def _with_past(call: Call, layer: int, which: int, new: str) -> tuple[list[Any], str, dict[str, Array]]:
+    from onnx.helper import make_node
+
+    if call.past is None:
+        return [], new, {}
+    past = np.ascontiguousarray(call.past[layer][which], np.float32)
+    return [make_node("Concat", ["past", new], ["all"], axis=2)], "all", {"past": past}
+
+
+def _activation(form: str, x: str, y: str) -> tuple[list[Any], dict[str, Array], dict[str, Array]]:
+    from onnx.helper import make_node as node
+
+    def numbers(**values: float) -> dict[str, Array]:
+        return {name: np.array(value, np.float32) for name, value in values.items()}
+
+    if form == "relu":
+        return [node("Relu", [x], [y])], {}, {}
+    if form == "gelu_quick":
+        nodes = [node("Mul", [x, "c"], ["s"]), node("Sigmoid", ["s"], ["g"]), node("Mul", [x, "g"], [y])]
+        return nodes, numbers(c=1.702), {}
+    if form == "gelu_erf":
+        nodes = [
+            node("Mul", [x, "r"], ["s"]), node("Erf", ["s"], ["e"]), node("Add", ["e", "one"], ["p"]),
+            node("Mul", [x, "half"], ["h"]), node("Mul", ["h", "p"], [y]),
+        ]  # fmt: skip
+        return nodes, numbers(r=math.sqrt(0.5), one=1.0, half=0.5), {}
+    nodes = [
+        node("Mul", [x, x], ["x2"]), node("Mul", ["x2", x], ["x3"]), node("Mul", ["x3", "cube"], ["c"]),
+        node("Add", [x, "c"], ["a"]), node("Mul", ["a", "root"], ["s"]), node("Tanh", ["s"], ["t"]),
+        node("Add", ["t", "one"], ["p"]), node("Mul", [x, "half"], ["h"]), node("Mul", ["h", "p"], [y]),
+    ]  # fmt: skip
+    return nodes, numbers(cube=0.044715, root=math.sqrt(2 / math.pi), one=1.0, half=0.5), {}

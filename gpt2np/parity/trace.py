@@ -1,0 +1,133 @@
+"""Golden traces: outputs and taps of one call in one .npz, with a manifest of where they come from.
+
+The arrays lie in the file as `input/NAME`, `output/NAME` and `tap/NAME`; `manifest` is JSON. With statistics
+only, each tap is replaced by its rms, largest value, and a few elements at fixed places.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import TraceError
+from ..weights import Array
+
+SCHEMA = 1
+KIND = "gpt2np trace"
+
+
+@dataclass
+class Trace:
+    """What one party gave for one call."""
+
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+    taps: dict[str, Array]
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def runner(self) -> str:
+        return str(self.manifest.get("runner", "trace"))
+
+
+def statistics(value: Array) -> Array:
+    """rms, largest absolute value, and 14 elements spread over the array: (16,) float64."""
+    flat = value.reshape(-1).astype(np.float64)
+    places = np.linspace(0, flat.size - 1, 14).astype(int)
+    return np.concatenate([[np.sqrt(np.mean(flat * flat)), np.abs(flat).max()], flat[places]])
+
+
+def save(path: Path, trace: Trace, stats_only: bool = False) -> None:
+    """Write a trace whole or not at all."""
+    taps = {name: statistics(v) for name, v in trace.taps.items()} if stats_only else trace.taps
+    arrays = {
+        **{f"input/{n}": v for n, v in trace.inputs.items()},
+        **{f"output/{n}": v for n, v in trace.outputs.items()},
+        **{f"tap/{n}": v for n, v in taps.items()},
+    }
+    manifest = {
+        "kind": KIND,
+        "schema": SCHEMA,
+        "stats_only": stats_only,
+        **trace.manifest,
+        "arrays": {name: {"shape": list(v.shape), "dtype": v.dtype.str} for name, v in arrays.items()},
+    }
+    text = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            np.savez_compressed(file, manifest=text, **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: Path, sha256: str | None = None) -> Trace:
+    """Read a trace.
+
+    Raises
+    ------
+    TraceError
+        If the file is missing, truncated, no trace, of a newer schema, or its arrays do not match the manifest;
+        with `sha256`, also if it was recorded from another model file.
+    """
+    if not path.is_file():
+        raise TraceError(f"{path}: no such trace")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise TraceError(f"{path}: truncated, damaged, or no .npz file: {error}") from error
+    except Exception as error:  # zlib.error and others from inside a damaged member
+        raise TraceError(f"{path}: damaged: {error}") from error
+    text = arrays.pop("manifest", None)
+    try:
+        manifest = json.loads(bytes(np.asarray(text, np.uint8)).decode())
+        if manifest.get("kind") != KIND:
+            raise ValueError
+    except (TypeError, ValueError, AttributeError) as error:
+        raise TraceError(f"{path}: an .npz file, but no trace of gpt2np: it has no manifest") from error
+    if manifest.get("schema") != SCHEMA:
+        raise TraceError(f"{path}: trace schema {manifest.get('schema')}, this version reads {SCHEMA}")
+    declared = manifest.get("arrays", {})
+    for name in sorted({*declared, *arrays}):
+        if name not in arrays or name not in declared:
+            raise TraceError(f"{path}: array {name!r} is in {'the manifest' if name in declared else 'the file'} only")
+        value, entry = arrays[name], declared[name]
+        if list(value.shape) != entry["shape"] or value.dtype.str != entry["dtype"]:
+            raise TraceError(
+                f"{path}: {name!r} is {value.dtype.str} {list(value.shape)}, its manifest says "
+                f"{entry['dtype']} {entry['shape']}"
+            )
+    if sha256 is not None and manifest.get("model_sha256") != sha256:
+        raise TraceError(
+            f"{path}: recorded from another model file: SHA-256 {manifest.get('model_sha256')}, this one has {sha256}"
+        )
+    parts: dict[str, dict[str, Array]] = {"input": {}, "output": {}, "tap": {}}
+    for name, value in arrays.items():
+        kind, _, rest = name.partition("/")
+        if kind not in parts:
+            raise TraceError(f"{path}: unexpected array {name!r}")
+        parts[kind][rest] = value
+    return Trace(parts["input"], parts["output"], parts["tap"], manifest)
+
+
+def is_trace(text: str) -> bool:
+    """Whether a party on the command line is a trace file."""
+    return text.endswith(".npz")
+
+
+def provenance(inputs: Mapping[str, Array], **more: Any) -> dict[str, Any]:
+    """What a manifest says besides the arrays: versions, CPU, and what the caller adds."""
+    from .compare import versions
+
+    return {"versions": versions(), "input_shapes": {n: list(v.shape) for n, v in inputs.items()}, **more}
