@@ -12,14 +12,15 @@ def fetch(
     names: Annotated[
         list[str],
         typer.Argument(
-            metavar="NAME...",
+            metavar="NAME",
             help="gpt2-10, gpt2-lm-head-10, gpt2-lm-head-bs-12 (the ONNX Model Zoo's), gpt2, gpt2-medium, gpt2-large, "
             "gpt2-xl (Hugging Face's, converted), or tokenizer.",
         ),
     ],
     to: Annotated[Path | None, typer.Option(help="Folder to put NAME/ into. Default: the clone's weights/.")] = None,
     mirror: Annotated[
-        str | None, typer.Option(metavar="URL", help="Get URL/<published file name> instead of the known mirrors.")
+        str | None,
+        typer.Option(metavar="URL", help="Look here, by the published file names, and not at the known mirrors."),
     ] = None,
     source: Annotated[
         Path | None,

@@ -10,7 +10,7 @@ import typer
 
 def verify(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="A model.onnx, its folder, or the name of a fetched model.")
+        str, typer.Argument(metavar="MODEL", help="A model.onnx, its folder, or the name of a fetched model.")
     ] = "gpt2-10",
     facts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Facts about another model; see gpt2np/zoo/facts.py.")

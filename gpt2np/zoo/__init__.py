@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -194,20 +194,39 @@ def fetch(
     entry = _entry(name)
     folder = (default_folder() if to is None else to) / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder, note):
-            missing = [file for file in entry.files + entry.extras if _is_missing(folder / file.path, file)]
-            if source is not None:
-                _take(entry, missing, source, folder, note)
-            elif missing and not offline:
-                _get(entry, missing, mirror, folder, note, progress, sleep)
-            _require(entry, folder, note)
-            if entry.convert and convert is not None and not (folder / MODEL).is_file():
-                convert(folder)
+            folder.mkdir(exist_ok=True)
+            try:
+                _fill(entry, folder, mirror, source, offline, note, progress, sleep)
+                if entry.convert and convert is not None and not (folder / MODEL).is_file():
+                    convert(folder)
+            finally:
+                with suppress(OSError):
+                    folder.rmdir()  # where nothing came of it
     except OSError as error:
         problem = "the disk is full" if error.errno in DISK_FULL else error.strerror
         raise DownloadError(f"{folder}: {problem}") from error
     return folder
+
+
+def _fill(
+    entry: Entry,
+    folder: Path,
+    mirror: str | None,
+    source: Path | None,
+    offline: bool,
+    note: Callable[[str], None],
+    progress: Progress,
+    sleep: Callable[[float], None],
+) -> None:
+    """Bring what is missing, or raise."""
+    missing = [file for file in entry.files + entry.extras if _is_missing(folder / file.path, file)]
+    if source is not None:
+        _take(entry, missing, source, folder, note)
+    elif missing and not offline:
+        _get(entry, missing, mirror, folder, note, progress, sleep)
+    _require(entry, folder, note)
 
 
 def _entry(name: str) -> Entry:
