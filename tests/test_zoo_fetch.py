@@ -656,7 +656,7 @@ def wait_for(path: Path, size: int) -> None:
 def test_two_processes_at_once_fetch_once(server: FaultServer, tmp_path: Path) -> None:
     server.faults["/model"] = [Fault(slow=0.1)]
     processes = [start(server, tmp_path) for _ in range(3)]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     assert server.statuses("/model") == [200]
     assert content_of(tmp_path / "tiny") == {"model.onnx": CONTENT}
@@ -665,11 +665,11 @@ def test_two_processes_at_once_fetch_once(server: FaultServer, tmp_path: Path) -
 @pytest.mark.skipif(os.name != "posix", reason="POSIX signals")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_download_is_resumed(server: FaultServer, tmp_path: Path, end: signal.Signals) -> None:
-    server.faults["/model"] = [Fault(slow=0.05, piece=8192)]
+    server.faults["/model"] = [Fault(slow=0.05, piece=2048)]
     process = start(server, tmp_path)
-    wait_for(tmp_path / "tiny" / "model.onnx.part", 8192)
+    wait_for(tmp_path / "tiny" / "model.onnx.part", 2048)
     process.send_signal(end)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=120)[1]
     if end == signal.SIGINT:
         assert process.returncode == 130
         assert "error: stopped; what has come so far is kept" in error
@@ -677,7 +677,7 @@ def test_a_stopped_download_is_resumed(server: FaultServer, tmp_path: Path, end:
     kept = (tmp_path / "tiny" / "model.onnx.part").stat().st_size
     assert not (tmp_path / "tiny" / "model.onnx").exists()
     process = start(server, tmp_path)
-    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
+    assert (process.communicate(timeout=120)[1], process.returncode) == ("", 0)
     assert server.ranges("/model") == [None, f"bytes={kept}-"]
     assert content_of(tmp_path / "tiny") == {"model.onnx": CONTENT}
 
@@ -685,11 +685,11 @@ def test_a_stopped_download_is_resumed(server: FaultServer, tmp_path: Path, end:
 @pytest.mark.skipif(os.name != "posix", reason="POSIX resource limits")
 def test_a_disk_that_is_really_full(server: FaultServer, tmp_path: Path) -> None:
     process = start(server, tmp_path, limit=150_000)
-    error = process.communicate(timeout=60)[1]
+    error = process.communicate(timeout=120)[1]
     assert process.returncode != 0
     assert "the disk is full: 150,000 of 256,007 bytes are kept" in error
     process = start(server, tmp_path)
-    assert (process.communicate(timeout=60)[1], process.returncode) == ("", 0)
+    assert (process.communicate(timeout=120)[1], process.returncode) == ("", 0)
     assert server.ranges("/model") == [None, "bytes=150000-"]
 
 
