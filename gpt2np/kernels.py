@@ -24,23 +24,28 @@ one call over a whole text, chunks, single tokens and padded batches give the sa
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numba import float32, prange
+from numba.core.caching import FunctionCache
+from numba.core.registry import cpu_target
 from numba.extending import overload
 from numba.np.ufunc.parallel import threading_layer
 
+from . import tile
 from .errors import InputError
 from .reference import Tap, no_tap, split_heads
-from .tile import PANEL, ROWS, SQUARE, config, fma, make_tile, transpose
-from .weights import MLP, Array, Attention, BlockWeights, GPT2Weights, WeightSource
+from .tile import PANEL, ROWS, SQUARE, config, fma, transpose
+from .weights import MLP, Array, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear, WeightSource
 
 BLOCK = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
 CHUNK = 48  # rows that share one pass over a panel of weights; a multiple of every ROWS
@@ -49,22 +54,59 @@ LANES = 16  # running sums over a row: element i goes to sum i % LANES
 GRAIN = 1 << 16  # multiply-adds below which it is not worth waking another thread
 
 
-def _jit(parallel: bool = False) -> Callable[[Any], Any]:
-    """numba.njit with the settings that all kernels share: compiled code is kept on disk if that is possible."""
+class _DiskCache(FunctionCache):
+    """numba's cache of compiled code, which also sees changes of tile.py and never fails a call.
 
-    def compile_(function: Any) -> Any:
-        options: dict[str, Any] = {"nogil": True, "parallel": parallel, "error_model": "numpy"}
+    The folder is numba's choice: NUMBA_CACHE_DIR, else __pycache__ beside this file, else the user's own cache.
+    """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        stamp = self._cache_file._source_stamp, hashlib.sha256(Path(tile.__file__).read_bytes()).hexdigest()
+        self._cache_file._source_stamp = stamp
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
         try:
-            return numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder that can be written to: compile anew in every process
-            return numba.njit(**options)(function)
+            return super().load_overload(signature, context)
+        except Exception:  # a damaged file, of which pickle may raise anything: compile anew
+            return None
 
-    return compile_
+    def save_overload(self, signature: Any, data: Any) -> None:
+        with suppress(OSError):  # a full or write-protected disk: compile anew the next time
+            super().save_overload(signature, data)
+
+    def holds(self, machine: Any) -> bool:
+        """Whether there is compiled code for this kind of machine."""
+        try:
+            return any(key[1] == machine for key in self._cache_file._load_index())
+        except Exception:
+            return False
+
+
+def _jit(parallel: bool = False) -> Callable[[Any], Any]:
+    """numba.njit with the settings that all kernels share; compiled code is kept on disk where that is possible."""
+
+    def decorate(function: Any) -> Any:
+        kernel: Any = numba.njit(nogil=True, parallel=parallel, error_model="numpy")(function)
+        if not config.DISABLE_JIT:
+            with suppress(RuntimeError):  # no folder to write to: compile anew in every process
+                kernel._cache = _DiskCache(function)
+        return kernel
+
+    return decorate
+
+
+def needs_compilation() -> bool:
+    """Whether the first call will take some seconds longer, because compiled kernels are not on disk yet."""
+    if config.DISABLE_JIT or _attend.signatures:
+        return False
+    machine = cpu_target.target_context.codegen().magic_tuple()
+    return not (isinstance(_attend._cache, _DiskCache) and _attend._cache.holds(machine))
 
 
 Sight = tuple[Array, Array, Array]  # mask (B, 1, T, S) or empty, keys (B, S), limits (B, T): see `_look`
 
-tile_1, tile_2, tile_4, tile_full = make_tile(1), make_tile(2), make_tile(4), make_tile(ROWS)
+tile_1, tile_2, tile_4, tile_full = (tile.make_tile(rows) for rows in (1, 2, 4, ROWS))
 
 
 # ----------------------------------------------------------------------------------------------- vector loops
@@ -364,7 +406,7 @@ def _activate(v, activation):
 
 @_jit()
 def _multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride):
-    """One panel: out[r] += a[r] @ b for r < rows, see `make_tile`."""
+    """One panel: out[r] += a[r] @ b for r < rows, see `tile.make_tile`."""
     r = 0
     while r < rows:
         left = rows - r
@@ -869,3 +911,31 @@ def logits(hidden: Array, lm_head: Any, lm_head_bias: Array, tap: Tap = no_tap) 
     scores = linear(hidden, lm_head, lm_head_bias)
     tap("logits", scores)
     return scores
+
+
+def warmup(dtype: Any = np.float32) -> None:
+    """Compile every kernel for one dtype, or load it from disk, by running a model of zeros.
+
+    It is just large enough that each kernel deals work out to threads for many tokens, and does not for one.
+    """
+    if config.DISABLE_JIT:
+        return
+    C, V, T, H = 64, 4096, 2048, 2
+
+    def zeros(*shape: int) -> Array:
+        return np.zeros(shape, dtype)
+
+    def zero_map(K: int, N: int) -> Linear:
+        weight: Any = pack_matrix(zeros(K, N))
+        return Linear(weight, zeros(N))
+
+    norm = LayerNorm(zeros(C), zeros(C), 1e-5)
+    attend = Attention(zero_map(C, 3 * C), zero_map(C, C), H, 1.0)
+    block_weights = BlockWeights(norm, attend, norm, MLP(zero_map(C, C), zero_map(C, C), "gelu_tanh"))
+    wte: Any = pack_matrix(zeros(V, C), transposed=True)
+    w = GPT2Weights(wte, zeros(1, C), (block_weights,), norm, wte, zeros(0))
+    for tokens in (1, T):
+        ids = np.zeros((1, tokens), np.int64)
+        for tap in (no_tap, lambda name, value: None):
+            hidden = transformer(ids, ids, w, [zeros(2, 1, H, tokens, C // H)], 0, None, tap if tokens == 1 else no_tap)
+            logits(hidden[:, -1:], w.lm_head, w.lm_head_bias)

@@ -204,7 +204,7 @@ def _fma(_, a, b, c):
 
 
 def _fma_in_python(a: Any, b: Any, c: Any) -> Any:
-    return type(c)(np.float64(a) * np.float64(b) + np.float64(c))
+    return type(c)(float(a) * float(b) + float(c))
 
 
 # fma(a, b, c): a * b + c of three numbers of one float type; LLVM makes vectors of it in a loop over an array
