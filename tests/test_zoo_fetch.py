@@ -364,6 +364,12 @@ def test_proxies_of_the_environment_are_used(case: Case, monkeypatch: pytest.Mon
     assert case.path.read_bytes() == CONTENT
 
 
+@pytest.mark.parametrize("proxy", ["gopher://127.0.0.1:1", "http://[", "socks5://127.0.0.1:1"])
+def test_a_proxy_that_cannot_be_used(case: Case, monkeypatch: pytest.MonkeyPatch, proxy: str) -> None:
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+    case.fails("the proxy that the environment names cannot be used|no server")
+
+
 def test_disk_full_keeps_what_came(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     written = 0
 

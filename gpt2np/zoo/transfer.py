@@ -118,7 +118,11 @@ def download(
         part.check_room(wanted.bytes)
         advance(part.length)
         headers = {"User-Agent": f"gpt2np/{__version__}", "Accept-Encoding": "identity"}
-        with httpx.Client(follow_redirects=True, timeout=timeout, headers=headers) as client:
+        try:
+            opened = httpx.Client(follow_redirects=True, timeout=timeout, headers=headers)
+        except (ValueError, ImportError, httpx.InvalidURL) as error:  # ImportError: SOCKS needs a package
+            raise DownloadError(f"the proxy that the environment names cannot be used: {error}") from error
+        with opened as client:
             failures: list[tuple[str, _GiveUp]] = []
             for mirror in mirrors:
                 try:
