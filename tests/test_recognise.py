@@ -11,8 +11,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from runtime import DATA, feeds_for, runtime
-from tiny import tiny_config, tiny_model, tiny_sources
 
 from gpt2np.config import GPT2Config
 from gpt2np.errors import UnsupportedModelError, WeightError
@@ -20,6 +18,8 @@ from gpt2np.model import GPT2
 from gpt2np.onnx.reader import open_model
 from gpt2np.onnx.recognise import Recognised, recognise
 from gpt2np.onnx.writer import write_model
+from runtime import DATA, feeds_for, runtime
+from tiny import tiny_config, tiny_model, tiny_sources
 
 Edit = Callable[[onnx.ModelProto], None]
 EXPORTS = sorted(p.stem for p in DATA.glob("*.onnx"))

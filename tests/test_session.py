@@ -8,14 +8,14 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from runtime import DATA, assert_close, feeds_for, runtime
-from tiny import tiny_config, tiny_sources
 
 from gpt2np.errors import ContextOverflowError, InputError, TokenRangeError
 from gpt2np.onnx.reader import open_model
 from gpt2np.onnx.recognise import recognise
 from gpt2np.onnx.writer import write_model
 from gpt2np.session import InferenceSession
+from runtime import DATA, assert_close, feeds_for, runtime
+from tiny import tiny_config, tiny_sources
 
 ENGINES = ["numpy", "numba"]
 EXACT = ["dynamo_20", "dynamo_23", "fused_past", "old_past", "optimum_past", "q4"]

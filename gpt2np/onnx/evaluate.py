@@ -35,14 +35,17 @@ class Evaluator:
     graph : Graph
     feeds : mapping of value name to array
         Taken as they are, whatever node would compute them: not only the graph's inputs.
+    read : set, optional
+        Collects the names of the constants that were needed.
 
     Floats given as float64 stay float64 through Cast nodes, so that what is probed is the function itself and
     not the rounding of the file's float type.
     """
 
-    def __init__(self, graph: Graph, feeds: Mapping[str, Array]) -> None:
+    def __init__(self, graph: Graph, feeds: Mapping[str, Array], read: set[str] | None = None) -> None:
         self.graph = graph
         self.values: dict[str, Any] = dict(feeds)
+        self.read = set() if read is None else read
         self.literal = graph.literal
         self.rounded = graph.float16_roundings if graph.literal else frozenset()
 
@@ -62,6 +65,7 @@ class Evaluator:
                 continue
             if current in self.graph.constants:
                 self.values[current] = self.graph.constant(current)
+                self.read.add(current)
                 stack.pop()
                 continue
             node = self.graph.producer(current)

@@ -156,7 +156,7 @@ class Graph:
 
         if proto.type == AttributeProto.TENSOR:
             tensor = self.file.tensor(proto.t, node.output[0])
-            return tensor if tensor.nbytes > 1024 and node.op_type == "Constant" else tensor.load()
+            return tensor if node.op_type == "Constant" else tensor.load()
         if proto.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
             return proto.g
         value = helper.get_attribute_value(proto)

@@ -149,8 +149,8 @@ class _Recogniser:
         self.taps: dict[str, TapLocation] = {}
         self.notes: list[str] = []
         self.known: dict[str, Array] = {}  # values of the probe at the borders of parts
-        self.base = Evaluator(graph, {})  # what follows from them, kept
-        self.touched: set[str] = set()
+        self.touched: set[str] = set()  # constants that were read
+        self.base = Evaluator(graph, {}, self.touched)  # what follows from them, kept
         self.roles: dict[str, tuple[str, int | None]] = {}
         self.output_roles: dict[str, tuple[str, int | None]] = {}
         self.epsilons: dict[str, float] = {}
@@ -186,7 +186,6 @@ class _Recogniser:
                 self.taps[name] = self.stream(norm.x)
         self.layer_norm("ln_f", final)
         tied, head_bias = self.head(head, words)
-        self.touched.update(n for n in self.base.values if n in graph.constants)
         config = self.make_config(len(layers), tied, offset)
         self.check_shapes(config)
         ignored = self.check_leftovers()
@@ -408,10 +407,12 @@ class _Recogniser:
 
     def run_with(self, feeds: dict[str, Array], *names: str) -> list[Array]:
         """Values of the probe, with some values replaced."""
-        evaluator = Evaluator(self.graph, {**self.known, **feeds})
-        values = [evaluator(name) for name in names]
-        self.touched.update(n for n in evaluator.values if n in self.graph.constants)
-        return values
+        evaluator = self.evaluator(feeds)
+        return [evaluator(name) for name in names]
+
+    def evaluator(self, feeds: dict[str, Array]) -> Evaluator:
+        """The probe, with some values replaced."""
+        return Evaluator(self.graph, {**self.known, **feeds}, self.touched)
 
     def feed_linear(self, linear: Linear) -> tuple[int, ...]:
         """Let the probe know the shape of a linear map's output."""
@@ -508,9 +509,10 @@ class _Recogniser:
 
     def activation(self, fc: Linear, out: Linear, shape: tuple[int, ...]) -> Activation:
         """Which function lies between the two maps of an MLP: that whose values come out."""
-        grid = np.resize(np.linspace(-8, 8, 8191), shape) if np.prod(shape) > 8191 else _spread(shape)
-        (got,) = self.run_with({fc.out: grid}, out.x)
-        errors = {n: float(np.abs(got.ravel() - f(grid.ravel())).max()) for n, f in reference.ACTIVATIONS.items()}
+        points = np.linspace(-8, 8, min(int(np.prod(shape)), 2047))
+        (got,) = self.run_with({fc.out: np.resize(points, shape)}, out.x)
+        got = got.ravel()[: len(points)]
+        errors = {name: float(np.abs(got - f(points)).max()) for name, f in reference.ACTIVATIONS.items()}
         best = cast(Activation, min(errors, key=lambda n: errors[n]))
         # GELU by erf and by tanh lie 4.7e-4 apart; its constants are off by up to 4e-4 in bfloat16
         rivals = sorted(errors.values())
@@ -541,14 +543,15 @@ class _Recogniser:
             codes[value] = np.arange(start, start + size, dtype=np.float64).reshape(shape)
             starts[value] = start
             start += size
-        flat = self.run_with({n: np.ones_like(c) for n, c in codes.items()}, *values)
+        numbered, unit = self.evaluator(codes), self.evaluator({n: np.ones_like(c) for n, c in codes.items()})
+        flat = [unit(v) for v in values]
         factors = [float(f.flat[0]) for f in flat]
         for what, value, ones_out, factor in zip("qkv", values, flat, factors, strict=True):
             if not np.allclose(ones_out, factor, rtol=1e-6) or factor == 0 or not np.isfinite(factor):
                 self.fail(value, f"{what} of layer {i} is not its linear map's output times one number")
         if factors[2] != 1:
             self.fail(core.heads.b, f"v of layer {i} is scaled by {factors[2]:g}")
-        q, k, v = (a / f for a, f in zip(self.run_with(codes, *values), factors, strict=True))
+        q, k, v = (numbered(v) / f for v, f in zip(values, factors, strict=True))
         if not core.scores.transposed:
             k = k.swapaxes(-1, -2)
         if core.heads.transposed:
@@ -594,7 +597,7 @@ class _Recogniser:
         self.masks[i] = mask
 
         # 5. Taps.
-        self.attention_taps(name, branch, codes, (q, k[:, :, P:], v[:, :, P:]), before, row_order)
+        self.attention_taps(name, branch, (numbered, unit), (q, k[:, :, P:], v[:, :, P:]), before, row_order)
 
     def fail(self, value: str, why: str) -> None:
         node = self.graph.producer(value)
@@ -682,7 +685,7 @@ class _Recogniser:
         self,
         name: str,
         branch: _Branch,
-        codes: dict[str, Array],
+        probes: tuple[Evaluator, Evaluator],
         expected: tuple[Array, Array, Array],
         before: float,
         row_order: Array,
@@ -690,7 +693,7 @@ class _Recogniser:
         graph, core = self.graph, branch.core
         assert core is not None
         for what, value, numbers in zip("qkv", (core.scores.a, core.scores.b, core.heads.b), expected, strict=True):
-            location = self.find_heads(value, numbers, codes)
+            location = self.find_heads(value, numbers, probes)
             if location is not None:
                 self.taps[f"{name}.{what}"] = location
         H = expected[0].shape[1]
@@ -731,14 +734,13 @@ class _Recogniser:
             return None
         return float(value.reshape(-1)[0])
 
-    def find_heads(self, value: str, numbers: Array, codes: dict[str, Array]) -> TapLocation | None:
+    def find_heads(self, value: str, numbers: Array, probes: tuple[Evaluator, Evaluator]) -> TapLocation | None:
         """On the way from the map to the product: a value that holds all new positions, split into heads."""
         for candidate in self.graph.ancestors(value):
             if candidate in self.graph.invented:
                 continue
             try:
-                (array,) = self.run_with(codes, candidate)
-                (unit,) = self.run_with({n: np.ones_like(c) for n, c in codes.items()}, candidate)
+                array, unit = (probe(candidate) for probe in probes)
             except UnsupportedModelError:
                 continue
             if array.size != numbers.size or not is_float(array):
@@ -1009,10 +1011,6 @@ def _usual(found: Mapping[Any, Any], gpt2: Any) -> Any:
     return max(counts, key=lambda value: (counts[value], value == gpt2))
 
 
-def _spread(shape: tuple[int, ...]) -> Array:
-    return np.linspace(-8, 8, int(np.prod(shape))).reshape(shape)
-
-
 def _declared(port: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
     dims = port.type.tensor_type.shape.dim
     return tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in dims)
@@ -1056,14 +1054,16 @@ def _same_tensor(head: Linear, words: Lookup) -> bool:
 
 
 def _equal(a: Source, b: Source) -> bool:
-    """Whether two weights have the same bytes (a NaN equals the same NaN)."""
+    """Whether two matrices have the same bits (a NaN equals the same NaN), either perhaps stored transposed."""
     x, y = a.read(), b.read()
-    if x.dtype != y.dtype:
+    if x.dtype != y.dtype or x.shape != y.shape:
         return False
-    bits = f"u{x.dtype.itemsize}"
-    return all(
-        np.array_equal(
-            np.ascontiguousarray(x[i : i + 1024]).view(bits), np.ascontiguousarray(y[i : i + 1024]).view(bits)
-        )
-        for i in range(0, len(x), 1024)
-    )
+    x, y = _bits(x), _bits(y)
+    rows = 64  # so that a block of both stays in the cache
+    return all(np.array_equal(x[i : i + rows], y[i : i + rows]) for i in range(0, len(x), rows))
+
+
+def _bits(a: Array) -> Array:
+    """The same matrix as integers, without a copy where it or its transpose is contiguous."""
+    kind = f"u{a.dtype.itemsize}"
+    return a.T.view(kind).T if a.flags.f_contiguous else np.ascontiguousarray(a).view(kind)
