@@ -69,7 +69,7 @@ class LastWords:
     """How well the last words of passages are guessed."""
 
     passages: int
-    correct: int  # every token of the word is the most probable one, given the passage and the word's tokens before
+    correct: int  # no token is more probable than the word's, given the passage and the word's tokens before
     log_likelihood: float  # natural log, sum over the last words
 
     @property
@@ -340,7 +340,7 @@ def predictions(model: GPT2, rows: Sequence[tuple[Sequence[int], int]]) -> list[
     Returns
     -------
     list of (log-probabilities float64 (n,), bool (n,))
-        Of each token looked at, and whether it is the most probable one.
+        Of each token looked at, and whether none is more probable.
     """
     T = max(len(ids) for ids, _ in rows) - 1  # the last token is only predicted
     inputs = np.zeros((len(rows), T), np.int64)  # padding on the right is seen by nothing that is looked at
@@ -362,7 +362,7 @@ def predictions(model: GPT2, rows: Sequence[tuple[Sequence[int], int]]) -> list[
         assert logits is not None
         largest = logits.max(axis=-1)
         chosen = np.take_along_axis(logits, targets[:, part, None], axis=-1)[..., 0]
-        best[:, part] = logits.argmax(axis=-1) == targets[:, part]
+        best[:, part] = chosen == largest
         exps = np.exp(np.subtract(logits, largest[..., None], out=logits), out=logits)
         logs[:, part] = chosen.astype(np.float64) - largest - np.log(exps.sum(axis=-1, dtype=np.float64))
     return [
