@@ -4,7 +4,8 @@
 
 Each line is one way of choosing tokens. "kernels" is the time inside transformer() and logits(); "model" is the
 rest of the model's call (checks of its input, the cache); "loop" is what is left of a step: sampling,
-log-probabilities, detokenising, the generator itself. Lower quartiles over all tokens of interleaved runs, which other work on the machine disturbs least.
+log-probabilities, detokenising, the generator itself. Lower quartiles over all tokens of interleaved runs, which
+other work on the machine disturbs least.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Step:
     row: int  # which prompt of a batch it belongs to
     token_id: int
     text: str  # what can be shown now that it was not before; "" without a tokenizer
-    logprob: float  # natural log of the model's own probability of the token, before temperature and filters
+    logprob: float  # natural log of the model's own probability of the token, before penalty, temperature and filters
     top: tuple[tuple[int, float], ...]  # the `logprobs` most probable tokens, (id, logprob)
     finish: str | None  # on the last step of a row: "length", "eos" or "stop"
 
@@ -272,10 +272,7 @@ class _Sequence:
     decoder: StreamDecoder | None
     stopper: _Stopper
     new: int = 0
-    seen: Array = field(init=False)  # (V,) bool; filled only for the repetition penalty
-
-    def __post_init__(self) -> None:
-        self.seen = np.zeros(0, bool)
+    seen: Array | None = None  # (V,) bool; for the repetition penalty only
 
     def take(self, logits: Array) -> Step:
         """Choose the next token from the logits (V,)."""
@@ -300,7 +297,7 @@ class _Sequence:
     def _seen_ids(self, vocab_size: int) -> Array:
         if self.sampler.repetition_penalty == 1:
             return np.zeros(0, np.int64)
-        if not self.seen.size:
+        if self.seen is None:
             self.seen = np.zeros(vocab_size, bool)
             self.seen[self.ids] = True
         self.seen[self.ids[-1]] = True

@@ -19,6 +19,7 @@ from .weights import Array, GPT2Weights, WeightSources, assemble, weight_shapes
 if TYPE_CHECKING:
     import tokenizers
 
+    from .generate import Step
     from .onnx.recognise import Recognised
 
 Engine = Literal["numba", "numpy"]
@@ -184,7 +185,7 @@ class GPT2:
         self(input_ids, tap=lambda name, value: taps.__setitem__(name, np.array(value)), **kwargs)
         return taps
 
-    def generate(self, prompt: Any, max_new_tokens: int = 64, **options: Any) -> Iterator[Any]:
+    def generate(self, prompt: Any, max_new_tokens: int | None = 64, **options: Any) -> Iterator[Step]:
         """Continue a text or token ids, one step at a time; see `gpt2np.generate.generate` for the options."""
         from .generate import generate
 
