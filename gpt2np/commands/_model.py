@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError, TokenizerError
+from ._terminal import note
 
 if TYPE_CHECKING:
     from ..model import GPT2
@@ -48,6 +49,11 @@ def load_model(model: str | None, tokenizer: Path | None, engine: str, dtype: st
         raise TokenizerError(f"there is no tokenizer beside {path}; {tokenizers.HOW_TO_GET_ONE}")
     loaded = load(path, engine, dtype)
     loaded.tokenizer = found
+    if engine == "numba":
+        from ..kernels import needs_compilation
+
+        if needs_compilation():
+            note("Compiling the kernels, which takes some seconds the first time.")
     return loaded
 
 
