@@ -212,7 +212,13 @@ from importlib import import_module
 from time import sleep
 name, pause = sys.argv[1], float(sys.argv.pop(2))
 real = gpt2np.reference.transformer
-gpt2np.reference.transformer = lambda *a, **k: (sleep(pause), real(*a, **k))[1]
+calls = []
+def slow(*arguments, **options):
+    calls.append(sleep(pause))
+    if len(calls) == 5:
+        print("running", file=sys.stderr, flush=True)
+    return real(*arguments, **options)
+gpt2np.reference.transformer = slow
 app = typer.Typer()
 app.command()(getattr(import_module("gpt2np.commands." + name), name))
 sys.argv.pop(1)
@@ -232,7 +238,7 @@ def test_text_streams_and_ctrl_c_keeps_what_is_there(toy):
     process = start("generate", "Once upon", "-m", str(toy), "--window", "-n", "100000", pause=0.05)
     head = process.stdout.read(len("Once upon") + 3)  # there long before the end
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=20)
+    rest, errors = process.communicate(timeout=60)
     text = (head + rest).decode()
     assert process.returncode == 130
     assert text.endswith("\n")
@@ -243,9 +249,9 @@ def test_text_streams_and_ctrl_c_keeps_what_is_there(toy):
 
 def test_ctrl_c_with_json_prints_what_it_has(toy, tmp_path: Path):
     process = start("generate", "Once", "The", "-m", str(toy), "--window", "-n", "100000", "--json", pause=0.01)
-    time.sleep(2.5)
+    assert process.stderr.readline() == b"running\n"
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=20)
+    output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     for record, prompt in zip(map(json.loads, output.splitlines()), ("Once", "The"), strict=True):
         assert (record["prompt"], record["finish"]) == (prompt, "interrupted")
@@ -267,7 +273,7 @@ def test_on_a_terminal_prompts_are_bold_and_control_characters_harmless(toy, tmp
             break
         seen += part
     os.close(ours)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert process.returncode == 0
     assert b"\x1b[1m" in seen
     assert b"\x1b[2J" not in seen
@@ -314,7 +320,7 @@ def test_ctrl_c_prints_the_score_so_far_and_the_next_run_goes_on(toy, run, tmp_p
     while not (tmp_path / "p.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=20)
+    output, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     part = json.loads(output)
     assert not part["complete"]
