@@ -121,8 +121,8 @@ def gelu(layer: int, form: str) -> Callable[[Model], bool]:
         if not tanh:
             return False
         nodes = list(model.graph.node)
-        after = [n for n in nodes if tanh[0].output[0] in n.input][0]  # 1 + tanh
-        last = [n for n in nodes if after.output[0] in n.input][0]  # 0.5 x (1 + tanh)
+        after = next(n for n in nodes if tanh[0].output[0] in n.input)  # 1 + tanh
+        last = next(n for n in nodes if after.output[0] in n.input)  # 0.5 x (1 + tanh)
         x = next(n for n in nodes if n.op_type == "Pow" and re.search(rf"h\.{layer}/mlp", n.output[0])).input[0]
         y, k = last.output[0], f"mutant_gelu_{layer}"
         last.output[0] = k + "_old"

@@ -43,10 +43,8 @@ def trace(
     made = debugger.record(subject, party, cases[0], taps or ["*"])
     traces.save(output, made, stats_only)
     out = console()
-    size = output.stat().st_size
-    out.print(
-        f"{output}: {len(made.taps)} taps and {len(made.outputs)} outputs of {party.name} on {cases[0].name}, {size:,} bytes"
-    )
+    what = f"{len(made.taps)} taps and {len(made.outputs)} outputs of {party.name} on {cases[0].name}"
+    out.print(f"{output}: {what}, {output.stat().st_size:,} bytes")
     missing = made.manifest["taps_missing"]
     if missing:
         out.print(f"not in this graph: {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}")

@@ -10,6 +10,7 @@ finite       no NaN and no infinity anywhere
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def cache_checks(model: Model, ours: Ours, ids: Array, budget: Budget) -> list[C
     def pieces(cuts: Sequence[int]) -> Array:
         cache = gpt2.new_cache(1, ids.shape[1])
         edges = [0, *cuts, ids.shape[1]]
-        parts = [gpt2(ids[:, a:b], cache, logits=False) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        parts = [gpt2(ids[:, a:b], cache, logits=False) for a, b in pairwise(edges) if b > a]
         return np.concatenate([p.last_hidden_state for p in parts], axis=1)
 
     T = ids.shape[1]

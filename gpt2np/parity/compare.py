@@ -141,7 +141,8 @@ def compare_case(
                     yield Comparison(case.name, "(run)", party, expected, budgets.default, problem=str(value))
         if broken:
             continue
-        assert not isinstance(a, Gpt2npError) and not isinstance(b, Gpt2npError)
+        assert not isinstance(a, Gpt2npError)
+        assert not isinstance(b, Gpt2npError)
         for name in dict.fromkeys([*b, *a]):
             result = Comparison(case.name, name, actual, expected, budgets(name))
             if name not in a or name not in b:

@@ -34,6 +34,7 @@ from .report import Check, Line, Report, columns, number, wrap
 from .runners import Function, Model, OnnxRef, Ort, Ours, Recorded, Runner, TraceRunner
 
 NOISE_FACTOR = 8.0  # a measured budget is so many times ONNX Runtime's difference from itself
+ROUNDING_FACTOR = 2.0  # the budget of a lossy file grows by so many times the change that its rounding makes
 SEARCH_TOKENS = 64  # the search for a cause takes the largest input up to this size, or else the smallest
 SHOWN_ROWS = 24  # of the tap table; JSON has them all
 ALL_CHECKS = ("outputs", "taps", *CHECKS)
@@ -204,6 +205,8 @@ def parity(options: Options) -> Report:
         report.not_compared.append(f"no test_data_set_* beside {model.path}: give --data, --prompt or --random")
     if options.noise_floor:
         measure_floor(model, cases, budgets, report)
+    elif whole and rounds(model):
+        measure_rounding(model, cases, budgets, report)
     if "outputs" in options.checks:
         for case in cases:
             report.comparisons += compare_case(case, model, runners, budgets, run_case(case, runners))
@@ -257,6 +260,40 @@ def measure_floor(model: Model, cases: Sequence[Case], budgets: Budgets, report:
     body = [(columns((n, number(f), number(budgets.measured[n].atol)), (-40, 12, 12)), "") for n, f in floors.items()]
     report.sections.append(("noise floor and budget (max abs)", body))
     report.details["noise_floor"] = floors
+
+
+def rounds(model: Model) -> str:
+    """How the file rounds on the way, in words; "" for a float32 file."""
+    from ..onnx.reader import open_model
+
+    kinds = {t.dtype.name for t in open_model(model.path).tensors.values()}
+    if any("rounded" in note for note in model.recognised.notes):
+        return "activations to 8 bits"
+    return "results to 16 bits" if kinds & {"float16", "bfloat16"} else ""
+
+
+def measure_rounding(model: Model, cases: Sequence[Case], budgets: Budgets, report: Report) -> None:
+    """Widen the budget by what a lossy file's own rounding changes: ours with that rounding against ours without.
+
+    gpt2np computes in float32 with the file's exact weights; whatever runs the file's nodes rounds in between.
+    """
+    from ..session import InferenceSession
+
+    exact = InferenceSession(model.path, "numpy")
+    rounded = InferenceSession(model.path, "numpy", emulate_rounding=True)
+    names = [o.name for o in exact.get_outputs()]
+    effects = dict.fromkeys(names, 0.0)
+    for case in cases:
+        for name, a, b in zip(names, exact.run(names, case.feeds), rounded.run(names, case.feeds), strict=True):
+            effects[name] = max(effects[name], measure(a, b, budgets.default).max_abs)
+    base = budgets.default
+    for name, effect in effects.items():
+        source = f"{base.source}, plus {ROUNDING_FACTOR:g} x the file's own rounding"
+        budgets.measured[name] = Budget(base.rtol, base.atol + ROUNDING_FACTOR * effect, source)
+    report.budget += f"; plus {ROUNDING_FACTOR:g} x what the file's rounding of {rounds(model)} changes"
+    body = [(columns((n, number(e), number(budgets.measured[n].atol)), (-40, 12, 12)), "") for n, e in effects.items()]
+    report.sections.append(("the file's own rounding: largest change of an output, and atol with it", body))
+    report.details["rounding"] = effects
 
 
 def _joined(name: str, alone: Sequence[dict[str, Array]], expected: Array) -> Array | None:
@@ -315,10 +352,16 @@ def explain(
         if missing:
             shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
             report.not_compared.append(f"{other.name} does not give {shown}")
+        if rounds(model) == "activations to 8 bits":
+            report.not_compared.append(
+                f"local errors of {other.name}: the file rounds {rounds(model)}, which they show"
+            )
+            continue
         row = first_divergence(rows)
         if asked:
             worst = max(rows, key=lambda r: max(r.over_a, r.over_b))
-            text = f"{len(rows)} taps of {other.name}; largest local error {number(max(worst.over_a, worst.over_b))} of its budget, at {worst.tap}"
+            share = number(max(worst.over_a, worst.over_b))
+            text = f"{len(rows)} taps of {other.name}; largest local error {share} of its budget, at {worst.tap}"
             report.checks.append(Check("taps", row is None, text if row is None else f"{text}; first at {row.tap}"))
         if row is not None and diagnosis is None:
             runner: Runner = ours if ours is not None and row.over_a > 1 else other
@@ -373,19 +416,23 @@ def around(model: Model, runner: Runner, case: Case, call: Call, tap: str) -> di
 
 def tap_lines(rows: Sequence[TapRow], a: str, b: str) -> list[Line]:
     """The table of taps: the ones before the first divergence and after it, or the ones with most local error."""
-    widths = (-19, 8, 9, 9, 9, 7, 7, -10, -5)
-    head = ("tap", "total", f"local {a}"[:9], f"local {b}"[:9], "inherited", "gain", "R", "closer", "")
+    alone = a == b  # one party against its own operations
+    widths = (-19, 9) if alone else (-19, 8, 9, 9, 9, 7, 7, -10)
+    head = (
+        ("tap", "local")
+        if alone
+        else ("tap", "total", f"local {a}"[:9], f"local {b}"[:9], "inherited", "gain", "R", "closer")
+    )
     lines: list[Line] = [(columns(head, widths), "bold")]
     first = first_divergence(rows)
-    if len(rows) > SHOWN_ROWS:
-        if first is not None:
-            at = list(rows).index(first)
-            shown = set(range(max(0, at - SHOWN_ROWS // 2), at + SHOWN_ROWS // 2))
-        else:
-            order = sorted(range(len(rows)), key=lambda i: -max(rows[i].over_a, rows[i].over_b))
-            shown = set(order[: SHOWN_ROWS - 1]) | {len(rows) - 1}
-    else:
+    if len(rows) <= SHOWN_ROWS:
         shown = set(range(len(rows)))
+    elif first is not None:
+        at = list(rows).index(first)
+        shown = set(range(max(0, at - SHOWN_ROWS // 2), at + SHOWN_ROWS // 2))
+    else:
+        order = sorted(range(len(rows)), key=lambda i: -max(rows[i].over_a, rows[i].over_b))
+        shown = set(order[: SHOWN_ROWS - 1]) | {len(rows) - 1}
 
     def cell(value: float | None, digits: str = "") -> str:
         return "-" if value is None else f"{value:{digits}}" if digits else number(value)
@@ -393,12 +440,12 @@ def tap_lines(rows: Sequence[TapRow], a: str, b: str) -> list[Line]:
     for i, row in enumerate(rows):
         if i in shown:
             closer = {"a": a, "b": b, "tie": "tie"}[row.closer] if row.r is not None else "-"
-            mark = "FIRST" if row is first else "over" if row.diverges else ""
-            cells = (
+            mark = "  FIRST" if row is first else "  over" if row.diverges else ""
+            cells = (row.tap, cell(row.local_b)) if alone else (
                 row.tap, cell(row.total), cell(row.local_a), cell(row.local_b), cell(row.inherited),
-                cell(row.gain, ".3g"), cell(row.r, ".3g"), closer, mark,
+                cell(row.gain, ".3g"), cell(row.r, ".3g"), closer,
             )  # fmt: skip
-            lines.append((columns(cells, widths), "red" if row.diverges else ""))
+            lines.append((columns(cells, widths) + mark, "red" if row.diverges else ""))
     if len(shown) < len(rows):
         lines.append((f"({len(rows) - len(shown)} more taps in --json)", "dim"))
     return lines
@@ -409,7 +456,8 @@ def show(report: Report, diagnosis: Diagnosis) -> None:
     report.details["diagnosis"] = diagnosis.as_dict()
     body: list[Line] = []
     if len(diagnosis.suspects) > 1:
-        text = f"suspected on {diagnosis.case}: {diagnosis.suspects[0]} to {diagnosis.suspects[-1]} ({len(diagnosis.suspects)} operations)"
+        first, last, count = diagnosis.suspects[0], diagnosis.suspects[-1], len(diagnosis.suspects)
+        text = f"suspected on {diagnosis.case}: {first} to {last} ({count} operations)"
         body += [(line, "") for line in wrap(text, "  ")]
     if diagnosis.guesses:
         body.append(("did you mean (share of the error that it explains)", "bold"))

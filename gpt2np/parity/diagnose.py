@@ -36,8 +36,8 @@ class Diagnosis:
     who: str  # the party whose operation differs, or "the file"
     text: str
     suspects: list[str] = field(default_factory=list)  # operations that it may be
-    case: str = ""  # the input that it was found on
     guesses: list[Guess] = field(default_factory=list)
+    case: str = ""  # the input that it was found on
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -133,7 +133,7 @@ def from_recorded(
     if not wrong:
         return None
     first = wrong[0]
-    layer, part = split_tap(first)
+    layer, _ = split_tap(first)
     # 2. The operations that it may be: everything after the last layer whose keys and values are right.
     suspects, start = bracket(program, ordered, wrong, first)
     # 3. What to explain: this tap and what follows it, two layers deep.
@@ -172,7 +172,7 @@ def bracket(program: Program, ordered: Sequence[str], wrong: Sequence[str], firs
     right v (or the other way round) has a wrong c_attn: a wrong input would have changed both.
     """
     names = tap_names(program.config)
-    layer, part = split_tap(first)
+    layer, _ = split_tap(first)
     pair = {f"h.{layer}.attn.k", f"h.{layer}.attn.v"}
     if layer is not None and pair <= set(ordered) and len(pair & set(wrong)) == 1:
         # q is suspected with them: the three come from one matrix, and q comes first
@@ -193,6 +193,3 @@ def bracket(program: Program, ordered: Sequence[str], wrong: Sequence[str], firs
 def _rms(x: Array) -> float:
     with np.errstate(over="ignore"):
         return math.sqrt(float(np.mean(np.square(np.asarray(x, np.float64))))) if x.size else 0.0
-
-
-__all__ = ["Call", "Diagnosis", "F64", "from_recorded", "from_taps", "nonfinite"]

@@ -109,7 +109,7 @@ def comparison_lines(comparisons: Sequence[Comparison]) -> list[Line]:
     if not groups:
         return []
     cases = len({c.case for c in comparisons})
-    widths = (-20, -18, 8, -27, 8, 8, -4)
+    widths = (-18, -17, 8, -25, 8, 8, -4)
     lines: list[Line] = [(columns(("output", "parties", "max abs", " at", "max rel", "rms", ""), widths), "bold")]
     for (output, actual, expected), group in groups.items():
         worst = max(group, key=lambda c: (not c.ok, c.metrics.max_abs if c.metrics else 0.0))
@@ -140,8 +140,8 @@ def logit_lines(comparisons: Sequence[Comparison]) -> list[Line]:
         )
         overlap = sum(t.topk_overlap * t.positions for t in tops) / max(positions, 1)
         text = (
-            f"{output}, {actual} - {expected}: top-1 differs at {changed} of {positions} positions ({real} beyond the budget),"
-            f" top-{tops[0].k} overlap {overlap:.1%}, KL at most {number(max(t.kl_max for t in tops))} nats"
+            f"{output}, {actual} - {expected}: top-1 differs at {changed} of {positions} positions"
+            f" ({real} beyond the budget), top-{tops[0].k} overlap {overlap:.1%}, KL at most {number(max(t.kl_max for t in tops))} nats"
         )
         lines += [(line, "red" if real else "") for line in wrap(text, "  ")]
     return lines
@@ -224,10 +224,10 @@ def write_junit(report: Report, path: Path) -> None:
         message = c.problem
         if c.metrics is not None and not c.ok:
             m = c.metrics
-            message = f"max abs {number(m.max_abs)} at {list(m.at)}: {m.actual_at:.9g}, expected {m.expected_at:.9g}; {m.failing} of {m.elements} outside {c.budget}"
+            message = f"max abs {number(m.max_abs)} at {list(m.at)}: {m.actual_at:.9g}, expected {m.expected_at:.9g}"
+            message += f"; {m.failing} of {m.elements} outside {c.budget}"
         cases.append((f"{c.case}.{c.actual}-{c.expected}", c.output, message, False))
-    for check in report.checks:
-        cases.append(("checks", check.name, "" if check.ok else check.text, check.ok is None))
+    cases += [("checks", check.name, "" if check.ok else check.text, check.ok is None) for check in report.checks]
     failures = sum(bool(message) and not skipped for _, _, message, skipped in cases)
     skips = sum(skipped for *_, skipped in cases)
     suite = et.Element(

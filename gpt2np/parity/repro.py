@@ -19,7 +19,7 @@ from .operations import Call, Program, split_tap, tap_inputs
 
 OPSET = 17  # the first with LayerNormalization
 
-REPLAY = '''"""Run this one operation: in ONNX Runtime (default), or by onnx's reference (--onnx). Needs numpy and onnx."""
+REPLAY = '''"""Run this one operation in ONNX Runtime, or with --onnx in onnx's reference. Needs numpy and onnx."""
 import pathlib, sys
 import numpy as np, onnx
 from onnx import numpy_helper
@@ -34,7 +34,8 @@ if "--onnx" in sys.argv:
     got = ReferenceEvaluator(str(here / "model.onnx")).run(list(expected), inputs)
 else:
     import onnxruntime
-    got = onnxruntime.InferenceSession(str(here / "model.onnx"), providers=["CPUExecutionProvider"]).run(list(expected), inputs)
+    session = onnxruntime.InferenceSession(str(here / "model.onnx"), providers=["CPUExecutionProvider"])
+    got = session.run(list(expected), inputs)
 failed = False
 for (name, want), value in zip(expected.items(), got):
     bad = np.abs(value - want) > 1e-5 + 1e-3 * np.abs(want)
