@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
@@ -155,6 +156,7 @@ class _Recogniser:
         self.output_roles: dict[str, tuple[str, int | None]] = {}
         self.epsilons: dict[str, float] = {}
         self.activations: dict[int, Activation] = {}
+        self.unmasked: dict[int, float] = {}  # what q·k is multiplied by before the product's output
         self.scales: dict[int, float] = {}
         self.masks: dict[int, Mask] = {}
         self.heads: dict[int, tuple[int, int]] = {}
@@ -185,6 +187,7 @@ class _Recogniser:
             for name, norm in ((f"h.{i}.resid_mid", mlp.norm), (f"h.{i}.resid_post", after)):
                 self.taps[name] = self.stream(norm.x)
         self.layer_norm("ln_f", final)
+        self.read_masks([attention.core for attention, _ in layers if attention.core])
         tied, head_bias = self.head(head, words)
         config = self.make_config(len(layers), tied, offset)
         self.check_shapes(config)
@@ -587,17 +590,12 @@ class _Recogniser:
         if (row_order != np.arange(H * D)).any():
             self.notes.append(f"h.{i}: the heads are merged in another order; rows of c_proj are reordered")
 
-        # 4. Scale and mask.
         self.feed_linear(branch.out)
-        before = core.scores.alpha * factors[0] * factors[1]
         self.know(core.scores.out, np.full((*shape[:-1], S), np.nan))
-        after, mask = self.mask(i, core, (*shape[:-1], S), H)
-        scale = before * after
-        self.scales[i] = D**-0.5 if np.isclose(scale, D**-0.5, rtol=1e-6) else scale  # rounded to float32 on the way
-        self.masks[i] = mask
 
-        # 5. Taps.
-        self.attention_taps(name, branch, (numbered, unit), (q, k[:, :, P:], v[:, :, P:]), before, row_order)
+        # 4. Taps; the scale, the mask and the scores wait until all layers are known.
+        self.attention_taps(name, branch, (numbered, unit), (q, k[:, :, P:], v[:, :, P:]), row_order)
+        self.unmasked[i] = core.scores.alpha * factors[0] * factors[1]
 
     def fail(self, value: str, why: str) -> None:
         node = self.graph.producer(value)
@@ -654,52 +652,51 @@ class _Recogniser:
             f"layer {i}: the {what.replace('_', ' ')} inputs do not come before the new positions"
         )
 
-    def mask(self, i: int, core: AttentionCore, shape: tuple[int, ...], H: int) -> tuple[float, Mask]:
+    def read_masks(self, cores: list[AttentionCore]) -> None:
         """What happens to scores before the softmax: a factor, and what is masked how."""
         names = [n for n, (role, _) in self.roles.items() if role == "attention_mask"]
         B, T, S = self.B, self.T, self.P + self.T
         dtype = next((_dtype(p) for p in self.graph.inputs if p.name in names), np.dtype(np.int64))
+        rng = np.random.default_rng(0)
+        shapes = {core.scores.out: self.known[core.scores.out].shape for core in cores}
+        low = {name: rng.uniform(1, 2, shape) for name, shape in shapes.items()}
+        high = {name: rng.uniform(-2, -1, shape) for name, shape in shapes.items()}
+        probes: dict[bytes, tuple[Evaluator, Evaluator]] = {}  # for each attention_mask; the layers share them
 
-        def run(attention_mask: Array | None) -> tuple[Array, Array]:
-            feeds = {n: attention_mask.astype(dtype) for n in names} if attention_mask is not None else {}
-            rng = np.random.default_rng(i)
-            low, high = rng.uniform(1, 2, shape), rng.uniform(-2, -1, shape)
-            (one,), (two,) = (self.run_with({**feeds, core.scores.out: s}, core.masked) for s in (low, high))
+        def run(core: AttentionCore, attention_mask: Array | None) -> tuple[Array, Array]:
+            key = b"" if attention_mask is None else attention_mask.tobytes()
+            if key not in probes:
+                feeds = {n: attention_mask.astype(dtype) for n in names} if attention_mask is not None else {}
+                probes[key] = self.evaluator({**feeds, **low}), self.evaluator({**feeds, **high})
+            one, two = (probe(core.masked) for probe in probes[key])
+            first, second = low[core.scores.out], high[core.scores.out]
             with np.errstate(invalid="ignore"):
-                factor = np.where(one == two, 0.0, (one - two) / (low - high))
-                added = np.where(np.isinf(one), one, one - factor * low)
+                factor = np.where(one == two, 0.0, (one - two) / (first - second))
+                added = np.where(np.isinf(one), one, one - factor * first)
             added = np.where(np.abs(added) < 1e-9, 0.0, added)
             if self.float16:
                 added = np.where(added < np.finfo(np.float16).min, -np.inf, added)
-            return factor.reshape(B, H, T, S), added.reshape(B, H, T, S)
+            return factor.reshape(B, -1, T, S), added.reshape(B, -1, T, S)
 
-        try:
-            return read_mask(run, B, T, S, bool(names), core.guarded)
-        except ValueError as error:
-            node = self.graph.producer(core.masked)
-            where = node.describe() if node else repr(core.masked)
-            self.graph.object(UnsupportedModelError(f"{where}: the mask of layer {i}: {error}"))
-            return 1.0, Mask("replaced", -1e4, 0)
+        for i, core in enumerate(cores):
+            H, D = self.heads[i]
+            try:
+                after, mask = read_mask(partial(run, core), B, T, S, bool(names), core.guarded)
+            except ValueError as error:
+                node = self.graph.producer(core.masked)
+                where = node.describe() if node else repr(core.masked)
+                self.graph.object(UnsupportedModelError(f"{where}: the mask of layer {i}: {error}"))
+                after, mask = 1.0, Mask("replaced", -1e4, 0)
+            scale = self.unmasked[i] * after
+            # rounded to float32 on the way
+            self.scales[i] = D**-0.5 if np.isclose(scale, D**-0.5, rtol=1e-6) else scale
+            self.masks[i] = mask
+            self.scores_tap(i, core, H)
 
-    def attention_taps(
-        self,
-        name: str,
-        branch: _Branch,
-        probes: tuple[Evaluator, Evaluator],
-        expected: tuple[Array, Array, Array],
-        before: float,
-        row_order: Array,
-    ) -> None:
-        graph, core = self.graph, branch.core
-        assert core is not None
-        for what, value, numbers in zip("qkv", (core.scores.a, core.scores.b, core.heads.b), expected, strict=True):
-            location = self.find_heads(value, numbers, probes)
-            if location is not None:
-                self.taps[f"{name}.{what}"] = location
-        H = expected[0].shape[1]
-
-        # scores: behind the last factor, before anything is masked
-        value, factor = core.scores.out, before
+    def scores_tap(self, i: int, core: AttentionCore, H: int) -> None:
+        """Scores are tapped behind the last factor, before anything is masked."""
+        graph = self.graph
+        value, factor = core.scores.out, self.unmasked[i]
         while True:
             following = None
             for node in graph.consumers(value):
@@ -711,8 +708,24 @@ class _Recogniser:
             if following is None or value == core.masked:
                 break
             value, factor = following[0], factor * following[1]
-        rest = self.scales[int(name.split(".")[1])] / factor
-        self.taps[f"{name}.scores"] = TapLocation(value, _by_head(H, rest))
+        self.taps[f"h.{i}.attn.scores"] = TapLocation(value, _by_head(H, self.scales[i] / factor))
+
+    def attention_taps(
+        self,
+        name: str,
+        branch: _Branch,
+        probes: tuple[Evaluator, Evaluator],
+        expected: tuple[Array, Array, Array],
+        row_order: Array,
+    ) -> None:
+        core = branch.core
+        assert core is not None
+        for what, value, numbers in zip("qkv", (core.scores.a, core.scores.b, core.heads.b), expected, strict=True):
+            location = self.find_heads(value, numbers, probes)
+            if location is not None:
+                self.taps[f"{name}.{what}"] = location
+        H = expected[0].shape[1]
+
         self.taps[f"{name}.probs"] = TapLocation(core.probs, _by_head(H, 1.0))
         merged = self.widest(branch.out.x)
         if (row_order == np.arange(len(row_order))).all():
