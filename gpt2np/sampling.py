@@ -27,9 +27,10 @@ class Sampling:
     Parameters
     ----------
     temperature : float, optional
-        What the logits are divided by; 0 means greedy. Default: 1 if top_k, top_p or min_p is given, else 0.
+        What the logits are divided by; 0 means greedy, whatever the filters. Default: 1 where top_k, top_p or
+        min_p leaves something out, else 0.
     top_k : int, optional
-        Keep the k most probable tokens (and those as probable as the last of them). Fan et al. 2018.
+        Keep the k most probable tokens, and those as probable as the last of them; 0: all. Fan et al. 2018.
     top_p : float, optional
         Keep the fewest most probable tokens whose probabilities add up to at least p. Holtzman et al. 2020.
     min_p : float, optional
@@ -40,7 +41,7 @@ class Sampling:
     Raises
     ------
     InputError
-        If a value is out of its range, or a filter is given with temperature 0.
+        If a value is out of its range.
     """
 
     temperature: float | None = None
@@ -50,17 +51,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        filters = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if self.temperature is None:
-            object.__setattr__(self, "temperature", 1.0 if filters else 0.0)
+            filtered = bool(self.top_k) or self.top_p not in (None, 1) or bool(self.min_p)
+            object.__setattr__(self, "temperature", 1.0 if filtered else 0.0)
         elif self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
             raise InputError(f"temperature must be 0 (greedy) or a number from {COLDEST} up, got {self.temperature}")
-        elif self.temperature == 0 and filters:
-            raise InputError(
-                f"{filters[0]} has no effect at temperature 0, which is greedy; give a temperature above 0"
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_k is not None and self.top_k < 0:
+            raise InputError(f"top_k must be at least 1, or 0 for all, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
@@ -97,15 +94,15 @@ class Sampling:
         if not self.temperature:
             return best
         kept = None  # ids of the tokens that `weights` are about; None: all
-        if self.top_k is not None:  # before the temperature, which changes no order
+        if self.top_k:  # before the temperature, which changes no order
             kept = top_k(logits, self.top_k)
         weights = logits - logits[best] if kept is None else logits[kept] - logits[best]  # <= 0: exp cannot overflow
         weights /= self.temperature
         np.exp(weights, out=weights)
-        if self.top_p is not None:
+        if self.top_p not in (None, 1):
             inside = top_p(weights, self.top_p)
             kept, weights = inside if kept is None else kept[inside], weights[inside]
-        if self.min_p is not None:
+        if self.min_p:
             inside = min_p(weights, self.min_p)
             kept, weights = inside if kept is None else kept[inside], weights[inside]
         drawn = draw(weights, rng.random())
@@ -147,12 +144,14 @@ def top_p(weights: Array, p: float) -> Array:
 
     The weights (V,) are probabilities, or proportional to them. Of equal weights at the edge the first are kept.
     """
-    wanted = p * _block_sums(weights).sum(dtype=np.float64)
-    k = BLOCK
-    candidates = top_k(weights, k)
-    while k < len(weights) and weights[candidates].sum(dtype=np.float64) < wanted:
-        k *= 8
-        candidates = top_k(weights, k)
+    whole = _block_sums(weights).sum(dtype=np.float64)
+    wanted = p * whole
+    # n weights below (1 - p) / n of the whole are less than 1 - p of it together: the rest holds p. Most often
+    # that is so with far fewer than all weights in the place of n.
+    for n in (BLOCK, len(weights)):
+        candidates = np.flatnonzero(weights >= (whole - wanted) / n)
+        if weights[candidates].sum(dtype=np.float64) >= wanted:
+            break
     order = candidates[np.argsort(-weights[candidates], kind="stable")]
     held = weights[order].cumsum(dtype=np.float64)
     return order[: 1 + int(np.searchsorted(held[:-1], wanted))]
@@ -168,6 +167,9 @@ def draw(weights: Array, uniform: float) -> int:
 
     An entry of weight 0 is never drawn.
     """
+    if len(weights) <= BLOCK:
+        running = weights.cumsum(dtype=np.float64)
+        return _first_above(running, uniform * running[-1])
     blocks = _block_sums(weights).cumsum(dtype=np.float64)
     target = uniform * blocks[-1]
     block = _first_above(blocks, target)

@@ -311,7 +311,7 @@ def test_stop_and_text_need_a_tokenizer(model):
         ([1], {"window": 0}, InputError),
         ([1], {"window": 21}, InputError),
         ([1], {"eos_token_id": 37}, TokenRangeError),
-        ([1], {"top_k": 0}, InputError),
+        ([1], {"top_k": -1}, InputError),
         ([1], {"num_beams": 2, "temperature": 1.0}, InputError),
         ([1], {"num_beams": 2, "window": True}, InputError),
         ([1], {"num_beams": 2, "logprobs": 2}, InputError),

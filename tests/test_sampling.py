@@ -171,6 +171,16 @@ def test_a_filter_alone_means_sampling_at_temperature_1():
     for options in ({"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}):
         assert Sampling(**options).temperature == 1
     assert Sampling(repetition_penalty=1.2).greedy
+    assert Sampling(top_k=0, top_p=1.0, min_p=0.0).greedy  # these keep everything
+    assert Sampling(temperature=0, top_k=5, top_p=0.5).greedy
+
+
+@given(vectors(), st.integers(0, 2**32))
+def test_filters_that_keep_everything_change_nothing(logits, seed):
+    plain, kept = (
+        Sampling(1.0, *filters).choose(logits, NOTHING, np.random.default_rng(seed)) for filters in ((), (0, 1.0, 0.0))
+    )
+    assert plain == kept
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -189,8 +199,7 @@ def test_logits_that_are_no_numbers_are_an_error(bad):
         {"temperature": 1e-9},
         {"temperature": math.nan},
         {"temperature": math.inf},
-        {"temperature": 0.0, "top_k": 5},
-        {"top_k": 0},
+        {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"top_p": math.nan},

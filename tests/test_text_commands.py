@@ -174,7 +174,7 @@ def test_interactive_says_when_the_context_is_full_and_can_slide(run):
         (["generate", ""], "empty"),
         (["generate", "-f", "nowhere.txt"], "cannot read nowhere.txt"),
         (["generate", "x", "-n", "1000"], "--window"),
-        (["generate", "x", "--top-k", "0"], "top_k"),
+        (["generate", "x", "--top-p", "0"], "top_p"),
         (["generate", "x", "-t", "1", "--beams", "2"], "num_beams"),
         (["generate", "x", "-i"], "--interactive takes no"),
         (["score", "nowhere.txt"], "cannot read nowhere.txt"),
