@@ -135,6 +135,26 @@ def test_random_prompts_and_other_parties(small: Path) -> None:
     assert first == [c.metrics for c in again.comparisons]
 
 
+def test_a_graph_that_is_no_gpt2_is_still_judged_against_the_data(model: Path) -> None:
+    proto = onnx.load(model / "model.onnx")
+    for node in proto.graph.node:
+        if node.op_type == "Add" and any(n.op_type == "Tanh" and n.output[0] in node.input for n in proto.graph.node):
+            node.op_type = "Mul"  # x * tanh(...) instead of x * (1 + tanh(...)), in every layer
+    onnx.save(proto, model / "model.onnx")
+    report = parity(Options(model, engine="numpy"))
+    assert report.exit_code == 1
+    assert report.details["diagnosis"]["tap"] == "h.0.mlp.gelu"
+    assert "activation" in " ".join(text for text, _ in lines_of(report))
+    last = [n for n in proto.graph.node if n.op_type in ("Gemm", "MatMul")][-1]
+    last.output[0], after = "doubled", last.output[0]
+    at = list(proto.graph.node).index(last) + 1
+    proto.graph.node.insert(at, onnx.helper.make_node("Mul", ["doubled", "doubled"], [after]))
+    onnx.save(proto, model / "model.onnx")
+    report = parity(Options(model, engine="numpy"))
+    assert report.exit_code == 1
+    assert any("no GPT-2 that gpt2np runs" in c.problem for c in report.comparisons)
+
+
 # ------------------------------------------------------------------------------------- a user's own port
 
 PORT = """
@@ -193,7 +213,22 @@ def test_a_trace_is_written_whole_and_judged_again(small: Path, tmp_path: Path) 
     assert (
         run("parity", small, "--against", path, "--data", data, "--engine", "numpy", "--checks", "outputs,taps")[0] == 0
     )
-    assert run("trace", small, "--data", data, "-o", tmp_path / "c.npz", "--taps", "h.*.attn.*", "--stats-only")[0] == 0
+    assert (
+        run(
+            "trace",
+            small,
+            "--data",
+            data,
+            "-o",
+            tmp_path / "c.npz",
+            "--taps",
+            "h.*.attn.*",
+            "--stats-only",
+            "--engine",
+            "numpy",
+        )[0]
+        == 0
+    )
     stats = trace.load(tmp_path / "c.npz")
     assert {n.split(".")[2] for n in stats.taps} == {"attn"}
     assert {v.shape for v in stats.taps.values()} == {(16,)}

@@ -50,7 +50,8 @@ def test_float32_neighbours_are_one_ulp_apart() -> None:
     ("a", "b", "distance"),
     [
         (math.nan, math.nan, 0.0), (math.inf, math.inf, 0.0), (-math.inf, -math.inf, 0.0), (math.nan, 1.0, math.inf),
-        (1.0, math.nan, math.inf), (math.inf, -math.inf, math.inf), (math.inf, 1.0, math.inf), (math.nan, math.inf, math.inf),
+        (1.0, math.nan, math.inf), (math.inf, -math.inf, math.inf), (math.inf, 1.0, math.inf),
+        (math.nan, math.inf, math.inf),
     ],
 )  # fmt: skip
 def test_what_is_not_finite_agrees_with_itself_only(a: float, b: float, distance: float) -> None:

@@ -19,8 +19,8 @@ OTHERS = {
 CASES = [(name, "zoo_base") for name in MUTANTS if not name.startswith(("untied", "bias_dropped"))]
 CASES += [(name, source) for source, names in OTHERS.items() for name in names]
 QUICK = {
-    "gelu_sigmoid", "epsilon_outside", "ddof", "mask_ahead_one", "nan_q", "position_rolled", "element_k", "swapped_heads_q",
-    "qkv_graph_kqv", "fp16_activation", "untied_head", "transposed_c_proj", "bias_dropped",
+    "gelu_sigmoid", "epsilon_outside", "ddof", "mask_ahead_one", "nan_q", "position_rolled", "element_k",
+    "swapped_heads_q", "qkv_graph_kqv", "fp16_activation", "untied_head", "transposed_c_proj", "bias_dropped",
 }  # fmt: skip
 
 
@@ -62,7 +62,8 @@ def test_two_models_are_told_apart_operation_by_operation(name: str, fixtures: P
 
 MINI = {
     "transposed_c_proj": "transposed", "swapped_heads_q": "swapped_heads", "element_mlp_proj": "corrupted_element",
-    "nan_c_fc": "nan_in_weight", "gelu_erf": "gelu_form", "position_rolled": "position_offset", "mask_ahead_all": "mask_shift",
+    "nan_c_fc": "nan_in_weight", "gelu_erf": "gelu_form", "position_rolled": "position_offset",
+    "mask_ahead_all": "mask_shift",
 }  # fmt: skip
 
 

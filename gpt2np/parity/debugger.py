@@ -214,7 +214,8 @@ def parity(options: Options) -> Report:
         refuse(model, report)
     names = [n for n in options.checks if n in CHECKS]
     if names and whole:
-        report.checks += run_checks(names, model, ours, runners, cases, budgets.default, options.seed)
+        final = next(p.name for p in model.recognised.outputs if p.role in ("logits", "last_hidden_state"))
+        report.checks += run_checks(names, model, ours, runners, cases, budgets(final), options.seed)
     diagnosis: Diagnosis | None = None
     if cases and model.found is not None and ("taps" in options.checks or report.exit_code == 1):
         diagnosis = explain(report, model, ours if whole else None, others, cases, "taps" in options.checks)
@@ -414,8 +415,8 @@ def around(model: Model, runner: Runner, case: Case, call: Call, tap: str) -> di
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def tap_lines(rows: Sequence[TapRow], a: str, b: str) -> list[Line]:
-    """The table of taps: the ones before the first divergence and after it, or the ones with most local error."""
+def tap_lines(rows: Sequence[TapRow], a: str, b: str, whole: bool = False) -> list[Line]:
+    """The table of taps: all, or those around the first divergence, or those with most local error."""
     alone = a == b  # one party against its own operations
     widths = (-19, 9) if alone else (-19, 8, 9, 9, 9, 7, 7, -10)
     head = (
@@ -425,7 +426,7 @@ def tap_lines(rows: Sequence[TapRow], a: str, b: str) -> list[Line]:
     )
     lines: list[Line] = [(columns(head, widths), "bold")]
     first = first_divergence(rows)
-    if len(rows) <= SHOWN_ROWS:
+    if whole or len(rows) <= SHOWN_ROWS:
         shown = set(range(len(rows)))
     elif first is not None:
         at = list(rows).index(first)
@@ -566,7 +567,7 @@ def diff(
     )  # fmt: skip
     rows = [r for r in rows if r.local_a is not None or r.local_b is not None]
     names = (runners[0].name, runners[1].name)
-    report.sections.append((f"taps on {case.name}, rms errors", tap_lines(rows, *names) if local or rows else []))
+    report.sections.append((f"taps on {case.name}, rms errors", tap_lines(rows, *names, whole=local)))
     report.details["taps"] = [r.as_dict() for r in rows]
     both = [r for r in rows if r.total is not None]
     report.checks.append(

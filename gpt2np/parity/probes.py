@@ -44,6 +44,11 @@ class Guess:
     element: tuple[str, tuple[int, ...], float] = ("", (), 0.0)  # a wrong element: weight, index, correction
     named: str = ""  # the tap to name, where it is an input of `tap` that arrives changed
 
+    @property
+    def merit(self) -> tuple[bool, float]:
+        """What guesses are ranked by."""
+        return self.explains, self.removed
+
     def applied(self, program: Program) -> Program:
         return program.with_(self.weights, self.runs, **self.config)
 
@@ -127,25 +132,33 @@ def rank(problem: Problem, forward: bool, spare: Mapping[str, Array] | None = No
     forward: the program is right and a mistake is to be reproduced; otherwise it is wrong and to be undone.
     spare: initializers of the file that nothing uses, which may be the weights that are missed.
     """
-    guesses: list[Guess] = []
+    best: dict[tuple[str, str], Guess] = {}
+
+    def keep_best(guess: Guess) -> None:
+        """Of each cause at each tap only the best: a guess may hold whole weight matrices."""
+        key = guess.cause, guess.tap
+        if guess.removed > 0.02 and (key not in best or guess.merit > best[key].merit):
+            best[key] = guess
+
     if problem.before > 0 and math.isfinite(problem.before):
         for tap in problem.suspects:
-            guesses += [problem.judge(guess) for guess in catalogue(problem, tap, forward)]
-        guesses += [problem.judge(guess) for guess in spare_weights(problem, spare or {})]
+            for guess in catalogue(problem, tap, forward):
+                keep_best(problem.judge(guess))
+        for guess in spare_weights(problem, spare or {}):
+            keep_best(problem.judge(guess))
         if not forward:
-            guesses += everywhere(problem, guesses)
-            guesses += absent_biases(problem)
-        if not any(g.explains for g in guesses):
-            guesses += single_elements(problem)
+            for guess in [*everywhere(problem, list(best.values())), *absent_biases(problem)]:
+                keep_best(guess)
+        if not any(g.explains for g in best.values()):
+            for guess in single_elements(problem):
+                keep_best(guess)
     if not forward:
-        explained = any(g.explains for g in guesses)
+        explained = any(g.explains for g in best.values())
         for found in shown_by_the_file(problem):
             found.removed = 0.1 if explained else found.removed
-            guesses.append(found)
-    best: dict[tuple[str, str], Guess] = {}
-    for guess in sorted(guesses, key=lambda g: (-g.explains, -g.removed)):
-        best.setdefault((guess.cause, guess.tap), guess)
-    return [g for g in best.values() if g.removed > 0.05][:keep]
+            keep_best(found)
+    ranked = sorted(best.values(), key=lambda g: g.merit, reverse=True)
+    return [g for g in ranked if g.removed > 0.05][:keep]
 
 
 def everywhere(problem: Problem, guesses: Sequence[Guess]) -> list[Guess]:

@@ -139,10 +139,9 @@ def logit_lines(comparisons: Sequence[Comparison]) -> list[Line]:
             sum(getattr(t, n) for t in tops) for n in ("positions", "top1_changed", "top1_real")
         )
         overlap = sum(t.topk_overlap * t.positions for t in tops) / max(positions, 1)
-        text = (
-            f"{output}, {actual} - {expected}: top-1 differs at {changed} of {positions} positions"
-            f" ({real} beyond the budget), top-{tops[0].k} overlap {overlap:.1%}, KL at most {number(max(t.kl_max for t in tops))} nats"
-        )
+        kl = number(max(t.kl_max for t in tops))
+        text = f"{output}, {actual} - {expected}: top-1 differs at {changed} of {positions} positions"
+        text += f" ({real} beyond the budget), top-{tops[0].k} overlap {overlap:.1%}, KL at most {kl} nats"
         lines += [(line, "red" if real else "") for line in wrap(text, "  ")]
     return lines
 

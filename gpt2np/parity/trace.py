@@ -83,7 +83,7 @@ def load(path: Path, sha256: str | None = None) -> Trace:
     if not path.is_file():
         raise TraceError(f"{path}: no such trace")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise TraceError(f"{path}: truncated, damaged, or no .npz file: {error}") from error
