@@ -72,7 +72,8 @@ class _DiskCache(FunctionCache):
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
-        with suppress(OSError):  # a full or write-protected disk: compile anew the next time
+        # a full or write-protected disk, or a damaged index there: compile anew the next time
+        with suppress(Exception):
             super().save_overload(signature, data)
 
     def holds(self, machine: Any) -> bool:

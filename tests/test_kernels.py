@@ -1,0 +1,427 @@
+"""The kernels against their twins in reference.py, and the promises that they make about bits, NaN and threads."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numba
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2np import get_num_threads, kernels, reference, set_num_threads
+from gpt2np.errors import InputError
+from gpt2np.reference import no_tap
+from gpt2np.weights import MLP, Attention, BlockWeights, LayerNorm, Linear
+from tiny import random_ids, tiny_model
+
+EPS = {np.float32: 2**-23, np.float64: 2**-52}
+DTYPES = list(EPS)
+rng = np.random.default_rng(0)
+
+
+def draw(*shape, dtype=np.float32):
+    return rng.standard_normal(shape).astype(dtype)
+
+
+def close(got, expected, dtype, terms=1):
+    """Within the rounding of a sum of that many terms: an error that grows with its root would be far smaller."""
+    assert got.dtype == dtype
+    scale = max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=4 * EPS[dtype] * scale * terms**0.5)
+
+
+def packed(linear):
+    return Linear(kernels.pack_matrix(linear.weight), linear.bias)
+
+
+def random_linear(K, N, dtype):
+    return Linear(draw(K, N, dtype=dtype) / K**0.5, draw(N, dtype=dtype))
+
+
+def random_block(C, H, F, dtype, activation="gelu_tanh", seed=0):
+    """A block as reference.py takes it, and the same block packed."""
+    norms = [LayerNorm(1 + 0.1 * draw(C, dtype=dtype), draw(C, dtype=dtype), 1e-5) for _ in range(2)]
+    norms = [LayerNorm(n.weight.astype(dtype), n.bias, n.epsilon) for n in norms]
+    maps = [random_linear(*shape, dtype) for shape in ((C, 3 * C), (C, C), (C, F), (F, C))]
+    maps = [Linear(m.weight.astype(dtype), m.bias) for m in maps]
+
+    def tree(c_attn, attn_proj, c_fc, mlp_proj):
+        scale = 1 / (C // H) ** 0.5
+        return BlockWeights(norms[0], Attention(c_attn, attn_proj, H, scale), norms[1], MLP(c_fc, mlp_proj, activation))
+
+    return tree(*maps), tree(*map(packed, maps))
+
+
+# ------------------------------------------------------------------------------------------------------- twins
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("R", "K", "N"), [(1, 1, 1), (1, 5, 40), (3, 128, 32), (7, 129, 33), (13, 300, 65), (50, 17, 31)]
+)
+def test_linear(R, K, N, dtype):
+    x, w = draw(R, K, dtype=dtype), random_linear(K, N, dtype)
+    w = Linear(w.weight.astype(dtype), w.bias)
+    expected = reference.linear(x.astype(np.float64), *(a.astype(np.float64) for a in w))
+    close(kernels.linear(x, *packed(w)), expected, dtype, K)
+    assert kernels.linear(x[None, None], *packed(w)).shape == (1, 1, R, N)
+
+
+def test_packing_keeps_every_weight():
+    for K, N in ((1, 1), (20, 33), (33, 64), (17, 16)):
+        matrix = draw(K, N)
+        np.testing.assert_array_equal(kernels.unpack(kernels.pack_matrix(matrix)), matrix)
+        panels = kernels.pack_matrix(np.ascontiguousarray(matrix.T), transposed=True)
+        np.testing.assert_array_equal(kernels.unpack(panels), matrix)
+        assert panels.data.ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", [1, 15, 16, 50])
+def test_layer_norm(C, dtype):
+    x, weight, bias = draw(3, 4, C, dtype=dtype), draw(C, dtype=dtype), draw(C, dtype=dtype)
+    arguments = [a.astype(np.float64) for a in (x, weight, bias)]
+    close(kernels.layer_norm(x, weight, bias, 1e-5), reference.layer_norm(*arguments, 1e-5), dtype, C)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(reference.ACTIVATIONS))
+def test_activations(name, dtype):
+    x = np.linspace(-12, 12, 500).astype(dtype)
+    x[:5] = 0, -0.0, np.inf, np.nan, -1e30
+    got = getattr(kernels, name)(x)
+    with np.errstate(all="ignore"):
+        expected = reference.ACTIVATIONS[name](x.astype(np.float64))
+    assert got.dtype == dtype
+    finite = np.isfinite(expected)
+    assert np.isnan(got[3])
+    assert got[2] == np.inf
+    np.testing.assert_allclose(got[finite], expected[finite], rtol=60 * EPS[dtype], atol=8 * EPS[dtype])
+
+
+def test_embed():
+    wte, wpe = draw(70, 9), draw(11, 9)
+    ids, positions = rng.integers(0, 70, (2, 5)), rng.integers(0, 11, (2, 5))
+    got = kernels.embed(ids, positions, kernels.pack_matrix(wte, transposed=True), wpe)
+    np.testing.assert_array_equal(got, reference.embed(ids, positions, wte, wpe))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("H", "D"), [(1, 1), (3, 5), (2, 32), (1, 40)])
+@pytest.mark.parametrize("activation", ["gelu_tanh", "relu"])
+def test_block(H, D, activation, dtype):
+    C, F, B, start, T = H * D, 3 * H * D, 2, 4, 13
+    plain, packed_block = random_block(C, H, F, dtype, activation)
+    x, cache = draw(B, T, C, dtype=dtype), draw(2, B, H, start + T + 2, D, dtype=dtype)
+    as_double = [np.asarray(a, np.float64) if isinstance(a, np.ndarray) else a for a in (x, cache)]
+    taps: dict[str, np.ndarray] = {}
+    expected_taps: dict[str, np.ndarray] = {}
+    double = BlockWeights(
+        *(
+            part._replace(
+                **{
+                    k: v.astype(np.float64) if isinstance(v, np.ndarray) else Linear(*(a.astype(np.float64) for a in v))
+                    for k, v in part._asdict().items()
+                    if isinstance(v, np.ndarray | Linear)
+                }
+            )
+            for part in plain
+        )
+    )
+    expected = reference.block(as_double[0], double, as_double[1], start, None, expected_taps.__setitem__, "h")
+    got = kernels.block(x, packed_block, cache, start, None, taps.__setitem__, "h")
+    close(got, expected, dtype, 4 * (C + F))
+    close(cache, as_double[1], dtype, 4 * C)
+    assert list(taps) == list(expected_taps)
+    for name, value in expected_taps.items():
+        assert taps[name].shape == value.shape, name
+        close(taps[name], value, dtype, 4 * (C + F))
+
+
+# -------------------------------------------------------------------------------------------------------- bits
+
+
+@given(data=st.data())
+def test_a_row_of_a_product_does_not_depend_on_the_other_rows(data):
+    R, K, N = (data.draw(st.integers(1, high), label=name) for name, high in (("R", 30), ("K", 140), ("N", 40)))
+    x, w = draw(R, K), packed(random_linear(K, N, np.float32))
+    w = Linear(w.weight, w.bias)
+    row = data.draw(st.integers(0, R - 1))
+    np.testing.assert_array_equal(kernels.linear(x, *w)[row], kernels.linear(x[row : row + 1], *w)[0])
+
+
+@pytest.mark.jit
+def test_bits_do_not_depend_on_threads(monkeypatch):
+    monkeypatch.setattr(kernels, "GRAIN", 1)  # deal out even the smallest work
+    before = get_num_threads()
+    model, ids = tiny_model(n_ctx=150), random_ids(tiny_model().config, 2, 130)
+    try:
+        results = []
+        for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+            set_num_threads(threads)
+            assert get_num_threads() == threads
+            results.append(model(ids))
+    finally:
+        set_num_threads(before)
+    for result in results[1:]:
+        for a, b in zip(result.past + list(result[:2]), results[0].past + list(results[0][:2]), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("n", [0, -1, 10_000])
+def test_a_wrong_number_of_threads_is_refused(n):
+    with pytest.raises(InputError, match="number of threads"):
+        set_num_threads(n)
+
+
+@pytest.mark.parametrize("D", [4, 32])
+def test_a_gap_of_masked_keys_leaves_the_bits_as_they_are(D):
+    H, T, gap = 2, 9, 5
+    _, w = random_block(H * D, H, H * D, np.float32)
+    x = draw(1, T, H * D)
+    whole = kernels.block(x, w, np.zeros((2, 1, H, T, D), np.float32), 0, None, no_tap, "")
+
+    # the same sequence with padding after its third position, whose queries see only themselves
+    T2 = T + gap
+    places = [0, 1, 2, *range(3 + gap, T2)]
+    padded = draw(1, T2, H * D)
+    padded[:, places] = x
+    mask = np.full((1, 1, T2, T2), -np.inf, np.float32)
+    mask[0, 0, range(T2), range(T2)] = 0
+    for i, query in enumerate(places):
+        mask[0, 0, query, places[: i + 1]] = 0
+    # the padding's own queries see nothing, so that no query sees the padding's keys
+    for query in range(3, 3 + gap):
+        mask[0, 0, query] = -np.inf
+        mask[0, 0, query, 0] = 0
+    got = kernels.block(padded, w, np.zeros((2, 1, H, T2, D), np.float32), 0, mask, no_tap, "")
+    np.testing.assert_array_equal(got[:, places], whole)
+
+
+def test_masks_are_added_as_softmax_says():
+    H, D, T = 2, 5, 6
+    plain, w = random_block(H * D, H, H * D, np.float64)
+    x = draw(2, T, H * D, dtype=np.float64)
+    lowest = np.finfo(np.float64).min
+    for mask_row in ([0.0] * T, [lowest] * T, [-np.inf] * T, [-1.0, 0.5, -np.inf, 0, lowest, 2]):
+        mask = np.tile(np.array(mask_row), (2, 1, T, 1))
+        got, expected = (
+            module.attention(x, block.attn, np.zeros((2, 2, H, T, D)), 0, mask, no_tap, "")
+            for module, block in ((kernels, w), (reference, plain))
+        )
+        close(got, expected, np.float64, 100)
+
+
+# ------------------------------------------------------------------------------------------------ NaN, Inf, exp
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_bad_weight_never_comes_out_as_a_number(bad):
+    for place in ("c_attn", "c_fc", "ln_1"):
+        model = tiny_model()
+        h = model._weights.h[0]
+        target = {"c_attn": h.attn.c_attn.weight.data, "c_fc": h.mlp.c_fc.weight.data, "ln_1": h.ln_1.weight}[place]
+        target[..., 0] = bad
+        out = model(random_ids(model.config, 1, 7))
+        assert not np.isfinite(out.logits).any(), place
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("plane", [0, 1])
+def test_a_bad_number_in_the_cache_is_seen_by_later_tokens_only(bad, plane):
+    model = tiny_model()
+    ids = random_ids(model.config, 1, 12)
+    cache = model.new_cache()
+    model(ids[:, :5], cache=cache)
+    cache.layers[0][plane, 0, 1, 3] = bad
+    assert not np.isfinite(model(ids[:, 5:], cache=cache).last_hidden_state).any()
+
+    # what a later token brings does not reach earlier ones, though they share a tile
+    wte = model._weights.wte
+    token = int(ids[0, 8])
+    clean = model(ids).last_hidden_state
+    wte.data[token // kernels.PANEL, :, token % kernels.PANEL] = bad
+    spoilt = model(ids).last_hidden_state
+    first = int(np.argmax(ids[0] == token))
+    np.testing.assert_array_equal(spoilt[:, :first], clean[:, :first])
+    assert np.isnan(spoilt[:, first:]).all()
+
+
+def exp_of(x):
+    out = np.empty_like(x)
+
+    @numba.njit
+    def fill(x, out):
+        for i in range(x.size):
+            out[i] = kernels.exp(x[i])
+
+    fill(x, out)
+    return out
+
+
+def check_exp(bits):
+    """At most 1 ulp; subnormal results too."""
+    x = bits.astype(np.uint32).view(np.float32)
+    x = x[np.isfinite(x)]
+    got = exp_of(x)
+    with np.errstate(over="ignore", under="ignore"):
+        expected = np.exp(x.astype(np.float64))
+        nearest = expected.astype(np.float32)
+    finite = np.isfinite(nearest)
+    error = np.abs(got[finite] - expected[finite]) / np.spacing(nearest[finite]).astype(np.float64)
+    assert error.max() <= 1.0
+    assert (got[~finite] == np.inf).all()
+    return float(error.max())
+
+
+@pytest.mark.jit
+def test_exp_over_a_dense_sweep():
+    check_exp(np.arange(0, 2**32, 997, dtype=np.uint64))
+
+
+@pytest.mark.jit
+@pytest.mark.slow
+def test_exp_of_every_float32():
+    for start in range(0, 2**32, 2**26):
+        check_exp(np.arange(start, start + 2**26, dtype=np.uint64))
+
+
+def test_exp_of_special_values():
+    x = np.array([0, -0.0, np.inf, -np.inf, np.nan, 200, -200], np.float32)
+    with np.errstate(all="ignore"):
+        np.testing.assert_array_equal(exp_of(x), [1, 1, np.inf, 0, np.nan, np.inf, 0])
+
+
+# ----------------------------------------------------------------------------- several callers, forks, machines
+
+
+def test_callers_in_several_python_threads(monkeypatch):
+    monkeypatch.setattr(kernels, "GRAIN", 1)
+    model = tiny_model()
+    ids = random_ids(model.config, 2, 15)
+    expected = model(ids).logits
+    same = []
+
+    def call():
+        same.extend(np.array_equal(model(ids).logits, expected) for _ in range(5))
+
+    callers = [threading.Thread(target=call) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert same == [True] * 20
+
+
+def in_a_new_process(code, **environment):
+    """Run code in a fresh interpreter and return what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.jit
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_gets_the_same_bits():
+    code = """
+        import os, warnings
+        from gpt2np import kernels
+        from tiny import random_ids, tiny_model
+        warnings.simplefilter("ignore")
+        kernels.GRAIN = 1
+        model = tiny_model()
+        ids = random_ids(model.config, 2, 15)
+        expected = model(ids).logits
+        child = os.fork()
+        same = (model(ids).logits == expected).all()
+        if not child:
+            os._exit(0 if same else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and same
+        print("same")
+    """
+    assert in_a_new_process(code) == "same\n"
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize(
+    ("machine", "features"),
+    [("x86-64", "+sse2,-fma,-avx"), ("haswell", "+avx2,+fma,-avx512f")],
+    ids=["no FMA", "AVX2"],
+)
+def test_other_machines_compute_the_same_product(machine, features, tmp_path):
+    if numba.core.config.MACHINE_BITS != 64 or os.uname().machine != "x86_64":
+        pytest.skip("these are x86-64 machines")
+    code = """
+        import numba, numpy as np
+        from gpt2np import kernels, tile
+        assert tile.PANEL == 16
+        rng = np.random.default_rng(0)
+        x, w = rng.standard_normal((7, 30)), rng.standard_normal((30, 20))
+        panels = np.zeros((2, 30, 16), np.float32)
+        for p in range(2):
+            panels[p, :, : min(16, 20 - 16 * p)] = w[:, 16 * p : 16 * p + 16]
+        out, x32 = np.zeros((7, 16), np.float32), x.astype(np.float32)
+        kernels._multiply(7, x32, 0, 30, panels, 0, 16, 30, out, 0, 16)
+        print(np.abs(out - x32.astype(float) @ panels[0]).max() < 1e-5)
+    """
+    environment = {"NUMBA_CPU_NAME": machine, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
+    assert in_a_new_process(code, **environment) == "True\n"
+
+
+# --------------------------------------------------------------------------------------- compiled code on disk
+
+
+def double(x):
+    return x + x
+
+
+@pytest.mark.jit
+def test_a_kernel_without_any_folder_for_its_code_still_runs(monkeypatch):
+    monkeypatch.setattr(kernels.FunctionCache._impl_class, "_locator_classes", [])
+    assert kernels._jit()(double)(2) == 4
+
+
+@pytest.mark.jit
+def test_a_folder_that_cannot_be_written_to_or_holds_rubbish_does_no_harm(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
+    kernel = kernels._jit()(double)
+    assert kernel(2) == 4
+    [index] = tmp_path.rglob("*.nbi")
+    machine = kernels.cpu_target.target_context.codegen().magic_tuple()
+    assert kernel._cache.holds(machine)
+
+    again = kernels._jit()(double)
+    index.write_bytes(b"rubbish")
+    assert not again._cache.holds(machine)
+    assert again(2) == 4
+
+    blocked = kernels._jit()(double)
+    folder = index.parent
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    folder.write_text("a file where the folder was")
+    assert blocked(2) == 4
+
+
+@pytest.mark.jit
+def test_code_compiled_with_another_tile_is_not_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path / "cache"))
+    kernel = kernels._jit()(double)
+    kernel(2)
+    edited = tmp_path / "tile.py"
+    edited.write_text("# another tile\n")
+    monkeypatch.setattr(kernels.tile, "__file__", str(edited))
+    machine = kernels.cpu_target.target_context.codegen().magic_tuple()
+    assert kernel._cache.holds(machine)
+    assert not kernels._jit()(double)._cache.holds(machine)
