@@ -91,8 +91,6 @@ def test_every_variant_runs_and_is_read_back(tmp_path: Path, variant: str, kind:
     for present, cache in zip(presents, caches, strict=False):
         np.testing.assert_allclose(present, cache, rtol=1e-4, atol=2e-6)
 
-    if variant == "shifted" and opset >= 17:
-        return  # nothing sound looks like this: told apart or refused, but not by this test
     found = recognise(open_model(path))
     wanted = config if lm_head else replace(config, tied=True)
     for field in WRITTEN:
