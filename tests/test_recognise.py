@@ -606,3 +606,27 @@ def test_the_model_without_a_file_is_the_model_from_it(zoo):
     ids = [[1, 2, 3, 4]]
     from_file = GPT2(found.config, found.sources, "numpy")(ids).logits
     assert np.array_equal(from_file, tiny_model("numpy")(ids).logits)
+
+
+def test_the_decoder_inside_a_search_node_is_found(tmp_path):
+    """ONNX Runtime's tools wrap GPT-2 into one BeamSearch node."""
+    model = onnx.load(DATA / "fused_past.onnx")
+    node = helper.make_node(
+        "BeamSearch",
+        ["input_ids", "length"],
+        ["sequences"],
+        domain="com.microsoft",
+        decoder=model.graph,
+        eos_token_id=0,
+    )
+    ports = [
+        helper.make_tensor_value_info(n, onnx.TensorProto.INT32, None) for n in ("input_ids", "length", "sequences")
+    ]
+    graph = helper.make_graph([node], "search", ports[:2], ports[2:])
+    onnx.save(helper.make_model(graph, opset_imports=model.opset_import), tmp_path / "model.onnx")
+    found, plain = read(tmp_path / "model.onnx"), read(DATA / "fused_past.onnx")
+    assert found.config == plain.config
+    assert (
+        found.sources["h.1.mlp.c_fc.weight"].load().tobytes() == plain.sources["h.1.mlp.c_fc.weight"].load().tobytes()
+    )
+    assert "search" in found.notes[0]

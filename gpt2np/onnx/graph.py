@@ -41,7 +41,7 @@ class Node:
 
     def describe(self) -> str:
         """How error messages name it."""
-        return f"{self.op} node {self.name or self.outputs[0]!r}"
+        return f"{self.op} node {self.name or next(iter(self.outputs), '')!r}"
 
     def input(self, index: int) -> str:
         """An input's name, "" if it is left out."""
@@ -90,10 +90,16 @@ class Graph:
         self._consumers: dict[str, list[Node]] = {}
         self._folded: dict[str, bool] = {}
         self._read: dict[str, Array] = {}
-        self._add(proto.graph, branch)
-        self.inputs = [i for i in proto.graph.input if i.name not in self.initializers]
-        self.outputs = list(proto.graph.output)
+        outer = proto.graph
+        graph = search_decoder(outer) or outer
+        if graph is not outer:
+            for tensor in outer.initializer:  # a body may read the initializers around it
+                self.constants[tensor.name] = self.initializers[tensor.name] = file.tensor(tensor)
+        self._add(graph, branch)
+        self.inputs = [i for i in graph.input if i.name not in self.initializers]
+        self.outputs = list(graph.output)
         self._input_names = {i.name for i in self.inputs}
+        self._check_order()
 
     def object(self, error: UnsupportedModelError) -> None:
         """Raise an error that the search could go on after, or note it where they are collected."""
@@ -118,6 +124,7 @@ class Graph:
             domain = _domain(node.domain)
             op = f"{domain}.{node.op_type}" if domain else node.op_type
             made = Node(op, domain, node.name, tuple(node.input), tuple(node.output), attributes)
+            self._check_inputs(made)
             self._add_canonical(made)
 
     def _add_canonical(self, node: Node) -> None:
@@ -144,6 +151,35 @@ class Graph:
                 self._producers[output] = node, index
         for name in dict.fromkeys(node.inputs):
             self._consumers.setdefault(name, []).append(node)
+
+    def _check_inputs(self, node: Node) -> None:
+        """Raise if a node has fewer inputs than its operator needs."""
+        from onnx import defs
+
+        if node.domain or not defs.has(node.op):
+            return
+        try:
+            needed = defs.get_schema(node.op, self.opset(), "").min_input
+        except defs.SchemaError:
+            return  # an operator of another opset
+        if len(node.inputs) < needed or not all(node.inputs[:needed]) or not node.outputs:
+            raise UnsupportedModelError(f"{node.describe()} has {len(node.inputs)} inputs, and needs {needed}")
+
+    def _check_order(self) -> None:
+        """Raise if values depend on each other in a circle: everything that walks the graph would hang."""
+        waiting = {id(n): sum(i in self._producers for i in set(n.inputs)) for n in self.nodes}
+        ready = [n for n in self.nodes if not waiting[id(n)]]
+        done = 0
+        while ready:
+            node = ready.pop()
+            done += 1
+            for reader in {id(c): c for o in node.outputs if o for c in self.consumers(o)}.values():
+                waiting[id(reader)] -= sum(o in reader.inputs for o in node.outputs if o)
+                if not waiting[id(reader)]:
+                    ready.append(reader)
+        if done < len(self.nodes):
+            node = next(n for n in self.nodes if waiting[id(n)])
+            raise UnsupportedModelError(f"{node.describe()} depends on its own output, or on a value given twice")
 
     @staticmethod
     def _taken(node: onnx.NodeProto, branch: str) -> onnx.GraphProto | None:
@@ -291,6 +327,14 @@ class Graph:
                         seen.add(i)
                         following.append(i)
             level = following
+
+
+def search_decoder(graph: onnx.GraphProto) -> onnx.GraphProto | None:
+    """The GPT-2 inside a node that searches for a continuation, as ONNX Runtime's tools make it."""
+    for node in graph.node:
+        if node.domain == "com.microsoft" and node.op_type in ("BeamSearch", "GreedySearch", "Sampling"):
+            return next((a.g for a in node.attribute if a.name == "decoder"), None)
+    return None
 
 
 def float16_roundings(graph: Graph) -> set[str]:

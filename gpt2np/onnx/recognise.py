@@ -25,7 +25,7 @@ from ..errors import UnsupportedModelError, WeightError
 from ..weights import weight_shapes
 from . import patterns
 from .evaluate import Evaluator, is_float
-from .graph import VIEWS, Graph
+from .graph import VIEWS, Graph, search_decoder
 from .patterns import Addend, AttentionCore, LayerNorm, Linear, Lookup
 from .reader import ModelFile
 from .sources import Source, joined, ones, zeros
@@ -104,6 +104,17 @@ def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = 
     WeightError
         If a floating-point initializer is left over, missing, or of a shape that does not fit.
     """
+    try:
+        return _recognise(file, objections)
+    except (IndexError, KeyError) as error:  # found while a node is looked at that is not what its operator asks for
+        raise UnsupportedModelError(f"a node lacks an input, output or attribute that it needs: {error!r}") from error
+
+
+def _recognise(file: ModelFile, objections: list[UnsupportedModelError] | None) -> Recognised:
+    if search_decoder(file.proto.graph) is not None:
+        inner = _Recogniser(Graph(file, objections=objections)).run()
+        note = "this is the decoder inside a search node: inputs and outputs are the decoder's, not the file's"
+        return replace(inner, taps={}, notes=(note, *inner.notes))
     condition = merged_condition(file)
     if not condition:
         return _Recogniser(Graph(file, objections=objections)).run()
