@@ -13,7 +13,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from gpt2np.config import GPT2Config
-from gpt2np.errors import UnsupportedModelError, WeightError
+from gpt2np.errors import Gpt2npError, UnsupportedModelError, WeightError
 from gpt2np.model import GPT2
 from gpt2np.onnx.reader import open_model
 from gpt2np.onnx.recognise import Recognised, recognise
@@ -630,3 +630,36 @@ def test_the_decoder_inside_a_search_node_is_found(tmp_path):
         found.sources["h.1.mlp.c_fc.weight"].load().tobytes() == plain.sources["h.1.mlp.c_fc.weight"].load().tobytes()
     )
     assert "search" in found.notes[0]
+
+
+def scrambled(model: onnx.ModelProto, rng: np.random.Generator) -> None:
+    """Nodes rewired, shortened, renamed, taken out."""
+    graph = model.graph
+    values = [o for n in graph.node for o in n.output]
+    for _ in range(int(rng.integers(1, 4))):
+        node = graph.node[int(rng.integers(len(graph.node)))]
+        kind = int(rng.integers(6))
+        if kind == 0 and node.input:
+            node.input[int(rng.integers(len(node.input)))] = values[int(rng.integers(len(values)))]
+        elif kind == 1 and node.input:
+            node.input.pop()
+        elif kind == 2:
+            node.op_type = graph.node[int(rng.integers(len(graph.node)))].op_type
+        elif kind == 3 and node.attribute:
+            node.attribute.pop()
+        elif kind == 4:
+            graph.node.remove(node)
+        elif graph.initializer:
+            graph.initializer.pop(int(rng.integers(len(graph.initializer))))
+
+
+@pytest.mark.parametrize("name", ["fused_past", "int8", "q4", "old_past"])
+def test_scrambled_graphs_give_typed_errors(name, tmp_path):
+    """Never another exception, and never a hang (a circle among the nodes)."""
+    refused = 0
+    for seed in range(12):
+        try:
+            read(edited(DATA / f"{name}.onnx", tmp_path, lambda m, s=seed: scrambled(m, np.random.default_rng(s))))
+        except Gpt2npError:
+            refused += 1
+    assert refused >= 6
