@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from .model import GPT2
 
+SECONDS = 2.0  # between one writing of the progress and the next
 CHUNK = 2**24  # logits that are in memory at once, about: 64 MB in float32
 
 
@@ -100,6 +102,7 @@ class Progress:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
+        self._written = -math.inf
         self._runs: dict[str, list[Any]] = {}
         if path is not None and path.exists():
             try:
@@ -116,11 +119,13 @@ class Progress:
         return hashlib.sha256(answer.tobytes() + repr(what).encode()).hexdigest()
 
     def get(self, key: str) -> list[Any]:
-        return list(self._runs.get(key, []))
+        return [] if self._path is None else list(self._runs.get(key, []))
 
-    def put(self, key: str, results: Sequence[Any]) -> None:
-        self._runs[key] = list(results)
-        if self._path is not None:
+    def put(self, key: str, results: list[Any], now: bool = False) -> None:
+        """Keep the results so far: in the file `now`, or where the last time was some seconds ago."""
+        self._runs[key] = results
+        if self._path is not None and (now or time.monotonic() > self._written + SECONDS):
+            self._written = time.monotonic()
             draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
             draft.write_text(json.dumps({"gpt2np score": self._runs}), "utf-8")
             draft.replace(self._path)
@@ -216,12 +221,15 @@ class TextScoring:
 
     def __iter__(self) -> Iterator[int]:
         """Run what is left; yields after each batch the number of tokens that it scored."""
-        while (start := len(self._done)) < len(self._windows):
-            group = self._windows[start : start + self._batch_size]
-            rows = [(self._ids[begin:end], first - begin) for begin, first, end in group]
-            self._done += [math.fsum(logs) for logs, _ in predictions(self._model, rows)]
-            self._progress.put(self._key, self._done)
-            yield self._scored(len(self._done)) - self._scored(start)
+        try:
+            while (start := len(self._done)) < len(self._windows):
+                group = self._windows[start : start + self._batch_size]
+                rows = [(self._ids[begin:end], first - begin) for begin, first, end in group]
+                self._done += [math.fsum(logs) for logs, _ in predictions(self._model, rows)]
+                self._progress.put(self._key, self._done)
+                yield sum(end - first for _, first, end in group)
+        finally:
+            self._progress.put(self._key, self._done, now=True)
 
     @property
     def result(self) -> Score:
@@ -302,11 +310,14 @@ class LastWordScoring:
 
     def __iter__(self) -> Iterator[int]:
         """Run what is left; yields after each batch its number of passages."""
-        while (start := len(self._done)) < len(self._rows):
-            group = self._rows[start : start + self._batch_size]
-            self._done += [(math.fsum(logs), bool(best.all())) for logs, best in predictions(self._model, group)]
-            self._progress.put(self._key, self._done)
-            yield len(group)
+        try:
+            while (start := len(self._done)) < len(self._rows):
+                group = self._rows[start : start + self._batch_size]
+                self._done += [(math.fsum(logs), bool(best.all())) for logs, best in predictions(self._model, group)]
+                self._progress.put(self._key, self._done)
+                yield len(group)
+        finally:
+            self._progress.put(self._key, self._done, now=True)
 
     @property
     def result(self) -> LastWords:

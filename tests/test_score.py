@@ -166,6 +166,14 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["progress.json"]
 
 
+def test_without_a_file_nothing_is_taken_over():
+    nowhere = Progress(None)
+    first = run(TextScoring(toy_model(), TEXT, progress=nowhere))
+    second = TextScoring(toy_model(), TEXT[::-1], progress=nowhere)
+    assert second.done == 0
+    assert run(second) != first
+
+
 @pytest.mark.parametrize("change", ["text", "window", "stride", "weights"])
 def test_another_run_starts_afresh(tmp_path: Path, change):
     progress = Progress(tmp_path / "progress.json")
