@@ -424,7 +424,17 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"{note}  " for note in notes)]).rstrip()
 
 
-def machine(torch: str | None) -> str:
+def find_torch(python: str) -> tuple[str | None, str]:
+    """The interpreter if it has PyTorch, and the versions."""
+    code = "import torch, transformers; print(f', torch {torch.__version__}, transformers {transformers.__version__}')"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        print(f"PyTorch is left out: {python} cannot import torch and transformers", file=sys.stderr)
+        return None, ""
+    return python, done.stdout.strip("\n")
+
+
+def machine() -> str:
     from importlib.metadata import version
 
     cpu = platform.processor() or platform.machine()
@@ -437,13 +447,11 @@ def machine(torch: str | None) -> str:
         cpu = f"{names[0]}, {len(names)} cores" if names else cpu
     import llvmlite.binding
 
-    parts = [f"{cpu} ({llvmlite.binding.get_host_cpu_name()})", f"Python {platform.python_version()}"]
-    parts += [f"{name} {version(name)}" for name in ("gpt2np", "numpy", "numba", "onnxruntime")]
-    if torch:
-        code = (
-            "import torch, transformers; print(f'torch {torch.__version__}, transformers {transformers.__version__}')"
-        )
-        parts.append(subprocess.run([torch, "-c", code], check=True, capture_output=True, text=True).stdout.strip())
+    import gpt2np
+
+    parts = [f"{cpu} ({llvmlite.binding.get_host_cpu_name()})", f"gpt2np {gpt2np.__version__}"]
+    parts.append(f"Python {platform.python_version()}")
+    parts += [f"{name} {version(name)}" for name in ("numpy", "numba", "onnxruntime")]
     return ", ".join(parts)
 
 
@@ -499,16 +507,13 @@ def main() -> None:
     if arguments.peak:
         return peak(arguments.file)
 
-    torch = arguments.torch or sys.executable
-    found = subprocess.run([torch, "-c", "import torch, transformers"], capture_output=True).returncode == 0
-    if not found:
-        print(f"PyTorch is left out: {torch} cannot import torch and transformers", file=sys.stderr)
     results: dict[str, Any] = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-    results["machine"] = machine(torch if found else None)
+    torch, torch_version = find_torch(arguments.torch or sys.executable)
+    results["machine"] = machine() + torch_version
     files = make_files(arguments)
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     for part in filter(None, arguments.parts.split(",")):
-        results[part] = PARTS[part](files, torch if found else None, arguments.rounds)
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        results[part] = PARTS[part](files, torch, arguments.rounds)
         arguments.json.write_text(json.dumps(results, indent=1))
     print(table(results))
     if arguments.plot and "prefill" in results:
