@@ -73,7 +73,8 @@ class _Sum:
     """Root mean square and largest value of an error that comes in pieces along the positions."""
 
     def __init__(self) -> None:
-        self.squares, self.count, self.largest, self.at = 0.0, 0, 0.0, ()
+        self.squares, self.count, self.largest = 0.0, 0, 0.0
+        self.at: tuple[int, ...] = ()
 
     def add(self, a: Array, b: Array, offset: int = 0, axis: int = 1) -> None:
         distance = difference(a, b)
@@ -96,7 +97,7 @@ def compare_taps(
     a: Taps,
     b: Taps,
     names: Sequence[str],
-    group_bytes: int = 256 << 20,
+    group_bytes: int = 128 << 20,
     oracle: Program | None = None,
     oracle_taps: Taps | None = None,
 ) -> Iterator[TapRow]:

@@ -87,9 +87,9 @@ class Gradients:
             probs, v = x
             B, H, T, D = v.shape
             values = v if call.past is None else np.concatenate([call.past[layer][1].astype(F64), v], axis=2)
-            g2 = g.reshape(B, T, H, D).transpose(0, 2, 1, 3)  # (B, T, HD) -> (B, H, T, D)
-            self._give(flow, names[0], g2 @ values.swapaxes(-1, -2))
-            self._give(flow, names[1], (probs.swapaxes(-1, -2) @ g2)[:, :, call.start :])
+            by_head = g.reshape(B, T, H, D).transpose(0, 2, 1, 3)  # (B, T, HD) -> (B, H, T, D)
+            self._give(flow, names[0], by_head @ values.swapaxes(-1, -2))
+            self._give(flow, names[1], (probs.swapaxes(-1, -2) @ by_head)[:, :, call.start :])
         elif part in ("resid_mid", "resid_post"):
             self._give(flow, names[0], g)
             self._give(flow, names[1], g)

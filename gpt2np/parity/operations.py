@@ -90,7 +90,7 @@ class Parameters:
     def __init__(self, sources: WeightSources, changed: Mapping[str, Array] | None = None) -> None:
         self.sources = sources
         self.changed = dict(changed or {})
-        self._cached = lru_cache(maxsize=96)(self._cast)
+        self._cached = lru_cache(maxsize=48)(self._cast)
         self._raw = lru_cache(maxsize=3)(lambda name: self.sources[name].load())
 
     def __call__(self, name: str, dtype: np.dtype[Any]) -> Array:

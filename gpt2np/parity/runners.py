@@ -229,7 +229,8 @@ class Ort:
         options.log_severity_level = 4  # what is wrong comes as an exception
         if self.threads is not None:
             options.intra_op_num_threads = self.threads
-        if isinstance(source, bytes):
+        if isinstance(source, bytes):  # the copy with taps: all of them are alive at once, and must not stay so
+            options.enable_cpu_mem_arena = False
             folder = str(self.model.path.parent)
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
