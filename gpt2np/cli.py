@@ -1,7 +1,7 @@
 """The `gpt2np` command: one Typer app, one module in `commands/` for each of its commands.
 
 Exit codes: 0 pass, 1 a numerical comparison failed, 2 usage or unreadable input, 3 nothing or too little was
-compared, 130 stopped by Ctrl-C.
+compared, 130 stopped by Ctrl-C, 141 the reader of a pipe left.
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ def _root(
 def main() -> None:
     """Run the command line; a Gpt2npError becomes one line on standard error and exit code 2."""
     try:
-        app()
+        app(prog_name="gpt2np")
     except Gpt2npError as error:
         print(f"gpt2np: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of a pipe left early, as in `gpt2np info | head`
-        sys.stderr.close()
-        raise SystemExit(0) from None
+    except SystemExit as end:
+        # The reader of a pipe left early, as in `gpt2np info | head`. Typer says 1, which here is a failed
+        # comparison; 141 is what a shell shows for a program that died of a broken pipe.
+        if isinstance(end.__context__, BrokenPipeError):
+            raise SystemExit(141) from None
+        raise

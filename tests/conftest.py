@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("gpt2np", deadline=None)  # compiling takes seconds, once
+JIT_OFF = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+settings.register_profile("gpt2np", deadline=None, max_examples=10 if JIT_OFF else 100)  # compiling takes seconds, once
 settings.load_profile("gpt2np")
 
 ROOT = Path(__file__).parents[1]
@@ -20,11 +21,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    jit_off = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
-        if "jit" in item.keywords and jit_off:
+        if item.get_closest_marker("jit") and JIT_OFF:
             item.add_marker(pytest.mark.skip(reason="needs compiled kernels"))
 
 

