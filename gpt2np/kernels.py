@@ -29,7 +29,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -284,13 +284,15 @@ def _pool() -> Iterator[int]:
     OpenMP pool does not survive a fork. Since results do not depend on the number of threads, whoever finds the
     pool taken, or lost in a fork, goes on alone.
     """
-    if _forked or not _lock.acquire(blocking=False):
-        yield 1
-        return
-    try:
-        yield _threads
-    finally:
-        _lock.release()
+    # compiled code never warns of an overflow; the same code under NUMBA_DISABLE_JIT=1 should not either
+    with np.errstate(all="ignore") if config.DISABLE_JIT else nullcontext():
+        if _forked or not _lock.acquire(blocking=False):
+            yield 1
+            return
+        try:
+            yield _threads
+        finally:
+            _lock.release()
 
 
 def _after_fork() -> None:
