@@ -20,12 +20,10 @@ from typing import Any
 import numpy as np
 
 from ..weights import Array
-from .arbiter import LOCAL_FACTOR, TapRow
+from .arbiter import F32, F64, LOCAL_FACTOR, TapRow
 from .metrics import difference
 from .operations import Call, Program, split_tap, tap_inputs, tap_names
-from .probes import F64, Guess, Problem, rank, tap_of_element
-
-F32 = np.dtype(np.float32)
+from .probes import Guess, Problem, rank, tap_of_element
 
 
 @dataclass
@@ -103,9 +101,9 @@ def nonfinite(program: Program, call: Call, names: Sequence[str]) -> Diagnosis |
     if first is None:
         return None
     guesses = []
-    for name, where, value in nonfinite_weights(program, names):
+    for name, where, number in nonfinite_weights(program, names):
         tap = tap_of_element(program, call, name, where)
-        text = f"{name}{list(where)} is {value}"
+        text = f"{name}{list(where)} is {number}"
         guesses.append(Guess("nan_in_weight", tap, text, removed=1.0 if tap == first else 0.5, evidence="in the file"))
     if not guesses:
         guesses = [Guess("overflow", first, "finite weights and inputs, but not a finite result", removed=1.0)]

@@ -445,14 +445,14 @@ def _c_attn(problem: Problem, layer: int, forward: bool) -> Iterator[Guess]:
             weights={f"{name}.weight": flipped},
         )
     for heads, which, first in _head_orders(problem, layer):
-        order = grid.copy()
+        swapped = grid.copy()
         for w in which:
-            order[w] = grid[w][heads]
+            swapped[w] = grid[w][heads]
         moved = [i for i in range(H) if heads[i] != i]
         letters = ", ".join("qkv"[w] for w in which)
         yield Guess(
             "swapped_heads", taps[first], f"heads {' and '.join(map(str, moved))} of {letters} are swapped",
-            weights=columns(order.ravel()),
+            weights=columns(swapped.ravel()),
         )  # fmt: skip
     others = [f"h.{i}.attn.c_attn" for i in range(p.config.n_layer) if i != layer]
     first_tap = next((t for t in taps if t in problem.suspects), taps[0])
