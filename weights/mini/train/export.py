@@ -3,8 +3,8 @@
     python export.py CHECKPOINT DATA OUT
 
 OUT receives model.onnx (opset 10; input1 (d1, d2, T) int64; output1 the last hidden state (d1, d2, T, C); output2...
-each layer's past (2, B, H, T, D)), tokenizer.json and test_data_set_0...3. Weights are rounded to bfloat16's precision
-first: half of each float is then zero, and a compressed file half as large. Prints these weights' validation loss.
+each layer's past (2, B, H, T, D)), tokenizer.json and test_data_set_0...3. Prints the loss of the exported weights:
+they are rounded so that each is a bfloat16, half of each float is zero, and the file compresses to less than half.
 """
 
 import math
@@ -19,6 +19,7 @@ import onnxruntime
 import torch
 from model import GPT2
 from onnx import numpy_helper
+from prepare import END
 from sample import continued, load
 from tokenizers import Tokenizer
 
@@ -32,7 +33,7 @@ def evaluate(model: GPT2, data: Path, tokenizer: Tokenizer) -> None:
             for i in range(0, len(ids) - 1, model.config.n_ctx):
                 window = ids[i : i + model.config.n_ctx + 1]
                 nats += model.loss(window[None, :-1], window[None, 1:]).item() * (len(window) - 1)
-        size = len((data / f"{name}_val.txt").read_bytes())
+        size = len((data / f"{name}_val.txt").read_text("utf-8").replace(END, "").encode())
         token, byte = nats / (len(ids) - 1), nats / size
         print(
             f"{name}: {len(ids)} tokens, {size} bytes; per token {token:.4f} nats, perplexity {math.exp(token):.3f}; "

@@ -27,12 +27,16 @@ OPENINGS = [
 
 
 def load(checkpoint: Path) -> GPT2:
-    """The trained model, its weights rounded to bfloat16's precision, as they are exported."""
+    """The trained model, its weights rounded to 7 significant bits, as they are exported.
+
+    bfloat16 has room for 8; one bit less costs 0.0001 in the loss and saves 0.4 MB of the compressed file.
+    """
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = GPT2(Config(**state["config"]))
     model.load_state_dict(state["model"])
     for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16().float()
+        mantissa, exponent = torch.frexp(parameter.data)
+        parameter.data = torch.ldexp(torch.round(mantissa * 2**7) / 2**7, exponent)
     return model.eval()
 
 

@@ -1,6 +1,7 @@
 """Train the model; stopped at any time, the same command goes on from the last checkpoint.
 
-    python train.py DATA RUN [--steps 5600]
+    python train.py DATA RUN --steps 1400     # a first model, its learning rate gone all the way down
+    python train.py DATA RUN --steps 5600     # goes on from there, with the rate back up: the model in this repository
 
 DATA is prepare.py's output folder. RUN receives checkpoint.pt and log.csv. Everything random depends on the seed and
 the step alone, so a run that was interrupted draws the batches that an uninterrupted one would have drawn.
@@ -61,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--steps", type=int, required=True)
     options = parser.parse_args()
     steps, checkpoint = options.steps, options.run / "checkpoint.pt"
     options.run.mkdir(parents=True, exist_ok=True)
