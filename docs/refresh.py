@@ -20,12 +20,13 @@ SHOWN = re.compile(r"(<!-- output of: (?P<command>gpt2np .+?) -->\n```(?:text)?\
 
 
 def run(command: str) -> str:
-    """What a gpt2np command prints on standard output, at a terminal's width; it has to succeed."""
+    """What a gpt2np command prints on standard output, as in a pipe; it has to succeed."""
     words = [sys.executable, "-m", *shlex.split(command)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
-    return "\n".join(line.rstrip() for line in done.stdout.strip("\n").splitlines()) + "\n"
+    output = done.stdout.replace(f"{ROOT}/", "")  # paths as someone in a clone of their own would give them
+    return "\n".join(line.rstrip() for line in output.strip("\n").splitlines()) + "\n"
 
 
 def main() -> None:

@@ -44,8 +44,13 @@ def evaluate(model: GPT2, data: Path, tokenizer: Tokenizer) -> None:
 def export(model: GPT2, path: Path) -> list[str]:
     outputs = [f"output{i + 1}" for i in range(1 + model.config.n_layer)]
     torch.onnx.export(
-        model, (torch.zeros(1, 1, 8, dtype=torch.long),), str(path), opset_version=10, dynamo=False,
-        input_names=["input1"], output_names=outputs,
+        model,
+        (torch.zeros(1, 1, 8, dtype=torch.long),),
+        str(path),
+        opset_version=10,
+        dynamo=False,
+        input_names=["input1"],
+        output_names=outputs,
         dynamic_axes={
             "input1": {0: "d1", 1: "d2", 2: "T"},
             "output1": {0: "d1", 1: "d2", 2: "T"},

@@ -1,6 +1,6 @@
 """Draw training and validation loss over the steps.
 
-    python plot.py LOG.csv OUT.svg
+python plot.py LOG.csv OUT.svg
 """
 
 import csv

@@ -1,6 +1,6 @@
 """Continue openings, greedily and by sampling, and print them as Markdown.
 
-    python sample.py CHECKPOINT TOKENIZER [OPENING ...]
+python sample.py CHECKPOINT TOKENIZER [OPENING ...]
 """
 
 import sys

@@ -74,7 +74,8 @@ def main() -> None:
     vectors = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.98), fused=True,
+        betas=(0.9, 0.98),
+        fused=True,
     )
     step, seconds, rows = 0, 0.0, []
     if checkpoint.exists():
