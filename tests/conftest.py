@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from hypothesis import settings
 JIT_OFF = os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
 settings.register_profile("gpt2np", deadline=None, max_examples=10 if JIT_OFF else 100)  # compiling takes seconds, once
 settings.load_profile("gpt2np")
+
+# A suite that runs in the background of a script has SIGINT ignored, and so would the commands that the tests
+# start and interrupt: an ignored signal is inherited, a handled one is not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"  # optional: further exporters' files, present on some machines only
