@@ -22,7 +22,8 @@ from typing import Any
 from gpt2np.commands._terminal import print_table
 
 WAYS = {
-    "reader": "gpt2np.onnx: open, recognise, read every weight",
+    "reader": "gpt2np.onnx.reader: open, read every initializer",
+    "recognise": "gpt2np.onnx: open, recognise, read every weight",
     "numpy": 'gpt2np.load(engine="numpy")',
     "numba": 'gpt2np.load(engine="numba"): packed for the kernels',
     "onnxruntime": "onnxruntime.InferenceSession",
@@ -32,12 +33,14 @@ WAYS = {
 
 def loader(way: str, path: str) -> Callable[[], Any]:
     """Import what a way needs, and return what is to be measured."""
-    if way == "reader":
-        import onnx
-
+    if way in ("reader", "recognise"):
+        from gpt2np.model import embedded_model_path
         from gpt2np.onnx.reader import open_model
         from gpt2np.onnx.recognise import recognise
 
+        recognise(open_model(embedded_model_path()))  # imports
+        if way == "reader":
+            return lambda: [tensor.load() for tensor in open_model(path).tensors.values()]
         return lambda: [source.load() for source in recognise(open_model(path)).sources.values()]
     if way in ("numpy", "numba"):
         import onnx

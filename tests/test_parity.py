@@ -59,6 +59,12 @@ def run(*args: object) -> tuple[int, str]:
 # ---------------------------------------------------------------------------------------------- verdicts
 
 
+def test_noise_that_leaves_a_tiny_budget_is_called_noise(small: Path) -> None:
+    code, output = run("parity", small, "--engine", "numpy", "--rtol", "0", "--atol", "1e-9")
+    assert code == 1
+    assert "inherited float32 noise alone" in " ".join(output.split())
+
+
 @pytest.mark.parametrize("engine", ["numpy", pytest.param("numba", marks=pytest.mark.jit)])
 def test_a_sound_file_passes_every_check(small: Path, engine: str, tmp_path: Path) -> None:
     code, output = run(
