@@ -171,12 +171,14 @@ class GPT2:
         kernels, w = self._kernels, self._weights
         if isinstance(mask, ReplacingMask):
             kernels, w = reference, self.weights
-        hidden = kernels.transformer(ids, positions, w, cache.layers, start, mask, watch)
-        cache.advance(T)
         scores = None
-        if logits:
-            last = hidden[:, -1:] if logits == "last" else hidden
-            scores = kernels.logits(last, w.lm_head, w.lm_head_bias, watch)
+        # A NaN or infinity in the weights shows in the result; NumPy's warnings would say it once for each operation.
+        with np.errstate(invalid="ignore", over="ignore"):
+            hidden = kernels.transformer(ids, positions, w, cache.layers, start, mask, watch)
+            cache.advance(T)
+            if logits:
+                last = hidden[:, -1:] if logits == "last" else hidden
+                scores = kernels.logits(last, w.lm_head, w.lm_head_bias, watch)
         return Output(hidden, scores, cache.views())
 
     def trace(self, input_ids: Any, **kwargs: Any) -> dict[str, Array]:

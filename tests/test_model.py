@@ -99,6 +99,15 @@ def test_results_do_not_alias_and_inputs_are_not_written(engine):
         np.testing.assert_array_equal(now, then)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_shows_in_the_result_without_warnings(engine, bad):
+    config = tiny_config()
+    sources = tiny_sources(config)
+    sources["h.0.ln_1.bias"].array[3] = bad
+    assert np.isnan(GPT2(config, sources, engine)([1, 2, 3]).last_hidden_state).all()
+
+
 def test_ids_of_every_rank_and_integer_type():
     model = shared_model("numpy")
     ids = random_ids(model.config, 2, 3, 4)
