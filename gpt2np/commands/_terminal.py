@@ -13,7 +13,11 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
+
+    from ..parity.report import Report
 
 UNWRAPPED = 100_000  # columns; a pipe has no width, and a table that is cut off there is of no use
 
@@ -80,6 +84,19 @@ def note(message: str) -> None:
         print(message, file=sys.stderr)
     else:
         console(stderr=True).print(message, style="dim")
+
+
+def deliver(report: Report, json: Path | None, junit: Path | None) -> None:
+    """Print a parity report, and write the files that were asked for."""
+    from ..parity.report import lines_of, write_json, write_junit
+
+    out = console()
+    for text, style in lines_of(report):
+        out.print(text, style=style or None)
+    if json is not None:
+        write_json(report, json)
+    if junit is not None:
+        write_junit(report, junit)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

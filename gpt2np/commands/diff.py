@@ -37,18 +37,11 @@ def diff(
     `gpt2np diff model.onnx mypackage.port:forward --random 1`
     """
     from ..parity import debugger
-    from ..parity.report import lines_of, write_json, write_junit
-    from ._terminal import console
+    from ._terminal import deliver
 
     report = debugger.diff(
         a, b, lambda model: debugger.gather_cases(model, data or [], prompt or [], random, seed), oracle, preset,
         rtol or [], atol or [], local, dump_repro,
     )  # fmt: skip
-    out = console()
-    for text, style in lines_of(report):
-        out.print(text, style=style or None)
-    if json is not None:
-        write_json(report, json)
-    if junit is not None:
-        write_junit(report, junit)
+    deliver(report, json, junit)
     raise typer.Exit(report.exit_code)

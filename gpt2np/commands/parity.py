@@ -47,21 +47,14 @@ def parity(
     `gpt2np parity model.onnx --against mypackage.port:forward --random 3`
     """
     from ..parity import debugger
-    from ..parity.report import lines_of, write_json, write_junit
-    from ._terminal import console
+    from ._terminal import deliver
 
     options = debugger.Options(
         debugger.model_path(model), against or [], data or [], prompt or [], random, seed, engine, preset,
         rtol or [], atol or [], debugger.parse_checks(checks), noise_floor,
     )  # fmt: skip
     report = debugger.parity(options)
-    out = console()
-    for text, style in lines_of(report):
-        out.print(text, style=style or None)
-    if json is not None:
-        write_json(report, json)
-    if junit is not None:
-        write_junit(report, junit)
+    deliver(report, json, junit)
     if save_trace is not None:
         debugger.save_ours(options, save_trace)
     raise typer.Exit(report.exit_code)
