@@ -41,10 +41,14 @@ class KVCache:
             raise InputError(f"a cache needs batch_size >= 1 and max_length >= 1, got {batch_size}, {max_length}")
         if max_length > config.n_ctx:
             raise ContextOverflowError(f"max_length {max_length} exceeds the model's n_ctx of {config.n_ctx}")
-        shape = (2, batch_size, config.n_head, max_length, config.head_size)
+        shape = (config.n_layer, 2, batch_size, config.n_head, max_length, config.head_size)
         # zeros, not empty: untouched pages cost nothing, and no garbage can ever reach a kernel
-        self.layers: list[Array] = [np.zeros(shape, dtype) for _ in range(config.n_layer)]
-        self._length = 0
+        self._hold(np.zeros(shape, dtype), length=0)
+
+    def _hold(self, array: Array, length: int) -> None:
+        self.array = array  # (L, 2, B, H, max_length, D)
+        self.layers = list(array)  # L views (2, B, H, max_length, D)
+        self._length = length
 
     @property
     def length(self) -> int:
@@ -54,16 +58,16 @@ class KVCache:
     @property
     def batch_size(self) -> int:
         """B."""
-        return int(self.layers[0].shape[1])
+        return int(self.array.shape[2])
 
     @property
     def max_length(self) -> int:
         """Number of positions there is room for."""
-        return int(self.layers[0].shape[3])
+        return int(self.array.shape[4])
 
     def views(self) -> list[Array]:
         """L views (2, B, H, length, D) of what is held: [0] the keys, [1] the values."""
-        return [layer[:, :, :, : self._length] for layer in self.layers]
+        return list(self.array[:, :, :, :, : self._length])
 
     def check_room(self, new: int) -> None:
         """Raise ContextOverflowError unless `new` further positions fit."""
@@ -88,6 +92,5 @@ class KVCache:
     def copy(self) -> KVCache:
         """An independent cache with the same content and room."""
         twin = object.__new__(KVCache)
-        twin.layers = [layer.copy() for layer in self.layers]
-        twin._length = self._length
+        twin._hold(self.array.copy(), self._length)
         return twin

@@ -122,6 +122,7 @@ class GPT2:
         logits: bool | Literal["last"] = True,
         attention_mask: Array | None = None,
         position_ids: Array | None = None,
+        token_type_ids: Array | None = None,
     ) -> Output:
         """Run T new positions after those that the cache holds.
 
@@ -135,10 +136,13 @@ class GPT2:
             Called with every intermediate result in order; the names are listed in docs/taps.md.
         logits : bool or "last"
             Whether to compute the scores over the vocabulary, for all new positions or for the last one.
-        attention_mask : integers (B, S), optional
-            1 for keys that may be attended to, 0 for padding, over cached and new positions.
+        attention_mask : integers (B, S), or integers or floats (B, 1, T, S), optional
+            1 for keys that may be attended to, 0 for padding, over cached and new positions, or for each query.
+            Floats for each query are added to its scores.
         position_ids : integers (B, T), optional
             Rows of wpe; default the positions after those in the cache.
+        token_type_ids : integers (B, T), optional
+            Rows of wte that are added to the embeddings, as Hugging Face's GPT2Model does.
 
         Raises
         ------
@@ -157,14 +161,19 @@ class GPT2:
             )
         if cache is None:
             cache = self.new_cache(B, T)
-        elif cache.batch_size != B or cache.layers[0].dtype != self.dtype or len(cache.layers) != config.n_layer:
-            raise InputError(
-                f"the cache was made for batch {cache.batch_size}, {cache.layers[0].dtype}, {len(cache.layers)} layers;"
-                f" the input has batch {B}, the model {self.dtype}, {config.n_layer} layers"
-            )
+        else:
+            L, _, held, H, _, D = cache.array.shape
+            made_for = held, cache.array.dtype, L, H, D
+            wanted = B, self.dtype, config.n_layer, config.n_head, config.head_size
+            if made_for != wanted:
+                form = "batch {}, {}, {} layers, {} heads of {}"
+                raise InputError(f"the cache was made for {form.format(*made_for)}; needed: {form.format(*wanted)}")
         cache.check_room(T)
         positions = check_positions(position_ids, config, B, T, start)
         mask = additive_mask(attention_mask, config, B, T, S, self.dtype)
+        types = None if token_type_ids is None else check_ids(token_type_ids, config)
+        if types is not None and types.shape != (B, T):
+            raise InputError(f"token_type_ids must have the shape of input_ids, ({B}, {T}), got {types.shape}")
 
         # The compiled kernels are the fast path for a call without `tap`; with one they stop at every tap.
         watch = reference.no_tap if tap is None else tap
@@ -174,6 +183,9 @@ class GPT2:
         scores = None
         # A NaN or infinity in the weights shows in the result; NumPy's warnings would say it once for each operation.
         with np.errstate(invalid="ignore", over="ignore"):
+            if types is not None:  # the rows of both, summed, in the place of wpe
+                rows = kernels.embed(types, positions, w.wte, w.wpe).reshape(B * T, -1)
+                w, positions = w._replace(wpe=rows), np.arange(B * T).reshape(B, T)
             hidden = kernels.transformer(ids, positions, w, cache.layers, start, mask, watch)
             cache.advance(T)
             if logits:
@@ -225,8 +237,8 @@ def check_ids(input_ids: Any, config: GPT2Config) -> Array:
         raise InputError(f"input_ids must have shape (T,), (B, T) or (d1, d2, T), got {ids.shape}")
     if ids.size == 0:
         raise InputError(f"input_ids must hold at least one token, got shape {ids.shape}")
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= config.vocab_size:
+    values = ids.ravel().tolist()  # faster than NumPy for one token, and next to nothing beside the work for many
+    if min(values) < 0 or max(values) >= config.vocab_size:
         where = np.argwhere((ids < 0) | (ids >= config.vocab_size))[0]
         raise TokenRangeError(
             f"token id {int(ids[tuple(where)])} at {tuple(map(int, where))} is outside 0..{config.vocab_size - 1}"
@@ -239,15 +251,17 @@ def check_ids(input_ids: Any, config: GPT2Config) -> Array:
 def check_positions(position_ids: Any, config: GPT2Config, B: int, T: int, start: int) -> Array:
     """Rows of wpe for each new position: int64 (B, T)."""
     if position_ids is None:
-        rows = np.arange(start, start + T)[None].repeat(B, axis=0)
+        low = start + config.position_offset
+        high = low + T - 1
+        rows = np.arange(low, high + 1)[None].repeat(B, axis=0)
     else:
         rows = np.asarray(position_ids)
         if rows.dtype.kind not in "iu" or rows.size == 0 or rows.shape[-1] != T or rows.size not in (T, B * T):
             raise InputError(f"position_ids must be integers ({B}, {T}), got {rows.dtype} {rows.shape}")
-        rows = np.broadcast_to(rows.reshape(-1, T), (B, T))
-    rows = rows.astype(np.int64) + config.position_offset
-    if rows.min() < 0 or rows.max() >= config.n_ctx:
-        raise ContextOverflowError(f"positions {int(rows.min())}..{int(rows.max())} outside 0..{config.n_ctx - 1}")
+        rows = np.broadcast_to(rows.reshape(-1, T), (B, T)).astype(np.int64) + config.position_offset
+        low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= config.n_ctx:
+        raise ContextOverflowError(f"positions {low}..{high} outside 0..{config.n_ctx - 1}")
     return rows
 
 
@@ -275,36 +289,45 @@ def additive_mask(
     It is what the file's graph does, as the config describes it, with -inf for every hidden score that cannot
     be noticed in the result. A row of -inf alone gives zeros.
     """
-    later = np.arange(S) > np.arange(S - T, S)[:, None] + config.causal_shift  # (T, S)
-    if config.mask_kind == "none":
-        later = np.zeros_like(later)
     plain = config.mask_kind != "none" and config.mask_value < NEGLIGIBLE and config.causal_shift == 0
-    if attention_mask is None:
-        if plain:
-            return None
-        padded = np.zeros((B, 1, 1, S), bool)
-    else:
+    padded = np.zeros((B, 1, 1, S), bool)
+    bias: Array | None = None
+    if attention_mask is not None:
         given = np.asarray(attention_mask)
-        if given.dtype.kind not in "iufb" or given.shape != (B, S):
-            raise InputError(f"attention_mask must be numbers ({B}, {S}), got {given.dtype} {given.shape}")
-        padded = (given == 0)[:, None, None, :]
-        if plain and not padded.any():
-            return None
+        shapes = [(B, S)] + [(b, 1, t, S) for b in (1, B) for t in (1, T)]
+        if given.dtype.kind not in "iufb" or given.shape not in shapes:
+            raise InputError(
+                f"attention_mask must be numbers ({B}, {S}) or ({B}, 1, {T}, {S}), got {given.dtype} {given.shape}"
+            )
+        plain = plain and given.ndim == 2
+        if given.ndim == 4 and given.dtype.kind == "f":
+            bias = given
+        else:
+            padded = given == 0 if given.ndim == 4 else (given == 0)[:, None, None, :]
+    if plain and not padded.any():
+        return None
+    later = np.arange(S) > np.arange(S - T, S)[:, None] + config.causal_shift  # (T, S)
+    if config.mask_kind == "none" or (config.mask_kind == "given" and attention_mask is not None and given.ndim == 4):
+        later = np.zeros_like(later)
     factor, mask = np.ones((B, 1, T, S)), np.zeros((B, 1, T, S))
     for where, (f, added) in (
         (later & ~padded, (float(config.mask_kind == "added"), config.mask_value)),
         (padded & ~later, config.padding),
         (padded & later, config.padding_later),
     ):
+        where = np.broadcast_to(where, mask.shape)
         factor[where], mask[where] = f, added
-    hidden = later | padded
+    if bias is not None:
+        mask += bias
+    hidden = (later | padded | (mask < NEGLIGIBLE)) & np.ones_like(mask, bool)
     blind = hidden.all(axis=-1, keepdims=True) & np.ones_like(hidden)
+    unseen = blind if bias is None else blind & np.isneginf(mask).all(axis=-1, keepdims=True)
     if config.blind_rows == "zeros":
-        mask[blind] = -np.inf
+        mask[unseen] = -np.inf
     elif config.blind_rows == "nan":
-        mask[blind] = np.nan
+        mask[unseen] = np.nan
     elif config.blind_rows == "unmasked":
-        factor[blind], mask[blind] = 1, 0
+        factor[unseen], mask[unseen] = 1, 0
     mask[~blind & (mask < NEGLIGIBLE)] = -np.inf
     with np.errstate(over="ignore"):  # twice float32's lowest number is -inf, in the graph too
         mask = mask.astype(dtype)

@@ -157,6 +157,22 @@ def test_a_full_cache_raises_and_is_left_as_it_was():
         model.new_cache(batch_size=0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": "float64"}, "batch 1, float64, 2 layers, 3 heads of 4; needed: batch 1, float32"),
+        ({"n_layer": 1}, "1 layers.*needed.*2 layers"),
+        ({"n_head": 2}, "2 heads of 4.*needed.*3 heads of 4"),
+        ({"head_size": 5}, "3 heads of 5.*needed.*3 heads of 4"),
+    ],
+)
+def test_a_cache_of_another_model_is_an_error(changes, words):
+    cache = tiny_model("numpy", **changes).new_cache()
+    with pytest.raises(InputError, match=words):
+        shared_model("numpy")([1], cache=cache)
+    assert cache.length == 0
+
+
 def test_bad_masks_and_positions():
     model = shared_model("numpy")
     with pytest.raises(InputError, match=r"attention_mask.*\(1, 3\)"):
