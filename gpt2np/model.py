@@ -290,6 +290,8 @@ def additive_mask(
     be noticed in the result. A row of -inf alone gives zeros.
     """
     plain = config.mask_kind != "none" and config.mask_value < NEGLIGIBLE and config.causal_shift == 0
+    if plain and attention_mask is None:
+        return None
     padded = np.zeros((B, 1, 1, S), bool)
     bias: Array | None = None
     if attention_mask is not None:
