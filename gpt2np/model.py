@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -268,22 +269,25 @@ def check_positions(position_ids: Any, config: GPT2Config, B: int, T: int, start
 NEGLIGIBLE = -9000.0  # a score that much below others has probability exp(-9000) = 0, in float64 too
 
 
-class ReplacingMask(np.ndarray):
-    """A mask that puts `self` in place of scores where `keep` is False, and adds it elsewhere.
+@dataclass(frozen=True, eq=False)
+class ReplacingMask:
+    """A mask that takes the place of scores where `keep` is False, and is added to them elsewhere.
 
     Only `scores + mask` means this; it is for graphs whose replaced scores can be noticed in the result, which
     the compiled kernels leave to the textbook.
     """
 
-    keep: Array
+    keep: Array  # (B, 1, T, S), bool
+    mask: Array  # (B, 1, T, S)
+    __array_ufunc__: ClassVar[None] = None  # so that NumPy leaves `scores + self` to __radd__
 
-    def __radd__(self, scores: Any) -> Any:
-        return np.where(self.keep, scores, 0) + np.asarray(self)
+    def __radd__(self, scores: Array) -> Array:
+        return np.where(self.keep, scores, 0) + self.mask
 
 
 def additive_mask(
     attention_mask: Any, config: GPT2Config, B: int, T: int, S: int, dtype: np.dtype[Any]
-) -> Array | None:
+) -> Array | ReplacingMask | None:
     """What is added to the scores, (B, 1, T, S), or None where that is the causal mask alone.
 
     It is what the file's graph does, as the config describes it, with -inf for every hidden score that cannot
@@ -334,11 +338,7 @@ def additive_mask(
     with np.errstate(over="ignore"):  # twice float32's lowest number is -inf, in the graph too
         mask = mask.astype(dtype)
     keep = (factor == 1) | np.isinf(mask) | (mask < -1e30)  # a score vanishes beside such a number
-    if keep.all():
-        return mask
-    replacing = mask.view(ReplacingMask)
-    replacing.keep = keep
-    return replacing
+    return mask if keep.all() else ReplacingMask(keep, mask)
 
 
 def weights_folder() -> Path:
