@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from .model import GPT2
 
+NOTHING = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -296,12 +298,13 @@ class _Sequence:
 
     def _seen_ids(self, vocab_size: int) -> Array:
         if self.sampler.repetition_penalty == 1:
-            return np.zeros(0, np.int64)
+            return NOTHING
         if self.seen is None:
             self.seen = np.zeros(vocab_size, bool)
             self.seen[self.ids] = True
         self.seen[self.ids[-1]] = True
-        return np.flatnonzero(self.seen)
+        seen: Array = self.seen.nonzero()[0]
+        return seen
 
 
 def _steps(sequences: list[_Sequence], contexts: _Apart | _Together) -> Iterator[Step]:

@@ -1,7 +1,7 @@
 """From the scores of one position to the next token: penalties, filters, and a reproducible draw.
 
-All functions take logits or probabilities (V,) of one position in float32 or float64 and work in that dtype; sums
-over more than 128 of them are float64. The order in which the filters are applied, and what each keeps, is that of
+All functions take logits or probabilities (V,) of one position in float32 or float64 and work in that dtype; running
+sums are float64. The order in which the filters are applied, and what each keeps, is that of
 Hugging Face's `generate`: repetition penalty, temperature, top-k, top-p, min-p.
 """
 
@@ -16,7 +16,9 @@ import numpy as np
 from .errors import InputError
 from .weights import Array
 
-BLOCK = 128  # entries that are looked at together, so that 50257 of them need neither a sort nor a running sum
+# 50257 entries need neither a sort nor a running sum over all of them:
+BLOCK = 128  # entries whose maximum is looked at first, in the search for the largest
+RUN = 2048  # entries whose sum is looked at first, in the search for a place in the running sum
 COLDEST = 1e-6  # temperatures below cannot be told from greedy in float32
 
 
@@ -89,14 +91,15 @@ class Sampling:
         if self.repetition_penalty != 1:
             logits = penalise_repetition(logits, seen, self.repetition_penalty)
         best = int(logits.argmax())  # of equal ones the first; a NaN comes out on top
-        if not math.isfinite(logits[best]):
-            raise InputError(f"no token can be chosen: the largest logit, that of token {best}, is {logits[best]}")
+        largest = logits[best]
+        if not math.isfinite(largest):
+            raise InputError(f"no token can be chosen: the largest logit, that of token {best}, is {largest}")
         if not self.temperature:
             return best
         kept = None  # ids of the tokens that `weights` are about; None: all
         if self.top_k:  # before the temperature, which changes no order
             kept = top_k(logits, self.top_k)
-        weights = logits - logits[best] if kept is None else logits[kept] - logits[best]  # <= 0: exp cannot overflow
+        weights = (logits if kept is None else logits[kept]) - largest  # <= 0: exp cannot overflow
         weights /= self.temperature
         np.exp(weights, out=weights)
         if self.top_p not in (None, 1):
@@ -129,11 +132,11 @@ def top_k(values: Array, k: int) -> Array:
     """Indices of the k largest values, and of any equal to the smallest of these, in ascending order."""
     if k >= len(values):
         return np.arange(len(values))
-    maxima = np.maximum.reduceat(values, np.arange(0, len(values), BLOCK))
-    if k >= len(maxima):
-        return np.flatnonzero(values >= _largest(values, k))
+    if k * BLOCK >= len(values):
+        return _where(values >= _largest(values, k))
     # k blocks hold something as large as the k-th largest maximum: nothing smaller can be among the k largest.
-    candidates = np.flatnonzero(values >= _largest(maxima, k))
+    maxima = np.maximum.reduceat(values, np.arange(0, len(values), BLOCK))
+    candidates = _where(values >= _largest(maxima, k))
     large = values[candidates]
     found: Array = candidates[large >= _largest(large, k)]
     return found
@@ -144,22 +147,23 @@ def top_p(weights: Array, p: float) -> Array:
 
     The weights (V,) are probabilities, or proportional to them. Of equal weights at the edge the first are kept.
     """
-    whole = _block_sums(weights).sum(dtype=np.float64)
+    whole = float(np.add.reduce(weights))
     wanted = p * whole
     # n weights below (1 - p) / n of the whole are less than 1 - p of it together: the rest holds p. Most often
-    # that is so with far fewer than all weights in the place of n.
-    for n in (BLOCK, len(weights)):
-        candidates = np.flatnonzero(weights >= (whole - wanted) / n)
-        if weights[candidates].sum(dtype=np.float64) >= wanted:
+    # that is so with far fewer than all weights in the place of n; twice as many leave room for rounding.
+    for n in (BLOCK, RUN, 2 * len(weights)):
+        candidates = _where(weights >= (whole - wanted) / n)
+        order = candidates[(-weights[candidates]).argsort(kind="stable")]
+        held = weights[order].cumsum(dtype=np.float64)
+        if held.size and held[-1] >= wanted:
             break
-    order = candidates[np.argsort(-weights[candidates], kind="stable")]
-    held = weights[order].cumsum(dtype=np.float64)
-    return order[: 1 + int(np.searchsorted(held[:-1], wanted))]
+    found: Array = order[: 1 + int(held[:-1].searchsorted(wanted))]
+    return found
 
 
 def min_p(weights: Array, p: float) -> Array:
     """Indices of the weights (V,) that are at least p times the largest one, in ascending order."""
-    return np.flatnonzero(weights >= p * weights.max())
+    return _where(weights >= p * weights[weights.argmax()])
 
 
 def draw(weights: Array, uniform: float) -> int:
@@ -167,14 +171,14 @@ def draw(weights: Array, uniform: float) -> int:
 
     An entry of weight 0 is never drawn.
     """
-    if len(weights) <= BLOCK:
+    if len(weights) <= RUN:
         running = weights.cumsum(dtype=np.float64)
         return _first_above(running, uniform * running[-1])
-    blocks = _block_sums(weights).cumsum(dtype=np.float64)
-    target = uniform * blocks[-1]
-    block = _first_above(blocks, target)
-    inside = weights[block * BLOCK : (block + 1) * BLOCK].cumsum(dtype=np.float64)
-    return block * BLOCK + _first_above(inside, target - (blocks[block - 1] if block else 0.0))
+    runs = np.add.reduceat(weights, np.arange(0, len(weights), RUN)).cumsum(dtype=np.float64)
+    target = uniform * runs[-1]
+    run = _first_above(runs, target)
+    inside = weights[run * RUN : (run + 1) * RUN].cumsum(dtype=np.float64)
+    return run * RUN + _first_above(inside, target - (runs[run - 1] if run else 0.0))
 
 
 def log_probabilities(logits: Array, ids: Array) -> Array:
@@ -185,22 +189,23 @@ def log_probabilities(logits: Array, ids: Array) -> Array:
 
 def log_sum_exp(logits: Array) -> float:
     """log(sum(exp(logits))), from exponentials in the dtype of the logits."""
-    largest = logits.max()
+    largest = logits[logits.argmax()]  # several times as fast as max()
     exps = logits - largest
     np.exp(exps, out=exps)
-    return float(largest) + math.log(_block_sums(exps).sum(dtype=np.float64))
+    return float(largest) + math.log(np.add.reduce(exps))  # pairwise: as exact as the exponentials
 
 
 def most_probable(logits: Array, n: int) -> Array:
     """Indices of the n largest logits, the largest first; of equal ones the first in the vocabulary."""
     candidates = top_k(logits, n)
-    return candidates[np.argsort(-logits[candidates], kind="stable")][:n]
+    best: Array = candidates[(-logits[candidates]).argsort(kind="stable")][:n]
+    return best
 
 
-def _block_sums(values: Array) -> Array:
-    """Sums of 128 values each: with few steps in them, so that they are as exact as the values."""
-    sums: Array = np.add.reduceat(values, np.arange(0, len(values), BLOCK))
-    return sums
+def _where(mask: Array) -> Array:
+    """Indices of what is True, in ascending order."""
+    found: Array = mask.nonzero()[0]
+    return found
 
 
 def _largest(values: Array, k: int) -> Array:
@@ -212,5 +217,5 @@ def _largest(values: Array, k: int) -> Array:
 
 def _first_above(running_sum: Array, target: float) -> int:
     """First index whose running sum exceeds target; where rounding leaves none, the last that adds anything."""
-    found = int(np.searchsorted(running_sum, target, side="right"))
-    return found if found < len(running_sum) else int(np.searchsorted(running_sum, running_sum[-1]))
+    found = int(running_sum.searchsorted(target, side="right"))
+    return found if found < len(running_sum) else int(running_sum.searchsorted(running_sum[-1]))

@@ -155,25 +155,25 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._added: dict[int, bytes] = {
+        self._bytes: dict[int, bytes] = {  # of added tokens, and of every token met so far
             index: token.content.encode() for index, token in tokenizer.get_added_tokens_decoder().items()
         }
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for; none for an id that the vocabulary does not have."""
-        if token_id in self._added:
-            return self._added[token_id]
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None:
-            return b""
+        known = self._bytes.get(token_id)
+        if known is not None:
+            return known
+        token = self._tokenizer.id_to_token(token_id) or ""
         alphabet = _unicode_to_bytes()
         try:
-            return bytes([alphabet[character] for character in token])
+            found = self._bytes[token_id] = bytes([alphabet[character] for character in token])
         except KeyError:
             raise TokenizerError(
                 f"token {token_id} {token!r} is not byte-level BPE, which GPT-2's tokens are"
             ) from None
+        return found
 
     def push(self, token_id: int) -> str:
         """The text that has become complete with this token."""

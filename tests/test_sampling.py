@@ -61,6 +61,14 @@ def test_top_p_keeps_the_fewest_that_hold_p(weights, p):
     assert (np.diff(weights[kept]) <= 0).all()
 
 
+@given(st.integers(1, 3000), st.floats(2**-20, 1, width=32), st.floats(1e-9, 1))
+def test_top_p_of_equal_weights_keeps_the_first_ones(n, weight, p):
+    """Where rounding decides whether any is as large as the average."""
+    kept = sampling.top_p(np.full(n, weight, np.float32), p).tolist()
+    assert kept == list(range(len(kept)))
+    assert max(p * n * (1 - 1e-6), 1) <= len(kept) < p * n * (1 + 1e-6) + 1
+
+
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999, 1.0])
 def test_top_p_of_a_large_flat_vocabulary(p):
     """More tokens than the first look takes in."""
