@@ -28,8 +28,10 @@ class GPT2Config:
     activation: Activation = "gelu_tanh"
     attn_scale: float = 0.0  # what q·k is multiplied by; 1/sqrt(D) in GPT-2
     tied: bool = True  # the head is wte itself
-    mask_kind: Literal["replaced", "added", "none"] = "replaced"  # what the graph does with the score of a later key:
-    mask_value: float = -1e4  # ... it becomes this number, or has it added
+    # What the graph does with the score of a later key: it becomes mask_value, has that added, stays as it is, or
+    # ("given") the caller's attention_mask (B, 1, T, S) tells; where the caller has none, queries see no later key.
+    mask_kind: Literal["replaced", "added", "none", "given"] = "replaced"
+    mask_value: float = -1e4
     causal_shift: int = 0  # query i sees keys j <= i + causal_shift; 0 in any sound GPT-2
     # What a score s becomes where attention_mask is 0, and where besides the key lies later: factor * s + addend.
     padding: tuple[float, float] = (0.0, -math.inf)

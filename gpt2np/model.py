@@ -179,7 +179,7 @@ class GPT2:
         # The compiled kernels are the fast path for a call without `tap`; with one they stop at every tap.
         watch = reference.no_tap if tap is None else tap
         kernels, w = self._kernels, self._weights
-        if isinstance(mask, ReplacingMask):
+        if isinstance(mask, ReplacingMask) or (mask is not None and np.isnan(mask).any()):
             kernels, w = reference, self.weights
         scores = None
         # A NaN or infinity in the weights shows in the result; NumPy's warnings would say it once for each operation.
@@ -274,7 +274,7 @@ class ReplacingMask:
     """A mask that takes the place of scores where `keep` is False, and is added to them elsewhere.
 
     Only `scores + mask` means this; it is for graphs whose replaced scores can be noticed in the result, which
-    the compiled kernels leave to the textbook.
+    the compiled kernels leave to the textbook. (So they do NaN in a mask, which also hidden keys pass on.)
     """
 
     keep: Array  # (B, 1, T, S), bool

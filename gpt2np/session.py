@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ import numpy as np
 from .cache import KVCache
 from .errors import ContextOverflowError, InputError
 from .model import GPT2, check_ids, check_positions
+from .onnx.masks import per_query
 from .weights import Array
 
 if TYPE_CHECKING:
-    from .onnx.recognise import Port
+    from .onnx.recognise import Port, Recognised
 
 
 class NodeArg:
@@ -30,6 +32,8 @@ class NodeArg:
 
 
 _ONNX_TYPES = {"float32": "float", "float64": "double"}
+LOGITS = {"logits", "last_logits"}
+USUAL_OUTPUTS = LOGITS | {"last_hidden_state", "present", "present_key", "present_value"}
 
 
 class InferenceSession:
@@ -119,7 +123,7 @@ class InferenceSession:
         B, T = ids.shape
         cache = self._cache(feeds, B, T)
         P = cache.length
-        attention_mask = self._attention_mask(feeds, B, P + T)
+        attention_mask = given_mask(self._recognised, feeds, B, T, P + T)
         position_ids = self._position_ids(feeds, attention_mask, B, T, P)
 
         if self._literal is not None:
@@ -129,24 +133,43 @@ class InferenceSession:
             return [np.ascontiguousarray(evaluator(name), outputs[name].dtype) for name in wanted]
 
         roles = {outputs[name].role for name in wanted}
-        out = self.model(ids, cache, None, "logits" in roles or "last_logits" in roles, attention_mask, position_ids)
+        tapped: dict[str, Array] = {}  # further outputs: hidden states of the layers, attention probabilities
+        tap = (lambda n, v: tapped.update({n: np.array(v)} if n in roles else {})) if roles - USUAL_OUTPUTS else None
+        types = next((feeds[p.name] for p in self._recognised.inputs if p.role == "token_type_ids"), None)
+        out = self.model(ids, cache, tap, bool(roles & LOGITS), attention_mask, position_ids, types)
 
         def value(port: Port) -> Array:
-            if port.role == "last_logits":
+            if port.role in LOGITS:
                 assert out.logits is not None
-                last = out.logits[:, -1:]
-                return last if len(port.shape) == 3 else last[:, 0]
-            if port.role in ("logits", "last_hidden_state"):
-                found = out.logits if port.role == "logits" else out.last_hidden_state
-                assert found is not None
-                if len(port.shape) == given_ids.ndim + 1:  # the zoo's two batch axes, or none
-                    return found.reshape(*given_ids.shape, found.shape[-1])
-                return found
-            assert port.layer is not None
+                logits = self._with_head_padding(out.logits, out.last_hidden_state)
+                if port.role == "last_logits":
+                    return logits[:, -1:] if len(port.shape) == 3 else logits[:, -1]
+                return in_rank_of(port, logits)
+            if port.role == "last_hidden_state":
+                return in_rank_of(port, out.last_hidden_state)
+            if port.layer is None:
+                return in_rank_of(port, tapped[port.role])
             past = out.past[port.layer]
             return past if port.role == "present" else past[int(port.role == "present_value")]
 
+        def in_rank_of(port: Port, array: Array) -> Array:
+            if array.ndim == 3 and len(port.shape) == given_ids.ndim + 1:  # the zoo's two batch axes, or none
+                return array.reshape(*given_ids.shape, array.shape[-1])
+            return array
+
         return [np.ascontiguousarray(value(outputs[name]), outputs[name].dtype) for name in wanted]
+
+    @cached_property
+    def _head_padding(self) -> Array | None:
+        """The head's rows beyond the vocabulary, (E, C)."""
+        source = self._recognised.head_padding
+        return None if source is None else source.load().astype(self.model.dtype)
+
+    def _with_head_padding(self, logits: Array, hidden: Array) -> Array:
+        """(B, T, V) -> (B, T, V + E), where the file's head has rows that stand for no token."""
+        if self._head_padding is None:
+            return logits
+        return np.concatenate([logits, hidden @ self._head_padding.T], axis=-1)
 
     def _checked_feeds(self, input_feed: Mapping[str, Any]) -> dict[str, Array]:
         """The inputs as arrays: each that is declared, no other, of the declared type, rank and fixed sizes."""
@@ -197,17 +220,6 @@ class InferenceSession:
         cache.advance(P)
         return cache
 
-    def _attention_mask(self, feeds: Mapping[str, Array], B: int, S: int) -> Array | None:
-        for port in self._recognised.inputs:
-            if port.role == "attention_mask":
-                mask = feeds[port.name]
-                if mask.shape != (B, S):
-                    raise InputError(
-                        f"input {port.name!r}: got shape {mask.shape}, expected {(B, S)}: cached and new positions"
-                    )
-                return mask
-        return None
-
     def _position_ids(self, feeds: Mapping[str, Array], mask: Array | None, B: int, T: int, P: int) -> Array | None:
         """Rows of wpe, where they do not simply follow the cached ones."""
         if self._recognised.positions.startswith("mask") and mask is not None:
@@ -217,3 +229,33 @@ class InferenceSession:
                 check_positions(feeds[port.name], self.model.config, B, T, P)
                 return feeds[port.name]
         return None
+
+
+def given_mask(recognised: Recognised, feeds: Mapping[str, Array], B: int, T: int, S: int) -> Array | None:
+    """The attention_mask among a file's inputs as GPT2 takes it, or None.
+
+    Raises
+    ------
+    InputError
+        If it has not an element for each cached and new position, or says neither 0 nor 1.
+    """
+    for port in recognised.inputs:
+        if port.role not in ("attention_mask", "attention_bias"):
+            continue
+        given = feeds[port.name]
+        cut = recognised.mask_cut
+        sizes: dict[int, tuple[int, ...]] = {2: (B, S), 3: (B, T, S), 4: (B, 1, T, S)}
+        fits = all(n in (1, size) for n, size in zip(given.shape[:-1], sizes[given.ndim][:-1], strict=True))
+        if cut and given.shape[-2] >= S and given.shape[-1] >= S:
+            mask = per_query(given, T, S, cut)
+        elif not cut and fits and given.shape[-1] == S and (given.ndim > 2 or given.shape == (B, S)):
+            mask = given if given.ndim == 2 else per_query(given, T, S, cut)
+        else:
+            what = "at least a row and a column for each of the" if cut else f"expected {sizes[given.ndim]}:"
+            raise InputError(f"input {port.name!r}: got shape {given.shape}, {what} cached and new positions")
+        if port.role == "attention_bias":
+            return mask if mask.ndim == 4 else mask[:, None, None, :]
+        if mask.dtype.kind == "f" and not np.isin(mask, (0, 1)).all():
+            raise InputError(f"input {port.name!r} says 1 for keys that are seen and 0 for others; got other numbers")
+        return mask if mask.ndim == 2 else mask != 0
+    return None

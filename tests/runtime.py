@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from gpt2np.onnx.recognise import Recognised
+from gpt2np.onnx.recognise import Port, Recognised
 
 Array = np.ndarray
 DATA = Path(__file__).parent / "data"
@@ -27,8 +27,10 @@ def feeds_for(
         if port.role == "input_ids":
             shape = {1: (T,), 2: (B, T), 3: (1, B, T)}[len(port.shape)]
             value: Any = rng.integers(0, config.vocab_size, shape)
-        elif port.role == "attention_mask":
-            value = keep
+        elif port.role in ("attention_mask", "attention_bias"):
+            value = mask_for(port, keep, T, config.n_ctx, found.mask_cut)
+        elif port.role == "token_type_ids":
+            value = rng.integers(0, config.vocab_size, (B, T))
         elif port.role == "position_ids":
             value = np.maximum(np.cumsum(keep, axis=-1) - 1, 0)[:, P:]
         elif port.role == "use_cache_branch":
@@ -40,6 +42,24 @@ def feeds_for(
             raise AssertionError(port)
         feeds[port.name] = value.astype(port.dtype)
     return feeds
+
+
+def mask_for(port: Port, keep: Array, T: int, N: int, cut: bool) -> Array:
+    """attention_mask as the file wants it: of keys (B, S), or for each query what it sees of them, itself included."""
+    B, S = keep.shape
+    visible = keep.astype(bool)
+    if len(port.shape) > 2 and port.shape[-2] == 1:
+        visible = visible[:, None, None, :]
+    elif len(port.shape) > 2:
+        visible = visible[:, None, None, :] & (np.arange(S) <= np.arange(S - T, S)[:, None])
+    if cut:
+        rows, columns = (d if isinstance(d, int) else N for d in port.shape[-2:])
+        buffer = np.zeros((B, 1, rows, columns), bool)
+        buffer[:, :, S - T : S, :S] = visible
+        visible = buffer
+    if port.role == "attention_bias":
+        return np.where(visible, 0.0, -1e4)
+    return visible[:, 0] if len(port.shape) == 3 else visible
 
 
 def runtime(path: Path, extra: list[str] | None = None, scratch: Path | None = None) -> onnxruntime.InferenceSession:

@@ -333,7 +333,11 @@ def _masked_scores(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     if mask is not None:
         if mask.ndim == 1:
             raise ValueError("a mask of lengths")
-        keep = mask[:, None, None, :] if mask.ndim == 2 else (mask[:, None] if mask.ndim == 3 else mask[..., :T, :S])
+        keep = (
+            mask[:, None, None, :]
+            if mask.ndim == 2
+            else (mask[:, None] if mask.ndim == 3 else mask[..., S - T : S, :S])
+        )
         added = added + np.where(keep > 0, 0.0, low)
     if bias is not None:
         added = added + (np.where(bias, 0.0, low) if bias.dtype == bool else bias)

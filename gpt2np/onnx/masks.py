@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,33 +11,65 @@ import numpy as np
 
 Array = np.ndarray
 Effect = tuple[float, float]  # (factor, addend): a hidden score s becomes factor * s + addend
+Run = Callable[[Array | None], tuple[Array, Array]]
 
 
 @dataclass(frozen=True)
 class Mask:
     """What a graph does to scores before the softmax; see GPT2Config for the fields."""
 
-    kind: Literal["replaced", "added", "none"]
+    kind: Literal["replaced", "added", "none", "given"]
     value: float
     shift: int
     padding: Effect = (0.0, -math.inf)
     padding_later: Effect = (0.0, -math.inf)
     blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "zeros"
+    adds: bool = False  # attention_mask is added to the scores: it does not say 1 or 0
 
     def __str__(self) -> str:
-        how = {"replaced": "becomes", "added": "is lowered by", "none": "is left as it is:"}[self.kind]
+        how = {"replaced": "becomes", "added": "is lowered by"}.get(self.kind, "is left as it is:")
         return f"a later score {how} {self.value:g}, query i sees keys up to i{self.shift:+d}"
 
 
+def mask_shapes(
+    declared: tuple[int | str | None, ...], B: int, T: int, S: int
+) -> Iterator[tuple[tuple[int, ...], bool]]:
+    """Shapes that an attention_mask of B sequences may have, and whether the graph cuts queries and keys out of it."""
+    names: dict[int, tuple[str | int, ...]] = {2: ("B", S), 3: ("B", T, S), 4: ("B", 1, T, S)}
+    if len(declared) not in names:
+        raise ValueError(f"attention_mask has {len(declared)} axes, not (B, S), (B, T, S) or (B, 1, T, S)")
+
+    def fixed(*sizes: int | str) -> tuple[int, ...]:
+        sizes = tuple(B if s == "B" else s for s in sizes)
+        return tuple(d if isinstance(d, int) and d > 0 else int(s) for d, s in zip(declared, sizes, strict=True))
+
+    rows = ([1, *declared])[-2]
+    usual = fixed(*names[len(declared)])
+    if len(declared) == 2 or rows == 1 or usual[-2:] == (T, S):
+        yield usual, False
+    if len(declared) > 2 and rows != 1:
+        yield fixed(*usual[:-2], S, S), True
+
+
+def per_query(mask: Array, T: int, S: int, cut: bool) -> Array:
+    """Any attention_mask as (B, 1 or H, T or 1, S)."""
+    if mask.ndim == 2:
+        return mask[:, None, None, :]
+    mask = mask[:, None] if mask.ndim == 3 else mask
+    return mask[:, :, S - T : S, :S] if cut else mask
+
+
 def read_mask(
-    run: Callable[[Array | None], tuple[Array, Array]], B: int, T: int, S: int, padded: bool, guarded: bool
+    run: Run, T: int, S: int, shape: tuple[int, ...] | None, cut: bool, floating: bool, guarded: bool
 ) -> tuple[float, Mask]:
     """Read the factor and the mask from what happens to scores.
 
     `run(attention_mask)` gives (factor, added), (B, H, T, S) each: a score s becomes factor * s + added.
+    `shape` is that of attention_mask, None if there is none; `cut`: see `mask_shapes`.
     """
-    full = np.ones((B, S))
-    factor, added = run(full if padded else None)
+    adds = shape is not None and floating and _is_added(run, shape)
+    full = None if shape is None else np.full(shape, 0.0 if adds else 1.0)
+    factor, added = run(full)
     seen = (added == 0) & (factor != 0)
     if not seen.any():
         raise ValueError("no query sees any key")
@@ -53,27 +85,35 @@ def read_mask(
     unguarded: Literal["nan", "masked"] = "masked"
     if seen.all():
         mask = Mask("none", 0.0, S)
+        if T == 1:  # one new position sees all keys in any GPT-2
+            mask = Mask("replaced", -math.inf, 0)
+        elif shape is not None and len(shape) > 2:
+            mask = Mask("given", -math.inf, 0)
         later = np.zeros_like(later)
     else:
         f, value = one_effect(factor, added, later & ~blind[:, None], scale, "keys after a query's own")
         kind: Literal["replaced", "added"] = "added" if f else "replaced"
         mask = Mask(kind, value, shift)
         unguarded = "nan" if value == -math.inf else "masked"
-    if not padded:
+    if full is None:
         return scale, replace(mask, blind_rows="zeros" if guarded and unguarded == "nan" else unguarded)
+    if adds:
+        _check_added(run, full, T, S, cut, factor, added, later)
+        return scale, replace(mask, blind_rows="zeros" if guarded else "nan", adds=True)
 
-    # padding: on the left (with queries that see nothing), on the right, and a hole
-    results = []
-    for hidden in (slice(0, S - T + 2), slice(S - 1, S), slice(1, 2)):
-        attention_mask = full.copy()
-        attention_mask[0, hidden] = 0
-        results.append((attention_mask == 0, *run(attention_mask)))
+    # padding: on the left (with queries that see nothing), on the right, a hole, and for each query by chance
+    patterns = [np.full(full.shape, False) for _ in range(3 + (full.ndim > 2))]
+    for pattern, hidden in zip(patterns, (slice(0, S - T + 2), slice(S - 1, S), slice(1, 2)), strict=False):
+        pattern[0, ..., hidden] = True
+    if full.ndim > 2:
+        patterns[3][:] = np.random.default_rng(0).random(full.shape) < 0.4
+    results = [(per_query(p, T, S, cut), *run(np.where(p, 0.0, full))) for p in patterns]
     if all(((f == factor) & (a == added)).all() for _, f, a in results):
         return scale, replace(mask, padding=(1.0, 0.0), padding_later=(float(mask.kind == "added"), mask.value))
     effects: dict[str, set[Effect]] = {"padding": set(), "padding_later": set()}
     blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "masked"
     for hidden_keys, factors, addends in results:
-        gone = np.broadcast_to(hidden_keys[:, None, None], factors.shape)
+        gone = np.broadcast_to(hidden_keys, factors.shape)
         blind_row = (gone | later).all(axis=-1, keepdims=True)
         if (blind_row & (addends == 0) & (factors != 0)).sum() == (blind_row & np.ones_like(gone)).sum() > 0:
             blind_rows = "unmasked"
@@ -90,6 +130,22 @@ def read_mask(
     if blind_rows == "masked" and padding[1] == -math.inf:
         blind_rows = "zeros" if guarded else "nan"
     return scale, replace(mask, padding=padding, padding_later=padding_later, blind_rows=blind_rows)
+
+
+def _is_added(run: Run, shape: tuple[int, ...]) -> bool:
+    """Whether a mask's numbers are added to the scores."""
+    factor, added = run(np.zeros(shape))
+    seen = (added == 0) & (factor != 0)
+    return bool(seen.any() and np.allclose(run(np.full(shape, -2.5))[1][seen], -2.5))
+
+
+def _check_added(run: Run, full: Array, T: int, S: int, cut: bool, factor: Array, added: Array, later: Array) -> None:
+    """Raise unless every score has its own element added, but for those that are hidden in any case."""
+    given = np.random.default_rng(0).standard_normal(full.shape)
+    factors, addends = run(given)
+    right = np.isclose(factors, factor, rtol=1e-6) & np.isclose(addends, added + per_query(given, T, S, cut), rtol=1e-6)
+    if not (right | later).all():
+        raise ValueError("scores are not given the element of attention_mask at their query and key")
 
 
 def one_effect(factor: Array, added: Array, where: Array, scale: float, what: str) -> Effect:

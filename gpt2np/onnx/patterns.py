@@ -355,7 +355,7 @@ def addends(graph: Graph, name: str) -> list[Addend]:
         elif node.op in VIEWS:
             pending.append((node.inputs[0], seen))
         elif node.op in ("Add", "Sum") and match_linear(graph, current) is None:
-            pending.extend((i, i) for i in reversed(node.inputs))
+            pending.extend((i, i) for i in reversed(node.inputs) if graph.scalar(i) != 0)
         else:
             found.append(Addend(current, seen))
     return found

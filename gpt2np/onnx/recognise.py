@@ -25,7 +25,7 @@ from ..weights import weight_shapes
 from . import patterns
 from .evaluate import Evaluator, is_float
 from .graph import VIEWS, Graph, search_decoder
-from .masks import Mask, read_mask
+from .masks import Mask, mask_shapes, read_mask
 from .patterns import Addend, AttentionCore, LayerNorm, Linear, Lookup
 from .reader import ModelFile
 from .sources import Source, joined, ones, zeros
@@ -43,7 +43,9 @@ class Port:
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...]  # as declared: a size, a symbol, or unknown
-    role: str  # "input_ids", "attention_mask", "position_ids", "past", "past_key", ..., "logits", "present", ...
+    # "input_ids", "attention_mask", "attention_bias" (added to the scores), "position_ids", "token_type_ids", "past",
+    # "past_key", ..., "logits", "last_hidden_state", "present", ..., or for any other output the name of its tap
+    role: str
     layer: int | None = None
 
 
@@ -80,6 +82,8 @@ class Recognised:
     notes: tuple[str, ...]  # anything odd
     # How rows of wpe are chosen where the caller does not: "range", or counted in attention_mask ("mask...").
     positions: str = "range"
+    mask_cut: bool = False  # attention_mask has a row for every key, and the graph takes those of the new positions
+    head_padding: Source | None = None  # rows of the head beyond the vocabulary, (E, C): logits (B, T, V + E)
     graph_size: int = 0  # nodes, after fused and quantised ones are taken apart
 
     def positions_from_mask(self, attention_mask: Array) -> Array:
@@ -172,6 +176,8 @@ class _Recogniser:
         self.masks: dict[int, Mask] = {}
         self.heads: dict[int, tuple[int, int]] = {}
         self.float16 = False
+        self.mask_cut = False
+        self.head_padding: Source | None = None
 
     # ------------------------------------------------------------------------------------ structure
     def run(self) -> Recognised:
@@ -179,11 +185,12 @@ class _Recogniser:
         head, final = self.find_top()
         lookups, branches = self.find_branches(final)
         layers = self.pair(lookups, branches, final)
-        words, places = self.tell_lookups(lookups)
-        self.find_inputs(words, places, layers)
+        words, places, types = self.tell_lookups(lookups)
+        self.find_inputs(words, places, types, layers)
         self.feed_inputs()
+        self.check_ids(words)
 
-        for lookup in (words, places):
+        for lookup in lookups:
             self.know(lookup.out, np.full((*self.rows(lookup).shape, lookup.table.shape[1]), np.nan))
         self.sources["wte.weight"], self.sources["wpe.weight"] = words.table, places.table
         self.float16 = any(t.dtype == np.float16 for t in graph.initializers.values())
@@ -217,6 +224,8 @@ class _Recogniser:
             ignored,
             tuple(self.notes),
             positions,
+            self.mask_cut,
+            self.head_padding,
             len(graph.nodes),
         )
 
@@ -259,7 +268,7 @@ class _Recogniser:
             if (lookup := patterns.match_lookup(graph, addend.value)) is not None:
                 lookups.append(lookup)
             elif graph.is_constant(addend.value):
-                continue  # a bias that a fused node adds to the stream; `pair` finds out whose
+                continue  # zero, or a bias that a fused node adds to the stream; `pair` finds out whose
             elif (linear := patterns.match_linear(graph, addend.value)) is not None:
                 branches.append(self.find_branch(addend, linear))
             else:
@@ -325,31 +334,48 @@ class _Recogniser:
             raise UnsupportedModelError(f"{len(branches)} attentions and MLPs do not make whole blocks")
         return list(zip(branches[::2], branches[1::2], strict=True))
 
-    def tell_lookups(self, lookups: list[Lookup]) -> tuple[Lookup, Lookup]:
-        """Which table is wte, which is wpe."""
-        if len(lookups) != 2:
-            tables = ", ".join(lookup.table.describe() for lookup in lookups) or "none"
+    def tell_lookups(self, lookups: list[Lookup]) -> tuple[Lookup, Lookup, Lookup | None]:
+        """Which table is wte, which is wpe, and whether wte is looked up once more, by token types."""
+        tables = ", ".join(lookup.table.describe() for lookup in lookups) or "none"
+        if len(lookups) not in (2, 3):
             raise UnsupportedModelError(f"GPT-2 starts with two embeddings, tokens and positions; here are: {tables}")
+        order = [port.name for port in self.graph.inputs]
 
-        def likely_words(lookup: Lookup) -> tuple[bool, bool, bool, int]:
+        def likely_words(lookup: Lookup) -> tuple[bool, bool, bool, bool, int, int]:
             source = self.graph.strip(lookup.rows) if lookup.rows else ""
             name = " ".join(lookup.table.origin)
             return (
                 "wte" in name and "wpe" not in name,
                 self.graph.is_input(source),
                 "position" not in source,
+                "type" not in source,
                 lookup.table.shape[0],
+                -order.index(source) if source in order else 0,
             )
 
-        words, places = sorted(lookups, key=likely_words, reverse=True)
-        if not self.graph.is_input(self.graph.strip(words.rows)):
+        words, *others = sorted(lookups, key=likely_words, reverse=True)
+        if len(self.inputs_behind(words)) != 1:
             raise UnsupportedModelError(f"{words.node.describe()} does not look up the ids of an input")
-        return words, places
+        types = next((o for o in others if o.table.origin == words.table.origin), None)
+        if (types is None) != (len(others) == 1) or (types and not self.graph.is_input(self.graph.strip(types.rows))):
+            raise UnsupportedModelError(
+                f"GPT-2 starts with two embeddings, tokens and positions (and may look up token types in that of "
+                f"the tokens); here are: {tables}"
+            )
+        return words, next(o for o in others if o is not types), types
+
+    def inputs_behind(self, lookup: Lookup) -> list[str]:
+        """The inputs whose values choose the rows."""
+        return [v for v in self.graph.ancestors(lookup.rows) if self.graph.is_input(v)] if lookup.rows else []
 
     # ------------------------------------------------------------------------------------ inputs
-    def find_inputs(self, words: Lookup, places: Lookup, layers: list[tuple[_Branch, _Branch]]) -> None:
+    def find_inputs(
+        self, words: Lookup, places: Lookup, types: Lookup | None, layers: list[tuple[_Branch, _Branch]]
+    ) -> None:
         graph = self.graph
-        self.roles[graph.strip(words.rows)] = "input_ids", None
+        self.roles[self.inputs_behind(words)[0]] = "input_ids", None
+        if types is not None:
+            self.roles[graph.strip(types.rows)] = "token_type_ids", None
         if places.rows and graph.is_input(place := graph.strip(places.rows)):
             self.roles[place] = "position_ids", None
         for i, (branch, _) in enumerate(layers):
@@ -369,6 +395,9 @@ class _Recogniser:
             if graph.is_input(value) and value not in self.roles:
                 masked = ("attention_mask", None) in self.roles.values() or "position" in value
                 self.roles[value] = "position_ids" if masked else "attention_mask", None
+        masks = [name for name, (role, _) in self.roles.items() if role == "attention_mask"]
+        if len(masks) > 1:
+            raise UnsupportedModelError(f"the scores are masked by several inputs: {', '.join(masks)}")
         for port in graph.inputs:
             if port.name == self.condition:
                 self.roles[port.name] = "use_cache_branch", None
@@ -387,18 +416,25 @@ class _Recogniser:
         sizes = [1] * (len(shape) - 2) + [BATCH, NEW][-len(shape) :]
         sizes = [s if isinstance(s, int) and s > 0 else size for s, size in zip(shape, sizes, strict=True)]
         self.B, self.T = int(np.prod(sizes[:-1])), sizes[-1]
-        past = any(role.startswith("past") for role, _ in self.roles.values())
-        self.P = PAST if past else 0
+        pasts = [declared[name] for name, (role, _) in self.roles.items() if role.startswith("past")]
+        length = pasts[0][-2] if pasts and len(pasts[0]) > 1 else None
+        self.P = (length if isinstance(length, int) else PAST) if pasts else 0
         for port in self.graph.inputs:
             role, shape = self.roles[port.name][0], declared[port.name]
             dtype = _dtype(port)
             if role == "input_ids":
+                self.know(port.name, np.arange(np.prod(sizes)).reshape(sizes).astype(dtype))
+            elif role == "token_type_ids":
                 self.know(port.name, np.zeros(sizes, dtype))
             elif role == "position_ids":
                 steps = np.arange(self.B * self.T)[::-1] % 7  # no run of positions
                 self.know(port.name, steps.reshape([-1, self.T][-len(shape) :]).astype(dtype))
             elif role == "attention_mask":
-                self.know(port.name, np.ones((self.B, self.P + self.T), dtype))
+                try:
+                    size, _ = next(mask_shapes(shape, self.B, self.T, self.P + self.T))
+                except ValueError as error:
+                    raise UnsupportedModelError(f"input {port.name!r}: {error}") from error
+                self.know(port.name, np.ones(size, dtype))
             elif role.startswith("past"):
                 sizes_past = [s if isinstance(s, int) and s > 0 else 0 for s in shape]
                 if len(shape) not in (4, 5) or not sizes_past[-1] or not sizes_past[-3]:
@@ -410,6 +446,16 @@ class _Recogniser:
                 if len(shape) == 5:
                     sizes_past[0] = 2
                 self.know(port.name, np.full(sizes_past, np.nan))
+
+    def check_ids(self, words: Lookup) -> None:
+        """Each token's row of wte must be looked up, in the order given."""
+        given = self.known[next(n for n, (role, _) in self.roles.items() if role == "input_ids")]
+        rows = self.rows(words)
+        if rows.size != given.size or (rows.ravel() != given.ravel()).any():
+            raise UnsupportedModelError(
+                f"{words.node.describe()} looks up the tokens {rows.ravel().tolist()} where {given.ravel().tolist()} "
+                "are given"
+            )
 
     def know(self, name: str, value: Array) -> None:
         """Give the probe the value at a border."""
@@ -456,7 +502,7 @@ class _Recogniser:
                 f"{places.node.describe()} takes the rows {rows[0].tolist()} of wpe for positions {P}..{P + T - 1}"
             )
         how = "input" if given else "range"
-        masks = [n for n, (role, _) in self.roles.items() if role == "attention_mask"]
+        masks = [n for n, (role, _) in self.roles.items() if role == "attention_mask" and self.known[n].ndim == 2]
         if how == "range" and masks:
             mask = np.ones_like(self.known[masks[0]])
             mask[0, : P + 2] = mask[-1, P + 1] = mask[-1, 0] = 0  # padding on the left, and holes
@@ -587,7 +633,7 @@ class _Recogniser:
             self.check_past(i, what, index, np.rint(array[:, :, :P]).astype(np.int64), codes)
 
         # 3. Rows of c_proj.
-        shape = (*self.evaluate(core.scores.a).shape[:-1], D)
+        shape = (*self.evaluate(core.heads.b).shape[:-2], T, D)
         order = np.arange(B * H * T * D, dtype=np.float64).reshape(B, H, T, D)
         self.know(core.heads.out, np.full(shape, np.nan))
         (merged,) = self.run_with({core.heads.out: order.reshape(shape)}, branch.out.x)
@@ -602,7 +648,7 @@ class _Recogniser:
             self.notes.append(f"h.{i}: the heads are merged in another order; rows of c_proj are reordered")
 
         self.feed_linear(branch.out)
-        self.know(core.scores.out, np.full((*shape[:-1], S), np.nan))
+        self.know(core.scores.out, np.full((*self.evaluate(core.scores.a).shape[:-1], S), np.nan))
 
         # 4. Taps; the scale, the mask and the scores wait until all layers are known.
         self.attention_taps(name, branch, (numbered, unit), (q, k[:, :, P:], v[:, :, P:]), row_order)
@@ -665,44 +711,59 @@ class _Recogniser:
 
     def read_masks(self, cores: list[AttentionCore]) -> None:
         """What happens to scores before the softmax: a factor, and what is masked how."""
-        names = [n for n, (role, _) in self.roles.items() if role == "attention_mask"]
+        name = next((n for n, (role, _) in self.roles.items() if role == "attention_mask"), "")
         B, T, S = self.B, self.T, self.P + self.T
-        dtype = next((_dtype(p) for p in self.graph.inputs if p.name in names), np.dtype(np.int64))
+        port = next((p for p in self.graph.inputs if p.name == name), None)
+        dtype = np.dtype(np.int64) if port is None else _dtype(port)
+        floating = is_float(np.empty(0, dtype))
         rng = np.random.default_rng(0)
         shapes = {core.scores.out: self.known[core.scores.out].shape for core in cores}
         low = {name: rng.uniform(1, 2, shape) for name, shape in shapes.items()}
         high = {name: rng.uniform(-2, -1, shape) for name, shape in shapes.items()}
-        probes: dict[bytes, tuple[Evaluator, Evaluator]] = {}  # for each attention_mask; the layers share them
+        probes: dict[Any, tuple[Evaluator, Evaluator]] = {}  # for each attention_mask; the layers share them
 
         def run(core: AttentionCore, attention_mask: Array | None) -> tuple[Array, Array]:
-            key = b"" if attention_mask is None else attention_mask.tobytes()
+            key = None if attention_mask is None else (attention_mask.shape, attention_mask.tobytes())
             if key not in probes:
-                feeds = {n: attention_mask.astype(dtype) for n in names} if attention_mask is not None else {}
+                feeds: dict[str, Array] = {}
+                if attention_mask is not None:
+                    feeds[name] = attention_mask if floating else attention_mask.astype(dtype)
                 probes[key] = self.evaluator({**feeds, **low}), self.evaluator({**feeds, **high})
-            one, two = (probe(core.masked) for probe in probes[key])
-            first, second = low[core.scores.out], high[core.scores.out]
+            one, two = (probe(core.masked).reshape(B, -1, T, S) for probe in probes[key])
+            first, second = (scores[core.scores.out].reshape(B, -1, T, S) for scores in (low, high))
             with np.errstate(invalid="ignore"):
                 factor = np.where(one == two, 0.0, (one - two) / (first - second))
                 added = np.where(np.isinf(one), one, one - factor * first)
             added = np.where(np.abs(added) < 1e-9, 0.0, added)
             if self.float16:
                 added = np.where(added < np.finfo(np.float16).min, -np.inf, added)
-            return factor.reshape(B, -1, T, S), added.reshape(B, -1, T, S)
+            return factor, added
 
+        given: list[tuple[tuple[int, ...] | None, bool]] = [(None, False)]
+        if port is not None:
+            given = list(mask_shapes(_declared(port), B, T, S))
         for i, core in enumerate(cores):
             H, D = self.heads[i]
-            try:
-                after, mask = read_mask(partial(run, core), B, T, S, bool(names), core.guarded)
-            except ValueError as error:
+            after, mask, error = 1.0, Mask("replaced", -1e4, 0), None
+            for shape, cut in given:
+                try:
+                    after, mask = read_mask(partial(run, core), T, S, shape, cut, floating, core.guarded)
+                except (ValueError, UnsupportedModelError) as why:
+                    error = error or why
+                else:
+                    given, self.mask_cut, error = [(shape, cut)], cut, None
+                    break
+            if error is not None:
                 node = self.graph.producer(core.masked)
                 where = node.describe() if node else repr(core.masked)
                 self.graph.object(UnsupportedModelError(f"{where}: the mask of layer {i}: {error}"))
-                after, mask = 1.0, Mask("replaced", -1e4, 0)
             scale = self.unmasked[i] * after
             # rounded to float32 on the way
             self.scales[i] = D**-0.5 if np.isclose(scale, D**-0.5, rtol=1e-6) else scale
             self.masks[i] = mask
             self.scores_tap(i, core, H)
+        if any(mask.adds for mask in self.masks.values()):
+            self.roles[name] = "attention_bias", None
 
     def scores_tap(self, i: int, core: AttentionCore, H: int) -> None:
         """Scores are tapped behind the last factor, before anything is masked."""
@@ -789,6 +850,13 @@ class _Recogniser:
             lambda a, batch: a.reshape(-1, *a.shape[-2:]) if a.ndim != 2 else a.reshape(batch, -1, a.shape[-1]),
         )
         self.head_source = weight
+        V, C = words.table.shape
+        if weight.shape[0] > V and weight.shape[1:] == (C,) and head.bias is None:
+            more = weight.shape[0] - V
+            self.notes.append(f"the head has {more} more rows than wte: logits of no token")
+            self.head_padding = weight.taken(np.arange(V, V + more), 0, "rows without a token")
+            weight = weight.taken(np.arange(V), 0, "rows of tokens")
+            self.taps["logits"] = TapLocation(head.out, lambda a, batch: a.reshape(-1, *a.shape[-2:])[..., :V])
         tied = _same_tensor(head, words) or (weight.shape == words.table.shape and _equal(weight, words.table))
         if not tied:
             self.sources["lm_head.weight"] = weight
@@ -886,7 +954,7 @@ class _Recogniser:
         for output in graph.outputs:
             if output.name in self.output_roles:
                 continue
-            found = self.present(output.name, layers)
+            found = self.present(output.name, layers) or self.tapped(output.name)
             if found is None:
                 node = graph.producer(output.name)
                 where = f" ({node.describe()})" if node else ""
@@ -894,6 +962,17 @@ class _Recogniser:
                     f"output {output.name!r}{where} is neither hidden states, logits, nor keys and values"
                 )
             self.output_roles[output.name] = found
+
+    def tapped(self, output: str) -> tuple[str, None] | None:
+        """An output that is one of the taps as it stands, such as the hidden states of each layer."""
+        views = set(self.graph.chain(output))
+        for name, tap in self.taps.items():
+            if views & set(self.graph.chain(tap.tensor)):
+                ids = next(self.known[n] for n, (role, _) in self.roles.items() if role == "input_ids")
+                shape = self.evaluate(output).shape
+                if len(shape) == 4 or shape[:-1] == ids.shape:
+                    return name, None
+        return None
 
     def present(self, output: str, layers: list[tuple[_Branch, _Branch]]) -> tuple[str, int] | None:
         graph = self.graph

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from ..weights import Array
 from .data import DataSet
 from .metrics import Budget, Metrics, TopK, measure, top_k
 from .runners import Model, Recorded, Runner
+
+if TYPE_CHECKING:
+    from ..onnx.recognise import Port
 
 
 class Case(NamedTuple):
@@ -84,8 +87,10 @@ def case_from_ids(model: Model, name: str, ids: Array) -> Case:
         elif port.role == "position_ids":
             rows = np.broadcast_to(np.arange(T), (B, T))
             feeds[port.name] = (rows if len(port.shape) == 2 else rows[0]).astype(port.dtype)
-        elif port.role == "attention_mask":
-            feeds[port.name] = np.ones((B, T), port.dtype)
+        elif port.role in ("attention_mask", "attention_bias"):
+            feeds[port.name] = _mask(port, B, T)
+        elif port.role == "token_type_ids":
+            feeds[port.name] = np.zeros((B, T), port.dtype)
         elif port.role in ("past_key", "past_value", "past"):
             shape = (B, config.n_head, 0, config.head_size)
             feeds[port.name] = np.zeros((2, *shape) if port.role == "past" else shape, port.dtype)
@@ -94,6 +99,20 @@ def case_from_ids(model: Model, name: str, ids: Array) -> Case:
         else:
             raise InputError(f"do not know what to give the input {port.name!r} ({port.role}) of {model.path}")
     return Case(name, feeds, None)
+
+
+def _mask(port: Port, B: int, T: int) -> Array:
+    """Attention to all keys or, where the file takes a mask for each query, to those up to its own."""
+    if len(port.shape) == 2:
+        seen = np.ones((B, T), bool)
+    else:
+        rows, columns = [d if isinstance(d, int) else T for d in port.shape][-2:]
+        seen = np.broadcast_to(np.tri(T, dtype=bool) if rows > 1 else np.ones((1, T), bool), (B, 1, min(rows, T), T))
+        seen = np.pad(seen, [(0, 0), (0, 0), (0, rows - seen.shape[2]), (0, columns - T)])
+        seen = seen[:, 0] if len(port.shape) == 3 else seen
+    if port.role == "attention_bias":
+        return np.where(seen, 0, np.finfo(port.dtype).min).astype(port.dtype)
+    return seen.astype(port.dtype)
 
 
 def random_cases(model: Model, count: int, seed: int, longest: int = 48) -> list[Case]:

@@ -72,7 +72,8 @@ class Call(NamedTuple):
     input_ids: Array  # (B, T) int64
     position_ids: Array  # (B, T) int64, rows of wpe
     past: list[Array] | None = None  # L x (2, B, H, P, D): keys and values of the cached positions
-    attention_mask: Array | None = None  # (B, S), 1 for keys that may be seen
+    attention_mask: Array | None = None  # (B, S) or (B, 1, T, S), as GPT2 takes it
+    token_type_ids: Array | None = None  # (B, T), rows of wte
 
     @property
     def start(self) -> int:
@@ -191,8 +192,9 @@ def _embed(p: Program, call: Call, tap: str, inputs: list[Array], dtype: np.dtyp
 
 def embed_at(p: Program, call: Call, position_ids: Array, dtype: np.dtype[Any]) -> Array:
     """Embedding with other rows of wpe."""
-    token = p.weights("wte.weight", dtype)[call.input_ids].astype(dtype)
-    return np.asarray(token + p.weights("wpe.weight", dtype)[position_ids])
+    wte = p.weights("wte.weight", dtype)
+    x = wte[call.input_ids].astype(dtype) + p.weights("wpe.weight", dtype)[position_ids]
+    return np.asarray(x if call.token_type_ids is None else x + wte[call.token_type_ids].astype(dtype))
 
 
 def _layer_norm(p: Program, call: Call, tap: str, inputs: list[Array], dtype: np.dtype[Any]) -> Array:

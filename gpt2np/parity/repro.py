@@ -107,8 +107,13 @@ def _graph(
             node("Gather", ["wte", "input_ids"], ["tokens"]), node("Gather", ["wpe", "position_ids"], ["positions"]),
             node("Add", ["tokens", "positions"], [y]),
         ]  # fmt: skip
+        feeds = {"input_ids": call.input_ids, "position_ids": call.position_ids}
+        if call.token_type_ids is not None:
+            nodes[-1].output[0] = "sum"
+            nodes += [node("Gather", ["wte", "token_type_ids"], ["types"]), node("Add", ["sum", "types"], [y])]
+            feeds["token_type_ids"] = call.token_type_ids
         tables = {"wte": p.weights("wte.weight", f32).astype(f32), "wpe": p.weights("wpe.weight", f32)}
-        return nodes, tables, {"input_ids": call.input_ids, "position_ids": call.position_ids}
+        return nodes, tables, feeds
     if part in ("ln_1", "ln_2", "ln_f"):
         w, b, eps = p.norm(tap, f32)
         return (

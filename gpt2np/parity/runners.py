@@ -127,6 +127,7 @@ class Model:
 def call_of(recognised: Recognised, feeds: Feeds) -> Call:
     """Token ids, positions, past and mask as the operations take them, from the file's own inputs."""
     from ..model import additive_mask, check_ids, check_positions
+    from ..session import given_mask
 
     config = recognised.config
     by_role: dict[str, Array] = {}
@@ -153,13 +154,13 @@ def call_of(recognised: Recognised, feeds: Feeds) -> Call:
     if keys:
         past = [np.stack([keys[i], values[i]]).astype(np.float32) for i in range(config.n_layer)]
         start = past[0].shape[3]
-    attention_mask = by_role.get("attention_mask")
+    attention_mask = given_mask(recognised, feeds, B, T, start + T)
     rows = by_role.get("position_ids")
-    if recognised.positions == "mask" and attention_mask is not None:
+    if recognised.positions.startswith("mask") and attention_mask is not None:
         rows = recognised.positions_from_mask(attention_mask)[:, start:]
     positions = check_positions(rows, config, B, T, start)
     additive_mask(attention_mask, config, B, T, start + T, np.dtype(np.float32))  # checks it
-    return Call(ids, positions, past if start else None, attention_mask)
+    return Call(ids, positions, past if start else None, attention_mask, by_role.get("token_type_ids"))
 
 
 class Ours:
@@ -203,7 +204,7 @@ class Ours:
                 layer[:, :, :, : call.start] = past
             cache.advance(call.start)
         positions = call.position_ids - self.gpt2.config.position_offset  # the model adds it again
-        return self.gpt2(call.input_ids, cache, tap, logits, call.attention_mask, positions)
+        return self.gpt2(call.input_ids, cache, tap, logits, call.attention_mask, positions, call.token_type_ids)
 
 
 class Ort:

@@ -1,0 +1,156 @@
+"""GPT-2 graphs in forms that the writer does not make, node by node, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+L, H, D, F, V, N = 2, 3, 4, 20, 37, 24
+C = H * D
+
+Attention = Callable[["Form", int, str], str]
+
+
+class Form:
+    """A graph under construction; `op` adds a node and returns its output's name."""
+
+    def __init__(self, seed: int = 0, opset: int = 20) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.rng = np.random.default_rng(seed)
+        self.opset = opset
+
+    def op(self, op: str, *inputs: str, out: str | Sequence[str] = "", domain: str = "", **attributes: Any) -> str:
+        names = [out] if isinstance(out, str) else list(out)
+        names[0] = names[0] or f"{op}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, inputs, names, names[0], domain=domain, **attributes))
+        return names[0]
+
+    def constant(self, value: Any, dtype: Any = None) -> str:
+        name = f"constant_{len(self.initializers)}"
+        self.initializers.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def ints(self, *values: int) -> str:
+        return self.constant(list(values), np.int64)
+
+    def weight(self, name: str, *shape: int) -> str:
+        value = self.rng.standard_normal(shape) * (0.3 if name.startswith(("wte", "wpe")) else shape[0] ** -0.5)
+        if name.endswith(".bias"):
+            value = 0.1 * self.rng.standard_normal(shape)
+        elif "ln_" in name:
+            value = 1 + 0.2 * self.rng.standard_normal(shape)
+        if not any(t.name == name for t in self.initializers):
+            self.initializers.append(numpy_helper.from_array(value.astype(np.float32), name))
+        return name
+
+    def input(self, name: str, dtype: Any, *shape: int | str) -> str:
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self.inputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def output(self, name: str, *shape: int | str, dtype: Any = np.float32) -> str:
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self.outputs.append(helper.make_tensor_value_info(name, kind, shape))
+        return name
+
+    def size(self, value: str, axis: int) -> str:
+        """One size of a value, as a vector of one element."""
+        return self.op("Shape", value, start=axis, end=axis + 1)
+
+    def layer_norm(self, x: str, name: str) -> str:
+        return self.op("LayerNormalization", x, self.weight(f"{name}.weight", C), self.weight(f"{name}.bias", C))
+
+    def linear(self, x: str, name: str, inputs: int, outputs: int) -> str:
+        product = self.op("MatMul", x, self.weight(f"{name}.weight", inputs, outputs))
+        return self.op("Add", product, self.weight(f"{name}.bias", outputs))
+
+    def embed(self, ids: str, past: str = "", axis: int = 2) -> str:
+        """Rows of wte and wpe; positions follow those of a past, if there is one."""
+        scalar = self.constant(0, np.int64)
+        start = self.op("Squeeze", self.size(past, axis)) if past else scalar
+        stop = self.op("Add", start, self.op("Squeeze", self.size(ids, 1)))
+        positions = self.op("Range", start, stop, self.constant(1, np.int64))
+        words = self.op("Gather", self.weight("wte.weight", V, C), ids)
+        return self.op("Add", words, self.op("Gather", self.weight("wpe.weight", N, C), positions))
+
+    def blocks(self, x: str, attention: Attention, hidden: bool = False) -> str:
+        """All blocks and the last layer norm: (B, T, C)."""
+        for i in range(L):
+            if hidden:
+                self.op("Identity", x, out=self.output(f"hidden_{i}", "B", "T", C))
+            heads = attention(self, i, self.layer_norm(x, f"h.{i}.ln_1"))
+            x = self.op("Add", x, self.linear(heads, f"h.{i}.attn.c_proj", C, C))
+            fc = self.linear(self.layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc", C, F)
+            x = self.op("Add", x, self.linear(self.op("Gelu", fc, approximate="tanh"), f"h.{i}.mlp.c_proj", F, C))
+        return self.layer_norm(x, "ln_f")
+
+    def head(self, x: str, rows: int = V) -> None:
+        """Logits by wte, or by a head of its own where it has other rows."""
+        if rows == V:
+            weight = self.op("Transpose", self.weight("wte.weight", V, C))
+        else:
+            wte = numpy_helper.to_array(next(t for t in self.initializers if t.name == "wte.weight"))
+            more = self.rng.standard_normal((rows - V, C)).astype(np.float32)
+            weight = self.constant(np.concatenate([wte, more]).T.copy())
+        self.op("MatMul", x, weight, out=self.output("logits", "B", "T", rows))
+
+    def save(self, path: Path) -> Path:
+        graph = helper.make_graph(self.nodes, "gpt2", self.inputs, self.outputs, self.initializers)
+        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid("com.microsoft", 1)]
+        onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+        return path
+
+
+def split_heads(form: Form, x: str) -> str:
+    """(B, T, HD) -> (B, H, T, D)"""
+    return form.op("Transpose", form.op("Reshape", x, form.ints(0, 0, H, D)), perm=[0, 2, 1, 3])
+
+
+def qkv(form: Form, i: int, x: str) -> list[str]:
+    """Queries, keys and values side by side, 3 x (B, T, HD)."""
+    names = [f"{what}_{i}" for what in "qkv"]
+    form.op("Split", form.linear(x, f"h.{i}.attn.c_attn", C, 3 * C), out=names, axis=2, num_outputs=3)
+    return names
+
+
+def written_out(
+    mask: Callable[[Form, str], str], past: bool = False, cached: Callable[[int], int | str] | None = None
+) -> Attention:
+    """Attention as plain nodes; `mask` takes the scaled scores (B, H, T, S)."""
+
+    def attention(form: Form, i: int, x: str) -> str:
+        q, k, v = (split_heads(form, part) for part in qkv(form, i, x))
+        if past:
+            length = "P" if cached is None else cached(i)
+            for which, value in (("key", k), ("value", v)):
+                old = form.input(f"past_{which}_{i}", np.float32, "B", H, length, D)
+                new = form.output(f"present_{which}_{i}", "B", H, "S", D)
+                form.op("Concat", old, value, out=new, axis=2)
+            k, v = f"present_key_{i}", f"present_value_{i}"
+        scores = form.op("MatMul", q, form.op("Transpose", k, perm=[0, 1, 3, 2]))
+        scores = form.op("Mul", scores, form.constant(D**-0.5, np.float32))
+        probs = form.op("Softmax", mask(form, scores), axis=-1)
+        heads = form.op("Transpose", form.op("MatMul", probs, v), perm=[0, 2, 1, 3])
+        return form.op("Reshape", heads, form.ints(0, 0, C))
+
+    return attention
+
+
+def causal(form: Form, scores: str) -> str:
+    """Scores of later keys become -1e4, by a buffer (N, N) of which queries and keys are cut out."""
+    T, S = form.size(scores, 2), form.size(scores, 3)
+    buffer = form.constant(np.tri(N, dtype=bool))
+    rows = form.op("Slice", buffer, form.op("Sub", S, T), S, form.ints(0))
+    keep = form.op("Slice", rows, form.ints(0), S, form.ints(1))
+    return form.op("Where", keep, scores, form.constant(-1e4, np.float32))
+
+
+INT64 = TensorProto.INT64
