@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -49,10 +49,12 @@ class InferenceSession:
         The compiled kernels, or the textbook.
     dtype : "float32" or "float64"
         What is computed in; outputs have the file's own types.
-    emulate_rounding : bool
-        Instead of computing with the file's exact weights, run its nodes one by one in NumPy, rounding included:
-        activations to 8 bits where a quantised file asks for it, every result to float16 in a float16 file.
-        Slow; it shows how much of a difference to ONNX Runtime such rounding explains.
+    emulate_rounding : bool or "saturating"
+        Instead of computing with the file's exact weights, run its nodes one by one in NumPy as ONNX Runtime does
+        without optimisations, rounding included: activations to 8 bits where a quantised file asks for it, results
+        to float16 in a float16 file. Slow; it shows how much of a difference to ONNX Runtime such rounding explains.
+        "saturating": as on an x86 CPU with AVX2 but without VNNI, where sums of two products of uint8 with int8
+        saturate at 16 bits: ONNX Runtime's outputs of int8 files differ by much more between CPUs than by rounding.
 
     Raises
     ------
@@ -75,7 +77,7 @@ class InferenceSession:
         path: str | Path,
         engine: str = "numba",
         dtype: str = "float32",
-        emulate_rounding: bool = False,
+        emulate_rounding: bool | Literal["saturating"] = False,
     ) -> None:
         from .onnx.graph import Graph
         from .onnx.reader import open_model
@@ -84,7 +86,7 @@ class InferenceSession:
         file = open_model(path)
         self._recognised = recognise(file)
         self.model = GPT2(self._recognised.config, self._recognised.sources, engine, dtype, file.path, self._recognised)
-        self._literal = Graph(file, literal=True) if emulate_rounding else None
+        self._literal = Graph(file, literal=emulate_rounding) if emulate_rounding else None
 
     def get_inputs(self) -> list[NodeArg]:
         """The file's inputs, in its order."""

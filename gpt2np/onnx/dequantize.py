@@ -72,10 +72,11 @@ def _matmul_integer(graph: Graph, node: Node) -> list[Node] | None:
     return [*made, _node(node, "MatMul", (node.inputs[0], weight), node.outputs[0])]
 
 
-def _with_bias(node: Node, made: list[Node], a: str, weight: str, bias: str) -> list[Node]:
+def _with_bias(graph: Graph, node: Node, made: list[Node], a: str, weight: str, bias: str) -> list[Node]:
     if not bias:
         return [*made, _node(node, "MatMul", (a, weight), node.outputs[0])]
     product = f"{node.outputs[0]} without bias"
+    graph.invented.add(product)
     made.append(_node(node, "MatMul", (a, weight), product))
     return [*made, _node(node, "Add", (product, bias), node.outputs[0])]
 
@@ -83,13 +84,13 @@ def _with_bias(node: Node, made: list[Node], a: str, weight: str, bias: str) -> 
 def _matmul_integer_to_float(graph: Graph, node: Node) -> list[Node] | None:
     a, b, _, b_scale, _, b_zero, bias = (node.input(i) for i in range(7))
     made: list[Node] = []
-    return _with_bias(node, made, a, _float(graph, b, b_scale, b_zero, node, made, axis=-1), bias)
+    return _with_bias(graph, node, made, a, _float(graph, b, b_scale, b_zero, node, made, axis=-1), bias)
 
 
 def _dynamic_quantize_matmul(graph: Graph, node: Node) -> list[Node] | None:
     a, b, b_scale, b_zero, bias = (node.input(i) for i in range(5))
     made: list[Node] = []
-    return _with_bias(node, made, a, _float(graph, b, b_scale, b_zero, node, made, axis=-1), bias)
+    return _with_bias(graph, node, made, a, _float(graph, b, b_scale, b_zero, node, made, axis=-1), bias)
 
 
 def _qlinear_two(op: str) -> Rule:
@@ -160,8 +161,9 @@ def _matmul_nbits(graph: Graph, node: Node) -> list[Node] | None:
     if order or b not in graph.constants:
         return None
     out = f"{b} unpacked in {node.outputs[0]}"
+    graph.invented.add(out)
     unpack = _node(node, UNPACK, (b, scales, zeros), out, **node.attributes)
-    return _with_bias(node, [unpack], a, out, bias)
+    return _with_bias(graph, node, [unpack], a, out, bias)
 
 
 def _gather_block_quantized(graph: Graph, node: Node) -> list[Node] | None:
@@ -174,6 +176,7 @@ def _gather_block_quantized(graph: Graph, node: Node) -> list[Node] | None:
     bits = node.attributes.get("bits", 4)
     K = min(K, width * (8 // bits) if packed else width)
     out = f"{table} unpacked in {node.outputs[0]}"
+    graph.invented.add(out)
     attributes = {
         "K": K,
         "N": graph.shape(table)[0],

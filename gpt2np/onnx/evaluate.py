@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UnsupportedModelError
-from . import integers
+from . import integers, mlas
 from .dequantize import UNPACK
 from .expand import MASKED
 
@@ -46,8 +47,8 @@ class Evaluator:
         self.graph = graph
         self.values: dict[str, Any] = dict(feeds)
         self.read = set() if read is None else read
-        self.literal = graph.literal
-        self.rounded = graph.float16_roundings if graph.literal else frozenset()
+        self.operators = literal_operators(graph.literal == "saturating") if graph.literal else OPERATORS
+        self.float16_nodes = graph.float16_nodes if graph.literal else frozenset()
 
     def __call__(self, name: str) -> Array:
         """The value of that name.
@@ -81,13 +82,13 @@ class Evaluator:
         return value
 
     def _run(self, node: Node) -> None:
-        operator = OPERATORS.get(node.op)
+        operator = self.operators.get(node.op)
         if operator is None:
             raise UnsupportedModelError(f"{node.describe()}: gpt2np does not know what {node.op} means here")
         inputs = [self.values[i] if i else None for i in node.inputs]
         try:
-            if self.literal:
-                inputs = [_single(i) for i in inputs]
+            if self.graph.literal:
+                inputs = [_single(self._rounded(node, name, v)) for name, v in zip(node.inputs, inputs, strict=True)]
             with np.errstate(all="ignore"):
                 result = operator(node, inputs, self.graph.opset(node.domain))
         except UnsupportedModelError:
@@ -98,15 +99,23 @@ class Evaluator:
         outputs = result if isinstance(result, list) else [result]
         for output, value in zip(node.outputs, outputs, strict=False):
             if not isinstance(value, tuple):  # a sequence of arrays
-                value = np.asarray(value)
-                if output in self.rounded and value.dtype == np.float32:
-                    value = value.astype(np.float16)
+                value = self._rounded(node, output, np.asarray(value))
             self.values[output] = value
+
+    def _rounded(self, node: Node, name: str, value: Any) -> Any:
+        """What a node that runs in float16 takes or gives; between the pieces of one that was taken apart, nothing."""
+        if id(node) in self.float16_nodes and name not in self.graph.invented and _is(value, np.float32):
+            return value.astype(np.float16)
+        return value
+
+
+def _is(value: Any, dtype: type) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype == dtype
 
 
 def _single(value: Any) -> Any:
-    """float16 is computed in float32; `float16_roundings` says where the result is rounded."""
-    return value.astype(np.float32) if isinstance(value, np.ndarray) and value.dtype == np.float16 else value
+    """float16 is computed in float32."""
+    return value.astype(np.float32) if _is(value, np.float16) else value
 
 
 def _ints(value: Any) -> list[int]:
@@ -134,6 +143,14 @@ def _cast(node: Node, inputs: Sequence[Any], opset: int) -> Array:
 
     to = onnx.helper.tensor_dtype_to_np_dtype(node.attributes["to"])
     return _as(inputs[0], to)
+
+
+def _cast_unrounded(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    """`float16_nodes` says where float16 is rounded to."""
+    import onnx
+
+    half = node.attributes["to"] == onnx.TensorProto.FLOAT16
+    return np.asarray(inputs[0].astype(np.float32) if half else _cast(node, inputs, opset))
 
 
 def _as(x: Array, to: np.dtype[Any]) -> Array:
@@ -279,12 +296,27 @@ def _reduce(function: Callable[..., Any]) -> Operator:
     return run
 
 
-def _softmax(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    x, axis = inputs[0], node.attributes.get("axis", 1 if opset < 13 else -1)
-    axis = axis + x.ndim if axis < 0 else axis
-    axes = tuple(range(axis, x.ndim)) if opset < 13 else (axis,)  # older opsets flatten from `axis` on
-    exps = np.exp(x - x.max(axis=axes, keepdims=True))
-    return np.asarray(exps / exps.sum(axis=axes, keepdims=True))
+def _softmax(over_last_axis: Callable[[Array], Array]) -> Operator:
+    def run(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+        x, axis = inputs[0], node.attributes.get("axis", 1 if opset < 13 else -1)
+        axis = axis + x.ndim if axis < 0 else axis
+        if opset < 13:  # flattened from `axis` on
+            return over_last_axis(x.reshape(*x.shape[:axis], -1)).reshape(x.shape)
+        return np.moveaxis(over_last_axis(np.moveaxis(x, axis, -1)), -1, axis)
+
+    return run
+
+
+def _plain_softmax(x: Array) -> Array:
+    exps = np.exp(x - x.max(-1, keepdims=True))
+    return np.asarray(exps / exps.sum(-1, keepdims=True))
+
+
+def _mean_of_last_axis(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    last = inputs[0].ndim - 1
+    if _axes(node, inputs) in ((-1,), (last,)) and node.attributes.get("keepdims", 1):
+        return mlas.mean(inputs[0])
+    return np.asarray(_reduce(np.mean)(node, inputs, opset))
 
 
 def _dequantize(node: Node, inputs: Sequence[Any], opset: int) -> Array:
@@ -507,7 +539,7 @@ OPERATORS: dict[str, Operator] = {
     "Erf": _one(_erf),
     "Sigmoid": _one(_sigmoid),
     "Relu": _one(lambda x: np.maximum(x, 0)),
-    "Softmax": _softmax,
+    "Softmax": _softmax(_plain_softmax),
     "Gelu": _gelu,
     "com.microsoft.Gelu": _one(_gelu_erf),
     "com.microsoft.BiasGelu": _biased(_gelu_erf),
@@ -517,3 +549,16 @@ OPERATORS: dict[str, Operator] = {
     "SimplifiedLayerNormalization": _rms_normalization,
     "RMSNormalization": _rms_normalization,
 }
+
+
+def literal_operators(saturating: bool) -> dict[str, Operator]:
+    """As ONNX Runtime's kernels for an x86 CPU with AVX-512 and VNNI round, or for one with AVX2 and no more."""
+    return {
+        **OPERATORS,
+        "Cast": _cast_unrounded,
+        "Tanh": _one(mlas.tanh),
+        "Pow": _two(mlas.power),
+        "ReduceMean": _mean_of_last_axis,
+        "Softmax": _softmax(partial(mlas.softmax, lanes=8 if saturating else 16)),
+        **(integers.SATURATING if saturating else {}),
+    }

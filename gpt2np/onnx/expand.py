@@ -55,9 +55,12 @@ def _skip_layer_norm(graph: Graph, node: Node) -> list[Node]:
     total = node.outputs[3] if len(node.outputs) > 3 else ""
     if bias:
         x = p.add("Add", x, bias)
-    total = p.add("Add", x, skip, out=total)
+    named = "" if graph.literal else total
+    summed = p.add("Add", x, skip, out=named)
+    if total != named:  # the norm reads the sum before it is rounded to float16
+        p.add("Identity", summed, out=total)
     epsilon = node.attributes.get("epsilon", 1e-12)
-    p.add("LayerNormalization", total, gain, shift, out=node.outputs[0], epsilon=epsilon, axis=-1)
+    p.add("LayerNormalization", summed, gain, shift, out=node.outputs[0], epsilon=epsilon, axis=-1)
     return p.nodes
 
 

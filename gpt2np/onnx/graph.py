@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,9 +22,23 @@ Array = np.ndarray
 RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 SAME = frozenset({"Identity", "Cast", "CastLike", "Dropout"})
 VIEWS = RESHAPES | SAME
-# What moves elements of any type, and what else computes in float16 on the CPU.
-MOVES = RESHAPES | {"Identity", "Transpose", "Slice", "Split", "Expand", "Concat", "Gather", "Shape", "Tile"}
-FLOAT16_KERNELS = frozenset({"LayerNormalization", "IsNaN"})
+# What moves elements of any type, and what else takes float16 on x86 CPUs.
+MOVES = RESHAPES | {"Identity", "Transpose", "Slice", "Split", "Expand", "Concat", "Gather", "Shape"}
+FLOAT16_KERNELS = frozenset(
+    {
+        "Attention",
+        "Clip",
+        "IsNaN",
+        "LayerNormalization",
+        "Max",
+        "Min",
+        "Mod",
+        "Round",
+        "com.microsoft.GatherBlockQuantized",
+        "com.microsoft.MatMulNBits",
+        "com.microsoft.SkipLayerNormalization",
+    }
+)
 NOT_FLOAT = frozenset({"Shape", "Size", "IsNaN", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
 
 
@@ -56,8 +70,9 @@ class Graph:
     file : ModelFile
     branch : "" or "then" or "else"
         Which branch of an If on a graph input (as in merged decoders) is taken for the graph itself.
-    literal : bool
-        Leave quantised nodes as they are, to be run with all their rounding; keep every constant that is read.
+    literal : bool or "saturating"
+        Leave quantised nodes as they are, to be run with all their rounding (see `InferenceSession`); keep every
+        constant that is read.
     objections : list, optional
         Collects what is no GPT-2's where the rest can be read without it; without a list that is an error.
     """
@@ -69,7 +84,7 @@ class Graph:
         self,
         file: ModelFile,
         branch: str = "",
-        literal: bool = False,
+        literal: bool | Literal["saturating"] = False,
         objections: list[UnsupportedModelError] | None = None,
     ) -> None:
         self.file = file
@@ -199,9 +214,9 @@ class Graph:
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
     @cached_property
-    def float16_roundings(self) -> set[str]:
-        """Values that are rounded to float16 as the file is run, see `float16_roundings`."""
-        return float16_roundings(self)
+    def float16_nodes(self) -> set[int]:
+        """See `float16_nodes`."""
+        return float16_nodes(self)
 
     def opset(self, domain: str = "") -> int:
         """Version of a domain's operators that the file asks for."""
@@ -337,38 +352,46 @@ def search_decoder(graph: onnx.GraphProto) -> onnx.GraphProto | None:
     return None
 
 
-def float16_roundings(graph: Graph) -> set[str]:
-    """Values that ONNX Runtime's CPU kernels round to float16 in a float16 file.
+def float16_nodes(graph: Graph) -> set[int]:
+    """The id of each node that takes and gives float16 as ONNX Runtime runs a float16 file on an x86 CPU.
 
-    Few operators have float16 kernels there; the others run in float32, and between two of those nothing is
-    rounded. What has one rounds, unless it only moves data and lies between nodes that have none.
+    Few operators have float16 kernels there; the others run in float32, and so does what has a kernel but lies
+    between nodes that have none. Between nodes in float32 nothing is rounded, not even by a Cast to float16.
     (insert_cast_transformer.cc in onnxruntime/core/optimizer)
     """
     import onnx
 
+    def narrows(node: Node | None) -> bool:
+        return node is not None and node.op == "Cast" and node.attributes["to"] == onnx.TensorProto.FLOAT16
+
     half = {n for n in (*graph.constants, *(i.name for i in graph.inputs)) if _is_float16(graph, n)}
-    for node in graph.nodes:
-        if node.op == "Cast":
-            is_half = node.attributes["to"] == onnx.TensorProto.FLOAT16
-        else:
-            is_half = node.op not in NOT_FLOAT and any(i in half for i in node.inputs)
-        if is_half:
-            half.update(node.outputs)
+    known = -1
+    while known < len(half):  # nodes may stand in any order
+        known = len(half)
+        for node in graph.nodes:
+            keeps = node.op not in NOT_FLOAT | {"Cast"} and any(i in half for i in node.inputs)
+            if keeps or narrows(node):
+                half.update(node.outputs)
     ends = {o.name for o in graph.outputs}
 
-    def in_float32(node: Node | None) -> bool:
-        return node is not None and node.op not in MOVES | FLOAT16_KERNELS
+    def kernel(node: Node) -> str:
+        return str(node.attributes.get("written_as", node.op))
 
-    rounded: set[str] = set()
+    def in_float32(node: Node | None) -> bool:
+        return node is not None and kernel(node) not in MOVES | FLOAT16_KERNELS | {"Cast"}
+
+    found: set[int] = set()
     for node in graph.nodes:
-        if in_float32(node) or not any(o in half for o in node.outputs):
+        if node.op == "Cast" and not narrows(node) and narrows(graph.producer(node.inputs[0])):
+            found.add(id(node))  # rounding that is written out
+        if node.op == "Cast" or in_float32(node) or not any(o in half for o in node.outputs):
             continue
         sources = [i for i in node.inputs if i in half and i not in graph.constants]
         readers = [c for o in node.outputs for c in graph.consumers(o)]
         alone = all(in_float32(graph.producer(i)) for i in sources) and all(in_float32(c) for c in readers)
-        if node.op in FLOAT16_KERNELS or not alone or ends & set(node.outputs):
-            rounded.update(node.outputs)
-    return rounded
+        if not alone or ends & set(node.outputs):
+            found.add(id(node))
+    return found
 
 
 def _is_float16(graph: Graph, name: str) -> bool:

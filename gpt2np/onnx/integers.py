@@ -8,6 +8,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .graph import Node
 
 Array = np.ndarray
+Product = Callable[[Array, Array, "Array | None", "Array | None"], Array]
 _RANGES = {"int4": (-8, 7), "uint4": (0, 15), "int2": (-2, 1), "uint2": (0, 3)}
 
 
@@ -36,7 +38,7 @@ def quantize(x: Array, scale: Array, zero: Array | None, axis: int = 1, block: i
     scaled = np.rint(x / spread(scale, x.shape, axis, block))
     if zero is not None:
         scaled = scaled + spread(zero.astype(np.float32), x.shape, axis, block)
-    return np.clip(scaled, low, high).astype(dtype)
+    return np.minimum(np.fmax(scaled, low), high).astype(dtype)  # NaN, of inf / inf, becomes the least
 
 
 def dequantize(x: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
@@ -70,6 +72,18 @@ def integer_product(a: Array, b: Array, a_zero: Array | None, b_zero: Array | No
     return left @ right
 
 
+def saturating_product(a: Array, b: Array, a_zero: Array | None, b_zero: Array | None) -> Array:
+    """As x86 CPUs without VNNI multiply uint8 by int8: two neighbouring products are added in 16 bits (vpmaddubsw)."""
+    exact = integer_product(a, b, a_zero, b_zero)
+    if a.dtype != np.uint8 or b.dtype != np.int8:
+        return exact
+    left, right = a.astype(np.float32), b.astype(np.float32)
+    for k in range(0, a.shape[-1] - 1, 2):
+        pair = left[..., k : k + 2] @ right[..., k : k + 2, :]
+        exact += np.clip(pair, -(2.0**15), 2.0**15 - 1) - pair
+    return exact
+
+
 def _dynamic_quantize_linear(node: Node, inputs: Sequence[Any], opset: int) -> list[Array]:
     return list(dynamic_quantize(inputs[0]))
 
@@ -80,8 +94,8 @@ def _quantize_linear(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     )
 
 
-def _matmul_integer(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    return integer_product(inputs[0], inputs[1], _input(inputs, 2), _input(inputs, 3)).astype(np.int32)
+def _matmul_integer(node: Node, inputs: Sequence[Any], opset: int, product: Product = integer_product) -> Array:
+    return product(inputs[0], inputs[1], _input(inputs, 2), _input(inputs, 3)).astype(np.int32)
 
 
 def _scaled(product: Array, a_scale: Array, b_scale: Array, bias: Array | None) -> Array:
@@ -89,15 +103,19 @@ def _scaled(product: Array, a_scale: Array, b_scale: Array, bias: Array | None) 
     return np.asarray(out if bias is None else out + bias)
 
 
-def _matmul_integer_to_float(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+def _matmul_integer_to_float(
+    node: Node, inputs: Sequence[Any], opset: int, product: Product = integer_product
+) -> Array:
     a, b, a_scale, b_scale, a_zero, b_zero, bias = (_input(inputs, i) for i in range(7))
-    return _scaled(integer_product(a, b, a_zero, b_zero), a_scale, b_scale, bias)
+    return _scaled(product(a, b, a_zero, b_zero), a_scale, b_scale, bias)
 
 
-def _dynamic_quantize_matmul(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+def _dynamic_quantize_matmul(
+    node: Node, inputs: Sequence[Any], opset: int, product: Product = integer_product
+) -> Array:
     x, b, b_scale, b_zero, bias = (_input(inputs, i) for i in range(5))
     a, a_scale, a_zero = dynamic_quantize(x)
-    return _scaled(integer_product(a, b, a_zero, b_zero), a_scale, b_scale, bias)
+    return _scaled(product(a, b, a_zero, b_zero), a_scale, b_scale, bias)
 
 
 def _qlinear(function: Callable[[Array, Array], Array]) -> Any:
@@ -111,11 +129,10 @@ def _qlinear(function: Callable[[Array, Array], Array]) -> Any:
     return run
 
 
-def _qlinear_matmul(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+def _qlinear_matmul(node: Node, inputs: Sequence[Any], opset: int, product: Product = integer_product) -> Array:
     a, a_scale, a_zero, b, b_scale, b_zero, y_scale, y_zero = inputs
-    product = integer_product(a, b, a_zero, b_zero)
     ratio = a_scale * b_scale / y_scale
-    return quantize(product.astype(np.float32) * ratio, np.asarray(np.float32(1)), y_zero)
+    return quantize(product(a, b, a_zero, b_zero).astype(np.float32) * ratio, np.asarray(np.float32(1)), y_zero)
 
 
 def _qlinear_sigmoid(node: Node, inputs: Sequence[Any], opset: int) -> Array:
@@ -123,9 +140,15 @@ def _qlinear_sigmoid(node: Node, inputs: Sequence[Any], opset: int) -> Array:
 
 
 def _qlinear_softmax(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    x = dequantize(*inputs[0:3])
-    exps = np.exp(x - x.max(-1, keepdims=True))
-    return quantize(exps / exps.sum(-1, keepdims=True), inputs[3], _input(inputs, 4))
+    """In whole numbers, from a table of exp; over the last axis."""
+    x, x_scale, _, y_scale, y_zero = (_input(inputs, i) for i in range(5))
+    unit = min((2**32 - 1) // x.shape[-1], 0x7FFFFF)
+    table = np.rint(unit * np.exp(np.arange(-255, 1) * float(x_scale))).astype(np.int64)
+    exps = table[255 + x.astype(np.int64) - x.max(-1, keepdims=True)]
+    total = exps.sum(-1, keepdims=True)
+    y = (exps * int(1 / y_scale) + total // 2) // total + y_zero.astype(np.int64)
+    limits = np.iinfo(y_zero.dtype)
+    return np.clip(y, limits.min, limits.max).astype(y_zero.dtype)
 
 
 def _qlinear_concat(node: Node, inputs: Sequence[Any], opset: int) -> Array:
@@ -138,29 +161,33 @@ def _qlinear_where(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     return quantize(np.where(inputs[0], x, y), inputs[7], inputs[8])
 
 
-def _qgemm(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+def _qgemm(node: Node, inputs: Sequence[Any], opset: int, product: Product = integer_product) -> Array:
     a, a_scale, a_zero, b, b_scale, b_zero, c, y_scale, y_zero = (_input(inputs, i) for i in range(9))
     if node.attributes.get("transB", 0):
         b = b.T
-    total = integer_product(a, b, a_zero, b_zero)
+    total = product(a, b, a_zero, b_zero)
     total = total if c is None else total + c
     out = total.astype(np.float32) * (np.float32(node.attributes.get("alpha", 1.0)) * a_scale * b_scale)
     return np.asarray(out) if y_scale is None else quantize(out, y_scale, y_zero)
 
 
-OPERATORS: dict[str, Any] = {
-    "QuantizeLinear": _quantize_linear,
-    "com.microsoft.QuantizeLinear": _quantize_linear,
-    "DynamicQuantizeLinear": _dynamic_quantize_linear,
+PRODUCTS: dict[str, Any] = {
     "MatMulInteger": _matmul_integer,
     "com.microsoft.MatMulIntegerToFloat": _matmul_integer_to_float,
     "com.microsoft.DynamicQuantizeMatMul": _dynamic_quantize_matmul,
     "QLinearMatMul": _qlinear_matmul,
+    "com.microsoft.QGemm": _qgemm,
+}
+SATURATING: dict[str, Any] = {op: partial(run, product=saturating_product) for op, run in PRODUCTS.items()}
+OPERATORS: dict[str, Any] = {
+    **PRODUCTS,
+    "QuantizeLinear": _quantize_linear,
+    "com.microsoft.QuantizeLinear": _quantize_linear,
+    "DynamicQuantizeLinear": _dynamic_quantize_linear,
     "com.microsoft.QLinearAdd": _qlinear(np.add),
     "com.microsoft.QLinearMul": _qlinear(np.multiply),
     "com.microsoft.QLinearSigmoid": _qlinear_sigmoid,
     "com.microsoft.QLinearSoftmax": _qlinear_softmax,
     "com.microsoft.QLinearConcat": _qlinear_concat,
     "com.microsoft.QLinearWhere": _qlinear_where,
-    "com.microsoft.QGemm": _qgemm,
 }

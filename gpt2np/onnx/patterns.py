@@ -203,6 +203,8 @@ def _written_out_norm(graph: Graph, name: str) -> LayerNorm | None:
     node = graph.producer(value)
     if node is None or node.op not in ("Div", "Mul", "SimplifiedLayerNormalization", "RMSNormalization"):
         return None
+    if node.op in ("Div", "Mul") and any(graph.is_constant(i) for i in node.inputs):
+        return None  # a scale, as of a quantised head
     means = []
     for depth, ancestor in enumerate(graph.ancestors(value)):
         inner = graph.producer(ancestor)

@@ -1,0 +1,232 @@
+"""Files that round: their weights exactly, and ONNX Runtime's rounding imitated to the last bit."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.transformers.float16 import convert_float_to_float16
+
+from gpt2np.onnx import integers, mlas
+from gpt2np.onnx.graph import Graph
+from gpt2np.onnx.reader import open_model
+from gpt2np.onnx.writer import write_model
+from gpt2np.session import InferenceSession
+from runtime import Array, assert_close, feeds_for, runtime
+from tiny import tiny_config, tiny_sources
+
+x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are the formulas for x86")
+
+
+def outside(got: list[Array], expected: list[Array]) -> float:
+    """Share of the elements outside the zoo's tolerance."""
+    wrong = [np.abs(a.astype(np.float64) - b) > 1e-5 + 1e-3 * np.abs(b) for a, b in zip(got, expected, strict=True)]
+    return float(np.concatenate([w.ravel() for w in wrong]).mean())
+
+
+def written(folder: Path, opset: int, **changes: Any) -> Path:
+    """A tiny float32 file: the zoo's graph, or a modern one with past inputs."""
+    path = folder / "float32.onnx"
+    config = tiny_config(mask_value=-1e4, **changes)
+    modern = opset >= 17
+    write_model(path, config, tiny_sources(config), opset=opset, lm_head=True, with_past=modern)
+    return path
+
+
+def three_runs(path: Path, saturating: bool = False) -> tuple[list[Array], list[Array], list[Array]]:
+    """With exact weights, with the rounding imitated, and by ONNX Runtime without optimisations."""
+    exact = InferenceSession(path, engine="numpy")
+    imitated = InferenceSession(path, engine="numpy", emulate_rounding="saturating" if saturating else True)
+    feeds = feeds_for(exact.model.recognised, 2, 6, 3 if exact.get_inputs()[-1].name.startswith("past") else 0)
+    return exact.run(None, feeds), imitated.run(None, feeds), runtime(path).run(None, feeds)
+
+
+# ----------------------------------------------------------------------------------------------- ONNX Runtime's bits
+def one_node(op: str, x: Array, *constants: Array, opset: int = 13, **attributes: Any) -> Array:
+    names = [f"c{i}" for i in range(len(constants))]
+    node = helper.make_node(op, ["x", *names], ["y"], **attributes)
+    graph = helper.make_graph(
+        [node],
+        op,
+        [helper.make_tensor_value_info("x", 1, x.shape)],
+        [helper.make_tensor_value_info("y", 1, None)],
+        [numpy_helper.from_array(c, n) for n, c in zip(names, constants, strict=True)],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+def spread_out(*shape: int) -> Array:
+    return (3 * np.random.default_rng(1).standard_normal(shape)).astype(np.float32)
+
+
+@x86
+def test_tanh_and_powers_have_onnx_runtimes_bits():
+    x = np.concatenate([spread_out(5000), np.float32([0, -0.0, 9, -9, 50, -50, np.inf, -np.inf, np.nan, 1e-30])])
+    np.testing.assert_array_equal(mlas.tanh(x), one_node("Tanh", x))
+    for exponent in (np.float32(2), np.float32(3)):
+        np.testing.assert_array_equal(mlas.power(x, np.asarray(exponent)), one_node("Pow", x, np.asarray(exponent)))
+
+
+@x86
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 8, 12, 15, 16, 17, 48, 64, 100])
+def test_sums_have_onnx_runtimes_order(size):
+    x = spread_out(100, size)
+    assert_one_of([one_node("Softmax", x)], [mlas.softmax(x, lanes) for lanes in (8, 16)])
+    if size % 4 == 0:  # else each row begins at another alignment
+        np.testing.assert_array_equal(mlas.mean(x), one_node("ReduceMean", x, axes=[-1]))
+    np.testing.assert_allclose(mlas.mean(x), x.mean(-1, keepdims=True), 1e-5, 1e-6)
+
+
+def assert_one_of(expected: list[Array], found: list[Array]) -> None:
+    assert any(np.array_equal(e, f) for e in expected for f in found)
+
+
+@pytest.mark.parametrize("terms", [1, 2, 5, 8])
+def test_pairs_of_products_saturate(terms):
+    rng = np.random.default_rng(terms)
+    a, b = rng.integers(0, 256, (2, 3, terms), np.uint8), rng.integers(-128, 128, (terms, 4), np.int8)
+    a_zero, b_zero = np.uint8(100), np.int8([3, -2, 0, 1])
+    expected = np.zeros((2, 3, 4))
+    for index in np.ndindex(expected.shape):
+        x, y = a[index[0], index[1]].astype(int), b[:, index[2]].astype(int)
+        z = int(b_zero[index[2]])
+        sums = [int(x[k : k + 2] @ y[k : k + 2]) for k in range(0, terms, 2)]
+        corrected = sum(max(-(2**15), min(2**15 - 1, s)) for s in sums)
+        expected[index] = corrected - 100 * y.sum() - z * x.sum() + terms * 100 * z
+    given = a, b, np.asarray(a_zero), b_zero
+    np.testing.assert_array_equal(integers.saturating_product(*given), expected)
+    small = a >> 2, b, np.asarray(a_zero), b_zero
+    np.testing.assert_array_equal(integers.saturating_product(*small), integers.integer_product(*small))
+
+
+# ------------------------------------------------------------------------------------------------- float16 files
+@pytest.mark.parametrize("keep", [True, False], ids=["float32 inputs and outputs", "float16 inputs and outputs"])
+@pytest.mark.parametrize("blocked", [[], ["LayerNormalization", "Softmax"], ["Tanh", "MatMul"]], ids=str)
+@pytest.mark.parametrize("opset", [10, 18])
+def test_float16_files_round_as_onnx_runtime_does(tmp_path, opset, blocked, keep):
+    model = onnx.load(written(tmp_path, opset))
+    half = convert_float_to_float16(model, keep_io_types=keep, op_block_list=blocked)
+    onnx.save(half, tmp_path / "half.onnx")
+    exact, imitated, expected = three_runs(tmp_path / "half.onnx")
+    assert outside(imitated, expected) < 0.01  # a last bit of float32 may round to the other side
+    assert outside(exact, expected) > 0.05
+
+
+@pytest.mark.parametrize("opset", [10, 18])
+def test_float16_weights_are_read_exactly(tmp_path, opset):
+    original = open_weights(path := written(tmp_path, opset))
+    onnx.save(convert_float_to_float16(onnx.load(path)), path)
+    for name, weight in open_weights(path).items():
+        np.testing.assert_array_equal(weight, original[name].astype(np.float16).astype(np.float32), name)
+
+
+def open_weights(path: Path) -> dict[str, Array]:
+    sources = InferenceSession(path, engine="numpy").model.recognised.sources
+    return {name: source.load() for name, source in sources.items()}
+
+
+# ------------------------------------------------------------------------------------------------- int8 files
+class Samples(CalibrationDataReader):
+    """Random inputs for calibration."""
+
+    def __init__(self, path: Path) -> None:
+        found = InferenceSession(path, engine="numpy").model.recognised
+        past = 3 * any(p.role.startswith("past") for p in found.inputs)
+        self.feeds: Iterator[dict[str, Array]] = iter([feeds_for(found, 2, 6, past, seed=s) for s in range(3)])
+
+    def get_next(self) -> dict[str, Array] | None:
+        return next(self.feeds, None)
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+@pytest.mark.parametrize("weights", [QuantType.QInt8, QuantType.QUInt8], ids=str)
+@pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
+def test_dynamic_quantisation(tmp_path, opset, weights, per_channel):
+    path = tmp_path / "int8.onnx"
+    quantize_dynamic(written(tmp_path, opset), path, weight_type=weights, per_channel=per_channel, reduce_range=True)
+    exact, imitated, expected = three_runs(path)
+    assert outside(imitated, expected) == 0
+    assert outside(exact, expected) > 0.5
+    saturating = three_runs(path, saturating=True)[1]
+    assert outside(saturating, expected) == 0  # that is what reduce_range is for
+
+
+@pytest.mark.parametrize(
+    ("form", "activations", "weights", "per_channel"),
+    [
+        (QuantFormat.QDQ, QuantType.QInt8, QuantType.QInt8, True),
+        (QuantFormat.QDQ, QuantType.QUInt8, QuantType.QUInt8, False),
+        (QuantFormat.QDQ, QuantType.QInt16, QuantType.QInt8, False),
+        (QuantFormat.QDQ, QuantType.QUInt8, QuantType.QInt4, True),
+        (QuantFormat.QOperator, QuantType.QUInt8, QuantType.QInt8, False),
+        (QuantFormat.QOperator, QuantType.QUInt8, QuantType.QUInt8, True),
+    ],
+    ids=str,
+)
+def test_static_quantisation(tmp_path, form, activations, weights, per_channel):
+    source, path = written(tmp_path, 13), tmp_path / "static.onnx"
+    quantize_static(
+        source,
+        path,
+        Samples(source),
+        quant_format=form,
+        activation_type=activations,
+        weight_type=weights,
+        per_channel=per_channel,
+    )
+    exact, imitated, expected = three_runs(path)
+    assert outside(imitated, expected) == 0
+    assert outside(exact, expected) > 0.5
+
+
+def test_infinite_scales_round_as_onnx_runtime_does():
+    """Calibration of a masked score finds an infinite range."""
+    x = np.float32([[-np.inf, -1, 0, 2, np.inf, 5, 6, 7]])
+    scale, zero = np.float32(np.inf), np.int8(0)
+    node = helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"])
+    graph = helper.make_graph(
+        [node],
+        "q",
+        [helper.make_tensor_value_info("x", 1, x.shape)],
+        [helper.make_tensor_value_info("q", 3, None)],
+        [numpy_helper.from_array(np.asarray(v), n) for n, v in (("s", scale), ("z", zero))],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    with np.errstate(all="ignore"):
+        got = integers.quantize(x, np.asarray(scale), np.asarray(zero))
+    np.testing.assert_array_equal(got, session.run(None, {"x": x})[0])
+
+
+# ------------------------------------------------------------------------------------------------- recorded outputs
+@pytest.mark.parametrize(("name", "how"), [("fp16", True), ("fp16", "saturating"), ("int8_dynamic", "saturating")])
+def test_recorded_outputs_of_files_that_round(name, how, fixtures):
+    """int8_dynamic was recorded on a CPU without VNNI."""
+    session = InferenceSession(fixtures / name, engine="numpy", emulate_rounding=how)
+    for folder in sorted((fixtures / name).glob("test_data_set_*")):
+        feeds, expected = (
+            {(t := onnx.load_tensor(p)).name: numpy_helper.to_array(t) for p in folder.glob(f"{kind}_*.pb")}
+            for kind in ("input", "output")
+        )
+        for output, got in zip(expected, session.run(list(expected), feeds), strict=True):
+            assert_close(got, expected[output], f"{folder.name} {output}")
+
+
+def test_float16_is_kept_between_nodes_that_take_it(tmp_path):
+    """What has no float16 kernel runs in float32, and so does what stands alone among such."""
+    path = written(tmp_path, 18)
+    onnx.save(convert_float_to_float16(onnx.load(path)), path)
+    graph = Graph(open_model(path), literal=True)
+    kinds = {node.op for node in graph.nodes if id(node) in graph.float16_nodes}
+    assert {"Split", "Reshape", "Transpose"} <= kinds
+    assert not kinds & {"MatMul", "Gemm", "Add", "Tanh", "Softmax", "Div", "Where"}
