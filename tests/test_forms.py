@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
+from onnx import helper, numpy_helper
 
 from forms import C, D, Form, H, N, V, causal, written_out
-from gpt2np.errors import InputError, UnsupportedModelError
+from gpt2np.errors import InputError, ModelFileError, UnsupportedModelError
 from gpt2np.session import InferenceSession
 from runtime import assert_close, feeds_for, runtime
 
@@ -262,3 +265,69 @@ def test_parity_feeds_masks_and_token_types(tmp_path, kind):
     for name, expected in zip(run.outputs, runtime(model.path).run(list(run.outputs), case.feeds), strict=True):
         assert_close(run.outputs[name], expected, name)
     assert not np.triu(run.taps["h.1.attn.probs"], 1).any()
+
+
+# ------------------------------------------------------------------------------------------------------------ storage
+def plain(path: Path) -> Path:
+    form = Form()
+    form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), written_out(causal)))
+    return form.save(path / "model.onnx")
+
+
+def make_sparse(path: Path, name: str, change: Callable[[onnx.SparseTensorProto], object], flat: bool = True) -> Path:
+    """Keep a weight's elements of at least 0.2, and their indices."""
+    model = onnx.load(path)
+    dense = next(t for t in model.graph.initializer if t.name == name)
+    array = numpy_helper.to_array(dense)
+    where = np.abs(array) >= 0.2
+    indices = np.flatnonzero(where) if flat else np.argwhere(where)
+    sparse = helper.make_sparse_tensor(
+        numpy_helper.from_array(array[where], name), numpy_helper.from_array(indices.astype(np.int64)), array.shape
+    )
+    change(sparse)
+    model.graph.initializer.remove(dense)
+    model.graph.sparse_initializer.append(sparse)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_sparse_initializers(tmp_path, flat):
+    path = make_sparse(plain(tmp_path), "h.1.mlp.c_fc.weight", lambda sparse: None, flat)
+    session = agree(path)
+    weight = session.model.weights.h[1].mlp.c_fc.weight
+    assert 0 < (weight != 0).sum() < weight.size
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.dims.__setitem__(0, 1 << 40), "would take .* bytes"),
+        (lambda s: s.dims.__setitem__(0, -1), "sparse tensor 'h.1.mlp.c_fc.weight'"),
+        (lambda s: s.dims.__setitem__(0, 1), "has .* values"),
+        (lambda s: s.indices.dims.__setitem__(0, 3), "indices"),
+        (lambda s: s.ClearField("dims"), r"sparse tensor 'h.1.mlp.c_fc.weight' \[\]"),
+    ],
+)
+def test_sparse_initializers_are_checked_before_they_are_made_dense(tmp_path, change, message):
+    with pytest.raises(ModelFileError, match=message):
+        InferenceSession(make_sparse(plain(tmp_path), "h.1.mlp.c_fc.weight", change))
+
+
+def test_an_index_outside_a_sparse_initializer(tmp_path):
+    def outside(sparse: onnx.SparseTensorProto) -> None:
+        indices = numpy_helper.to_array(sparse.indices).copy()
+        indices[0] = C * 100
+        sparse.indices.CopyFrom(numpy_helper.from_array(indices))
+
+    with pytest.raises(ModelFileError, match="index outside"):
+        InferenceSession(make_sparse(plain(tmp_path), "h.1.mlp.c_fc.weight", outside))
+
+
+def test_onnx_runtimes_own_format_is_named(tmp_path):
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "model.ort")
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    onnxruntime.InferenceSession(plain(tmp_path), options, providers=["CPUExecutionProvider"])
+    with pytest.raises(ModelFileError, match=r"ONNX Runtime's own format \(\.ort\)"):
+        InferenceSession(tmp_path / "model.ort")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ import numpy as np
 from ..errors import UnsupportedModelError
 from . import dequantize, expand
 from .reader import ModelFile, Tensor
+from .sparse import sparse_tensor
 
 if TYPE_CHECKING:
     import onnx
@@ -108,8 +110,7 @@ class Graph:
         outer = proto.graph
         graph = search_decoder(outer) or outer
         if graph is not outer:
-            for tensor in outer.initializer:  # a body may read the initializers around it
-                self.constants[tensor.name] = self.initializers[tensor.name] = file.tensor(tensor)
+            self._add_initializers(outer)  # a body may read the initializers around it
         self._add(graph, branch)
         self.inputs = [i for i in graph.input if i.name not in self.initializers]
         self.outputs = list(graph.output)
@@ -123,14 +124,14 @@ class Graph:
         self.objections.append(error)
 
     def _add(self, proto: onnx.GraphProto, branch: str) -> None:
-        for tensor in proto.initializer:
-            self.constants[tensor.name] = self.initializers[tensor.name] = self.file.tensor(tensor)
+        self._add_initializers(proto)
         for node in proto.node:
             body = self._taken(node, branch)
             if body is not None:
                 self._add(body, branch)
                 for inner, outer in zip(body.output, node.output, strict=True):
-                    self._add_node(Node("Identity", "", node.name, (inner.name,), (outer,), {}))
+                    if inner.name != outer:
+                        self._add_node(Node("Identity", "", node.name, (inner.name,), (outer,), {}))
                 continue
             attributes = {a.name: self._attribute(node, a) for a in node.attribute}
             if node.op_type == "Constant":
@@ -141,6 +142,13 @@ class Graph:
             made = Node(op, domain, node.name, tuple(node.input), tuple(node.output), attributes)
             self._check_inputs(made)
             self._add_canonical(made)
+
+    def _add_initializers(self, proto: onnx.GraphProto) -> None:
+        for tensor in proto.initializer:
+            self.constants[tensor.name] = self.initializers[tensor.name] = self.file.tensor(tensor)
+        for sparse in proto.sparse_initializer:
+            name = sparse.values.name
+            self.constants[name] = self.initializers[name] = sparse_tensor(self.file, sparse)
 
     def _add_canonical(self, node: Node) -> None:
         """The nodes that a quantised or fused one stands for, or the node itself."""
@@ -182,6 +190,9 @@ class Graph:
 
     def _check_order(self) -> None:
         """Raise if values depend on each other in a circle: everything that walks the graph would hang."""
+        twice = next((o for o, n in Counter(o for n in self.nodes for o in n.outputs if o).items() if n > 1), None)
+        if twice is not None:
+            raise UnsupportedModelError(f"the value {twice!r} is computed by two nodes")
         waiting = {id(n): sum(i in self._producers for i in set(n.inputs)) for n in self.nodes}
         ready = [n for n in self.nodes if not waiting[id(n)]]
         done = 0
@@ -208,6 +219,8 @@ class Graph:
         if proto.type == AttributeProto.TENSOR:
             tensor = self.file.tensor(proto.t, node.output[0])
             return tensor if node.op_type == "Constant" else tensor.load()
+        if proto.type == AttributeProto.SPARSE_TENSOR:
+            return sparse_tensor(self.file, proto.sparse_tensor, node.output[0])
         if proto.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
             return proto.g
         value = helper.get_attribute_value(proto)
@@ -407,9 +420,10 @@ def _domain(domain: str) -> str:
 
 
 def _constant_value(attributes: dict[str, Any]) -> Tensor | Array:
-    if "value" in attributes:
-        value: Tensor | Array = attributes["value"]
-        return value
+    for name in ("value", "sparse_value"):
+        if name in attributes:
+            value: Tensor | Array = attributes[name]
+            return value
     for name, dtype in (("value_float", np.float32), ("value_floats", np.float32)):
         if name in attributes:
             return np.asarray(attributes[name], dtype)

@@ -584,6 +584,8 @@ def _check_magic(path: Path, head: bytes) -> None:
         what = "is an archive (or a PyTorch checkpoint): unpack it, and give the model.onnx inside"
     elif head[8:10] == b'{"':
         what = "is a safetensors file: `gpt2np convert` makes a model.onnx of it"
+    elif head[4:8] == b"ORTM":
+        what = "is in ONNX Runtime's own format (.ort): give the model.onnx that it was made of"
     elif text.startswith((b'{"', b"{\n", b"{ ")):
         what = "is JSON, not ONNX"
     else:

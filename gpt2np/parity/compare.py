@@ -103,13 +103,14 @@ def case_from_ids(model: Model, name: str, ids: Array) -> Case:
 
 def _mask(port: Port, B: int, T: int) -> Array:
     """Attention to all keys or, where the file takes a mask for each query, to those up to its own."""
-    if len(port.shape) == 2:
-        seen = np.ones((B, T), bool)
+    rank = len(port.shape)
+    if rank == 2:
+        seen: Array = np.ones((B, T), bool)
     else:
-        rows, columns = [d if isinstance(d, int) else T for d in port.shape][-2:]
+        rows, columns = (d if isinstance(d, int) else T for d in list(port.shape)[-2:])
         seen = np.broadcast_to(np.tri(T, dtype=bool) if rows > 1 else np.ones((1, T), bool), (B, 1, min(rows, T), T))
         seen = np.pad(seen, [(0, 0), (0, 0), (0, rows - seen.shape[2]), (0, columns - T)])
-        seen = seen[:, 0] if len(port.shape) == 3 else seen
+        seen = seen[:, 0] if rank == 3 else seen
     if port.role == "attention_bias":
         return np.where(seen, 0, np.finfo(port.dtype).min).astype(port.dtype)
     return seen.astype(port.dtype)
