@@ -68,9 +68,9 @@ def embed(
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     rows = prompt_ids(texts, model, model.tokenizer if tokenizer is None else tokenizer)
-    for i, ids in enumerate(rows):
+    for i, ids in enumerate(rows, 1):
         if len(ids) > model.config.n_ctx:
-            raise ContextOverflowError(f"text {i} has {len(ids)} tokens, n_ctx is {model.config.n_ctx}")
+            raise ContextOverflowError(f"text {i} of {len(rows)} has {len(ids)} tokens, n_ctx is {model.config.n_ctx}")
     shapes = {name: value.shape for name, value in model.trace([0]).items()}
     shapes[LAST_HIDDEN_STATE] = shapes["ln_f"]
     for tap in taps:

@@ -18,7 +18,7 @@ from . import sampling
 from .cache import KVCache
 from .errors import ContextOverflowError, InputError, TokenizerError, TokenRangeError
 from .sampling import Sampling
-from .tokenizer import HOW_TO_GET_ONE, StreamDecoder, encode
+from .tokenizer import HOW_TO_GET_ONE, StreamDecoder, encode_for
 from .weights import Array
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ def generate(
         raise InputError("a stop string must not be empty")
     if num_beams < 1:
         raise InputError(f"num_beams must be at least 1, got {num_beams}")
+    _check_length_penalty(length_penalty)
     if logprobs < 0:
         raise InputError(f"logprobs must not be negative, got {logprobs}")
     if seed is not None and seed < 0:
@@ -173,19 +174,20 @@ def prompt_ids(prompt: Any, model: GPT2, tokenizer: tokenizers.Tokenizer | None)
     if len(prompt) == 0:
         raise InputError("there is no prompt")
     checked = []
-    for row, one in enumerate(prompt):
+    for row, one in enumerate(prompt, 1):
+        place = f"prompt {row} of {len(prompt)}"
         if isinstance(one, str):
             if tokenizer is None:
                 raise TokenizerError(f"a text prompt needs a tokenizer; {HOW_TO_GET_ONE}")
-            one = encode(tokenizer, one)
+            one = encode_for(model.config.vocab_size, tokenizer, one)
         ids = np.asarray(one)
         if ids.size == 0:
-            raise InputError(f"prompt {row} is empty: there is nothing to continue")
+            raise InputError(f"{place} is empty: there is nothing to continue")
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise InputError(f"prompt {row} must be text or integers (T,), got {ids.dtype} {ids.shape}")
+            raise InputError(f"{place} must be text or integers (T,), got {ids.dtype} {ids.shape}")
         outside = ids[(ids < 0) | (ids >= model.config.vocab_size)]
         if outside.size:
-            raise TokenRangeError(f"token id {outside[0]} in prompt {row} is outside 0..{model.config.vocab_size - 1}")
+            raise TokenRangeError(f"token id {outside[0]} in {place} is outside 0..{model.config.vocab_size - 1}")
         checked.append([int(i) for i in ids])
     return checked
 
@@ -205,6 +207,11 @@ def _end_tokens(eos_token_id: int | Sequence[int] | None, vocab_size: int) -> fr
         if not 0 <= token_id < vocab_size:
             raise TokenRangeError(f"eos_token_id {token_id} is outside 0..{vocab_size - 1}")
     return frozenset(ends)
+
+
+def _check_length_penalty(length_penalty: float) -> None:
+    if not math.isfinite(length_penalty):
+        raise InputError(f"length_penalty must be a number, got {length_penalty}")
 
 
 def _check_room(prompt: int, new: int | None, n_ctx: int, sliding: bool) -> None:
@@ -466,6 +473,7 @@ def beam_search(
     InputError, TokenRangeError, ContextOverflowError
         As `generate` does.
     """
+    _check_length_penalty(length_penalty)
     (prompt,) = prompt_ids([ids], model, None)
     _check_room(len(prompt), max_new_tokens, model.config.n_ctx, sliding=False)
     ends = _end_tokens(eos_token_id, model.config.vocab_size)

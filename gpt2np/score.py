@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import InputError, TokenizerError, TokenRangeError
-from .tokenizer import HOW_TO_GET_ONE, decode, encode
+from .errors import InputError, TokenizerError
+from .tokenizer import HOW_TO_GET_ONE, decode, encode_for
 from .weights import Array
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .model import GPT2
 
 SECONDS = 2.0  # between one writing of the progress and the next
+HEADING = "gpt2np score"  # what a progress file begins with
 CHUNK = 2**24  # logits that are in memory at once, about: 64 MB in float32
 
 
@@ -97,18 +98,24 @@ class Progress:
     Raises
     ------
     InputError
-        If the file exists and is not a progress file.
+        If the file exists and is not a progress file, or cannot be written.
     """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._written = -math.inf
         self._runs: dict[str, list[Any]] = {}
-        if path is not None and path.exists():
-            try:
-                self._runs = json.loads(path.read_text("utf-8"))["gpt2np score"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path} is not a progress file of `gpt2np score`: {error}") from None
+        if path is None:
+            return
+        try:
+            if path.exists():
+                self._runs = {key: list(done) for key, done in json.loads(path.read_text("utf-8"))[HEADING].items()}
+            self._draft().touch()  # an error now, not after the first batch
+            self._draft().unlink()
+        except OSError as error:
+            raise InputError(f"cannot keep progress in {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not a progress file of `gpt2np score`: {error}") from None
 
     def key(self, model: GPT2, ids: Sequence[int], *what: object) -> str:
         """Identifies a run: what is scored and how, and what this model with this engine answers to some of it."""
@@ -126,9 +133,16 @@ class Progress:
         self._runs[key] = results
         if self._path is not None and (now or time.monotonic() > self._written + SECONDS):
             self._written = time.monotonic()
-            draft = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-            draft.write_text(json.dumps({"gpt2np score": self._runs}), "utf-8")
-            draft.replace(self._path)
+            try:
+                self._draft().write_text(json.dumps({HEADING: self._runs}), "utf-8")
+                self._draft().replace(self._path)
+            except OSError as error:
+                self._draft().unlink(missing_ok=True)
+                raise InputError(f"cannot keep progress in {self._path}: {error.strerror}") from None
+
+    def _draft(self) -> Path:
+        assert self._path is not None
+        return self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
 
 
 def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
@@ -201,7 +215,7 @@ class TextScoring:
         self._model = model
         self._batch_size = _positive(batch_size)
         self._tokenizer = _tokenizer(model, tokenizer)
-        self._ids = _encode(model, self._tokenizer, text)
+        self._ids = encode_for(model.config.vocab_size, self._tokenizer, text)
         if len(self._ids) < 2:
             raise InputError(f"a text needs two tokens, of which the second is scored; this one has {len(self._ids)}")
         self._windows = windows(len(self._ids), self.window, self.stride)
@@ -281,17 +295,17 @@ class LastWordScoring:
         if not passages:
             raise InputError("there is no passage")
         self._rows = []
-        for i, passage in enumerate(passages):
+        V = model.config.vocab_size
+        for i, passage in enumerate(passages, 1):
+            place = f"passage {i} of {len(passages)}"
             *_, word = passage.split() or [""]
             given = passage.rstrip().removesuffix(word).rstrip()
             if not given:
-                raise InputError(f"passage {i} has no words before its last one: {passage[:60]!r}")
-            target = _encode(model, tokenizer, f" {word}")
+                raise InputError(f"{place} has no words before its last one: {passage[:60]!r}")
+            target = encode_for(V, tokenizer, f" {word}")
             if len(target) >= model.config.n_ctx:
-                raise InputError(
-                    f"the last word of passage {i} has {len(target)} tokens, n_ctx is {model.config.n_ctx}"
-                )
-            ids = [*_encode(model, tokenizer, given), *target][-model.config.n_ctx :]
+                raise InputError(f"the last word of {place} has {len(target)} tokens, n_ctx is {model.config.n_ctx}")
+            ids = [*encode_for(V, tokenizer, given), *target][-model.config.n_ctx :]
             self._rows.append((ids, len(ids) - len(target)))
         self._rows.sort(key=lambda row: len(row[0]))  # little padding
         self._progress = progress or Progress(None)
@@ -335,8 +349,10 @@ def read_passages(text: str) -> list[str]:
             try:
                 passage = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError):
-                raise InputError(f'line {number} is not a JSON object with a "text": {line[:60]!r}') from None
-            passages.append(str(passage))
+                passage = None
+            if not isinstance(passage, str):
+                raise InputError(f'line {number} is not a JSON object with a "text": {line[:60]!r}')
+            passages.append(passage)
     return passages
 
 
@@ -392,13 +408,3 @@ def _tokenizer(model: GPT2, given: tokenizers.Tokenizer | None) -> tokenizers.To
     if found is None:
         raise TokenizerError(f"a text needs a tokenizer; {HOW_TO_GET_ONE}")
     return found
-
-
-def _encode(model: GPT2, tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    ids = encode(tokenizer, text)
-    if ids and max(ids) >= model.config.vocab_size:
-        raise TokenRangeError(
-            f"the tokenizer gives token {max(ids)}, the model knows 0..{model.config.vocab_size - 1}: "
-            "it is not this model's tokenizer"
-        )
-    return ids

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError, TokenizerError
+from .errors import InputError, TokenizerError, TokenRangeError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -122,6 +122,25 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str, special: bool = False) ->
     missing = {byte for byte in set(raw) if tokenizer.token_to_id(_bytes_to_unicode()[byte]) is None}
     if missing:  # the library would leave such bytes out
         raise TokenizerError(f"the vocabulary has no token for the byte {min(missing):#04x}, which the text needs")
+    return ids
+
+
+def encode_for(vocab_size: int, tokenizer: tokenizers.Tokenizer, text: str, special: bool = False) -> list[int]:
+    """`encode` for a model of this vocabulary.
+
+    Raises
+    ------
+    TokenRangeError
+        If it does not have one of the tokens.
+    InputError, TokenizerError
+        As `encode` does.
+    """
+    ids = encode(tokenizer, text, special)
+    if ids and max(ids) >= vocab_size:
+        raise TokenRangeError(
+            f"the tokenizer gives token {max(ids)}, the model knows 0..{vocab_size - 1}: "
+            "it is not this model's tokenizer"
+        )
     return ids
 
 

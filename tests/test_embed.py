@@ -68,7 +68,7 @@ def test_ids_need_no_tokenizer():
         ({"taps": ["h.0.attn.q"], "pool": "mean"}, InputError, "cannot be pooled"),
         ({"pool": "max"}, InputError, "pool"),
         ({"batch_size": 0}, InputError, "batch_size"),
-        ({"texts": ["a", "b" * 500]}, ContextOverflowError, "text 1"),
+        ({"texts": ["a", "b" * 500]}, ContextOverflowError, "text 2 of 2"),
         ({"texts": ["a", ""]}, InputError, "empty"),
         ({"texts": []}, InputError, "no prompt"),
     ],

@@ -286,6 +286,19 @@ def test_the_cut_into_pieces_does_not_matter(parts, stops):
         assert shown == whole
 
 
+def test_a_tokenizer_of_another_model_is_an_error():
+    model = tiny_model("numpy")  # 37 tokens
+    with pytest.raises(TokenRangeError, match=r"0\.\.36: it is not this model's tokenizer"):
+        generate(model, "Once upon a time", 3, tokenizer=TOY)
+
+
+def test_a_prompt_at_fault_is_named(model):
+    with pytest.raises(InputError, match="prompt 2 of 3 is empty"):
+        generate(model, [[1], [], [2]])
+    with pytest.raises(TokenRangeError, match="token id 99 in prompt 3 of 3"):
+        generate(model, [[1], [1], [99]])
+
+
 def test_stop_and_text_need_a_tokenizer(model):
     with pytest.raises(TokenizerError, match="--tokenizer"):
         generate(model, [1, 2], 3, stop="x")
@@ -315,6 +328,8 @@ def test_stop_and_text_need_a_tokenizer(model):
         ([1], {"num_beams": 2, "temperature": 1.0}, InputError),
         ([1], {"num_beams": 2, "window": True}, InputError),
         ([1], {"num_beams": 2, "logprobs": 2}, InputError),
+        ([1], {"length_penalty": float("nan")}, InputError),
+        ([1], {"num_beams": 2, "length_penalty": float("inf")}, InputError),
     ],
 )
 def test_bad_arguments_are_errors_at_the_call(prompt, options, error):

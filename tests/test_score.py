@@ -192,13 +192,31 @@ def test_another_run_starts_afresh(tmp_path: Path, change):
     assert TextScoring(toy_model(), TEXT, 20, 5, progress=Progress(tmp_path / "progress.json")).done > 0
 
 
-@pytest.mark.parametrize("content", ["", "no json", "[]", '{"other": 1}'])
+@pytest.mark.parametrize(
+    "content", ["", "no json", "[]", '{"other": 1}', '{"gpt2np score": []}', '{"gpt2np score": {"x": 5}}']
+)
 def test_a_foreign_file_is_not_overwritten(tmp_path: Path, content):
     file = tmp_path / "notes.json"
     file.write_text(content)
     with pytest.raises(InputError, match="not a progress file"):
         Progress(file)
     assert file.read_text() == content
+
+
+def test_a_place_that_cannot_be_written_is_an_error_at_once(tmp_path: Path):
+    for place in (tmp_path / "no_such_folder" / "p.json", tmp_path):
+        with pytest.raises(InputError, match="cannot keep progress in"):
+            Progress(place)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_is_lost_on_the_way_is_an_error(tmp_path: Path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    scoring = TextScoring(toy_model(), TEXT, 20, 5, progress=Progress(folder / "p.json"))
+    folder.rmdir()
+    with pytest.raises(InputError, match="cannot keep progress in"):
+        list(scoring)
 
 
 # ------------------------------------------------------------------------------------------ last words
@@ -263,7 +281,7 @@ def test_last_words_go_on_too(tmp_path: Path):
 
 def test_reading_passages():
     assert read_passages('{"text": "a b"}\n\n{"text": "c d", "n": 1}\r\n') == ["a b", "c d"]
-    for bad in ("no json", '"text"', '{"txt": 1}', "[1]"):
+    for bad in ("no json", '"text"', '{"txt": 1}', "[1]", '{"text": 5}', '{"text": null}'):
         with pytest.raises(InputError, match="line 2"):
             read_passages(json.dumps({"text": "a"}) + "\n" + bad)
 
@@ -291,8 +309,12 @@ def test_bad_arguments(options, message):
 
 
 def test_bad_passages():
-    for passages in ([], ["word"], ["a b", " "]):
-        with pytest.raises(InputError, match="passage"):
+    for passages, message in (
+        ([], "there is no passage"),
+        (["word"], "passage 1 of 1"),
+        (["a b", " "], "passage 2 of 2"),
+    ):
+        with pytest.raises(InputError, match=message):
             LastWordScoring(toy_model(), passages)
 
 

@@ -168,12 +168,36 @@ def test_interactive_says_when_the_context_is_full_and_can_slide(run):
     assert len(sliding.stdout) > len(full.stdout)
 
 
+def test_interactive_goes_on_after_a_line_that_is_not_text_and_after_a_failure(run, monkeypatch):
+    real = gpt2np.reference.logits
+    lengths = []
+
+    def fails_once(hidden, *arguments, **options):
+        lengths.append(hidden.shape[1])
+        return real(hidden * (np.nan if len(lengths) == 5 else 1), *arguments, **options)
+
+    monkeypatch.setattr(gpt2np.reference, "logits", fails_once)
+    # "The king" fails when it is run; "The sea" then follows "Once" and its continuation
+    result = run("generate", "-i", "-n", "4", stdin=b"Once\nn\xe9\nThe king\nThe sea\n")
+    assert "not valid Unicode" in result.output
+    assert "no token can be chosen" in result.output
+    monkeypatch.undo()
+    ids = [*encode(TOY, "Once"), *[s.token_id for s in toy_model().generate("Once", 4)], *encode(TOY, "\nThe sea")]
+    third = "".join(s.text for s in toy_model().generate(ids, 4))
+    assert result.stdout.splitlines()[-1] == third
+    assert result.stdout.splitlines()[0] == continuation("Once", 4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["generate", ""], "empty"),
         (["generate", "-f", "nowhere.txt"], "cannot read nowhere.txt"),
+        (["generate", "a", "b", ""], "prompt 3 of 3 is empty"),
         (["generate", "x", "-n", "1000"], "--window"),
+        (["generate", "x", "-n", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["generate", "x", "--beams", "2", "--length-penalty", "nan"], "length_penalty"),
+        (["score", "-", "--resume", "no/such/folder/p.json"], "cannot keep progress"),
         (["generate", "x", "--top-p", "0"], "top_p"),
         (["generate", "x", "-t", "1", "--beams", "2"], "num_beams"),
         (["generate", "x", "-i"], "--interactive takes no"),

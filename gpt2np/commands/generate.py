@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Gpt2npError, InputError
-from ..tokenizer import decode, encode, end_of_text_id
+from ..tokenizer import decode, encode_for, end_of_text_id
 from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
 from ._terminal import console, note, print_json, print_table
 
@@ -114,11 +114,11 @@ def generate(
         if interactive:
             _talk(gpt2, max_new_tokens, window, special, options)
             return
-        ids = [encode(gpt2.tokenizer, text, special) for text in texts]
+        ids = [encode_for(gpt2.config.vocab_size, gpt2.tokenizer, text, special) for text in texts]
         fits = NEW_TOKENS if window else min(NEW_TOKENS, max(gpt2.config.n_ctx + 1 - max(map(len, ids)), 1))
         steps = gpt2.generate(
             ids,
-            max_new_tokens or fits,
+            fits if max_new_tokens is None else max_new_tokens,
             num_beams=beams,
             length_penalty=length_penalty,
             logprobs=logprobs,
@@ -154,7 +154,7 @@ def _read_prompts(prompts: list[str], files: list[Path], lines: bool) -> list[st
         text = text.removesuffix("\n").removesuffix("\r")
         texts += text.split("\n") if lines else [text]
     if "" in texts:
-        raise InputError(f"prompt {texts.index('')} is empty: there is nothing to continue")
+        raise InputError(f"prompt {texts.index('') + 1} of {len(texts)} is empty: there is nothing to continue")
     return texts
 
 
@@ -232,6 +232,8 @@ def _talk(gpt2: GPT2, max_new_tokens: int | None, window: bool, special: bool, o
     """Read lines and continue the text that they and their continuations make, with its keys and values kept."""
     with suppress(ImportError):
         import readline  # noqa: F401 - gives input() editing and history
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 are one line's error
     at_terminal = sys.stdin.isatty()
     if at_terminal:
         note("Each line goes on from the text so far. /reset starts afresh, Ctrl-C stops a text, Ctrl-D leaves.")
@@ -246,13 +248,12 @@ def _talk(gpt2: GPT2, max_new_tokens: int | None, window: bool, special: bool, o
         if line.strip() == "/reset":
             cache, ids = gpt2.new_cache(), []
         elif line:
-            before = len(ids)
-            ids += encode(gpt2.tokenizer, f"\n{line}" if ids else line, special)
             try:
-                cache, ids = _turn(gpt2, cache, ids, max_new_tokens, window, options)
+                added = encode_for(gpt2.config.vocab_size, gpt2.tokenizer, f"\n{line}" if ids else line, special)
+                cache, ids = _turn(gpt2, cache, [*ids, *added], max_new_tokens, window, options)
             except Gpt2npError as error:
                 note(f"{error} (/reset starts afresh)")
-                del ids[before:]
+                cache.crop(min(cache.length, len(ids)))  # where it failed on the way
 
 
 def _turn(
@@ -260,7 +261,7 @@ def _turn(
 ) -> tuple[KVCache, list[int]]:
     """Continue the text once and print it; the cache and the ids with the new tokens."""
     n_ctx = gpt2.config.n_ctx
-    new = max_new_tokens or NEW_TOKENS
+    new = NEW_TOKENS if max_new_tokens is None else max_new_tokens
     if window and len(ids) + new - 1 > n_ctx:
         kept = min(n_ctx // 2, n_ctx - new + 1)
         if kept < 1:
@@ -268,7 +269,6 @@ def _turn(
         cache, ids = gpt2.new_cache(), ids[-kept:]
     elif max_new_tokens is None:
         new = min(new, max(n_ctx + 1 - len(ids), 1))
-    ids = list(ids)
     try:
         for step in gpt2.generate(list(ids), new, cache=cache, **options):
             ids.append(step.token_id)
