@@ -152,7 +152,8 @@ class InferenceSession:
             if port.layer is None:
                 return in_rank_of(port, tapped[port.role])
             past = out.past[port.layer]
-            return past if port.role == "present" else past[int(port.role == "present_value")]
+            present = past if port.role == "present" else past[int(port.role == "present_value")]
+            return present if self._recognised.graph is None else self._in_buffer(port, present, feeds, P)
 
         def in_rank_of(port: Port, array: Array) -> Array:
             if array.ndim == 3 and len(port.shape) == given_ids.ndim + 1:  # the zoo's two batch axes, or none
@@ -201,9 +202,15 @@ class InferenceSession:
         pasts = [port for port in self._recognised.inputs if port.role.startswith("past")]
         if any(p.role == "use_cache_branch" and not feeds[p.name].all() for p in self._recognised.inputs):
             pasts = []  # the branch of a merged decoder that looks at no past
-        P = feeds[pasts[0].name].shape[-2] if pasts else 0
+        held = feeds[pasts[0].name].shape[-2] if pasts else 0
+        count = self._recognised.past_length(feeds, T) if pasts else None
+        P = held if count is None else count
+        if P > held:
+            raise InputError(f"the past inputs hold {held} positions; {P} are asked for")
+        if P + T > held and "cached_length" in self._recognised.lengths.values():
+            raise InputError(f"the past inputs hold {held} positions: behind {P} there is no room for {T} new ones")
         for port in pasts:
-            expected = (*(2,) * (port.role == "past"), B, config.n_head, P, config.head_size)
+            expected = (*(2,) * (port.role == "past"), B, config.n_head, held, config.head_size)
             if feeds[port.name].shape != expected:
                 raise InputError(
                     f"input {port.name!r}: got shape {feeds[port.name].shape}, expected {expected} "
@@ -213,14 +220,44 @@ class InferenceSession:
             raise ContextOverflowError(
                 f"{T} new positions after {P} cached ones exceed the model's n_ctx of {config.n_ctx}"
             )
+        beams = self._beams(feeds, B, P)
         cache = self.model.new_cache(B, P + T)
         for port in pasts:
             assert port.layer is not None
             layer = cache.layers[port.layer]
             part = layer if port.role == "past" else layer[int(port.role == "past_value")]
-            part[..., :P, :] = feeds[port.name]
+            part[..., :P, :] = feeds[port.name][..., :P, :] if beams is None else feeds[port.name][..., *beams, :]
         cache.advance(P)
         return cache
+
+    def _beams(self, feeds: Mapping[str, Array], B: int, P: int) -> tuple[Array, Array, Array] | None:
+        """Which sequence, head and position of the past each sequence, head and position sees, (B, H, P).
+
+        In a beam search cache_indirection (B / W, W, M) says in which of the W beams of its group a past token lies.
+        """
+        given = {
+            p.role: feeds[p.name] for p in self._recognised.inputs if p.role in ("beam_width", "cache_indirection")
+        }
+        if "cache_indirection" not in given:
+            return None
+        table, W = given["cache_indirection"], int(given.get("beam_width", np.ones(1)).ravel()[0])
+        fits = W > 0 and table.shape[:2] == (B // W, W) and B % W == 0 and table.shape[2] >= P
+        if not fits or (table < 0).any() or (table >= W).any():
+            raise InputError(f"cache_indirection {table.shape} does not name beams of {B} sequences, {W} to a group")
+        rows = np.arange(B)[:, None] // W * W + table.reshape(B, -1)[:, :P]
+        return rows[:, None], np.arange(self.model.config.n_head)[:, None], np.arange(P)
+
+    def _in_buffer(self, port: Port, present: Array, feeds: Mapping[str, Array], P: int) -> Array:
+        """The buffer of the past with the new positions' keys or values written into it."""
+        role, S = port.role.replace("present", "past"), present.shape[-2]
+        past = next(feeds[p.name] for p in self._recognised.inputs if (p.role, p.layer) == (role, port.layer))
+        if past.shape[-2] < S:
+            return present
+        buffer = np.array(past)
+        buffer[..., P:S, :] = present[..., P:, :]
+        if "total_sequence_length" in self._recognised.lengths.values():
+            buffer[..., S:, :] = 0  # so does ONNX Runtime's GroupQueryAttention
+        return buffer
 
     def _position_ids(self, feeds: Mapping[str, Array], mask: Array | None, B: int, T: int, P: int) -> Array | None:
         """Rows of wpe, where they do not simply follow the cached ones."""

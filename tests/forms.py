@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-L, H, D, F, V, N = 2, 3, 4, 20, 37, 24
+L, H, D, F, V, N = 2, 3, 8, 40, 37, 24
 C = H * D
 
 Attention = Callable[["Form", int, str], str]
@@ -153,4 +153,78 @@ def causal(form: Form, scores: str) -> str:
     return form.op("Where", keep, scores, form.constant(-1e4, np.float32))
 
 
-INT64 = TensorProto.INT64
+# ------------------------------------------------------------------------------------------------ fused attention
+def fused(form: Form, op: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> str:
+    """A node of com.microsoft; inputs that are left out at the end are dropped."""
+    last = max(k for k, name in enumerate(inputs) if name)
+    return form.op(op, *inputs[: last + 1], out=outputs, domain="com.microsoft", num_heads=H, **attributes)
+
+
+def buffers(form: Form, i: int, rows: int | str) -> tuple[list[str], list[str]]:
+    """Past inputs and present outputs of one layer, keys and values apart; `rows` of a buffer, or "P" of a past."""
+    pasts = [form.input(f"past_{what}_{i}", np.float32, "B", H, rows, D) for what in ("key", "value")]
+    last = "S" if rows == "P" else rows
+    return pasts, [form.output(f"present_{what}_{i}", "B", H, last, D) for what in ("key", "value")]
+
+
+def contrib_attention(op: str = "Attention", rows: int | str = "P", mask: str = "") -> Attention:
+    """Attention or DecoderMaskedSelfAttention: c_attn inside, keys and values in one tensor."""
+
+    def attention(form: Form, i: int, x: str) -> str:
+        name = f"h.{i}.attn.c_attn"
+        weights = [form.weight(f"{name}.weight", C, 3 * C), form.weight(f"{name}.bias", 3 * C)]
+        past = form.input(f"past_{i}", np.float32, 2, "B", H, rows, D)
+        present = form.output(f"present_{i}", 2, "B", H, "S" if rows == "P" else rows, D)
+        length = "" if rows == "P" else "past_sequence_length"
+        how = {} if rows == "P" else {"past_present_share_buffer": 1}
+        how |= {"unidirectional": 1} if op == "Attention" else {}
+        return fused(form, op, [x, *weights, mask, past, "", length], [f"heads_{i}", present], **how)
+
+    return attention
+
+
+def multi_head_attention(
+    rows: int | str = "P", mask: str = "", score_bias: str = "", split_bias: bool = False
+) -> Attention:
+    """MultiHeadAttention; with `split_bias` it adds c_attn's bias behind the split."""
+
+    def attention(form: Form, i: int, x: str) -> str:
+        bias = ""
+        if split_bias:
+            names = [f"{what}_{i}" for what in "qkv"]
+            product = form.op("MatMul", x, form.weight(f"h.{i}.attn.c_attn.weight", C, 3 * C))
+            form.op("Split", product, out=names, axis=2, num_outputs=3)
+            bias = form.weight(f"h.{i}.attn.c_attn.bias", 3 * C)
+        else:
+            names = qkv(form, i, x)
+        pasts, presents = buffers(form, i, rows)
+        inputs = [*names, bias, mask, score_bias, *pasts, "" if rows == "P" else "past_sequence_length"]
+        how = {} if score_bias else {"unidirectional": 1}
+        return fused(form, "MultiHeadAttention", inputs, [f"heads_{i}", *presents], **how)
+
+    return attention
+
+
+def decoder_masked_attention(rows: int | str, mask: str = "", beams: bool = False) -> Attention:
+    """DecoderMaskedMultiHeadAttention: one new position; the past may be one of a beam search."""
+
+    def attention(form: Form, i: int, x: str) -> str:
+        names = qkv(form, i, x)
+        pasts, presents = buffers(form, i, rows)
+        rest = ["past_sequence_length"] if rows != "P" else [""]
+        rest += ["beam_width", "cache_indirection"] if beams else []
+        how = {"past_present_share_buffer": 1} if rows != "P" else {}
+        inputs = [*names, mask, "", *pasts, *rest]
+        return fused(form, "DecoderMaskedMultiHeadAttention", inputs, [f"heads_{i}", *presents], **how)
+
+    return attention
+
+
+def group_query_attention(rows: int | str = "P", packed: bool = False, score_bias: str = "", **how: Any) -> Attention:
+    def attention(form: Form, i: int, x: str) -> str:
+        names = [form.linear(x, f"h.{i}.attn.c_attn", C, 3 * C), "", ""] if packed else qkv(form, i, x)
+        pasts, presents = buffers(form, i, rows)
+        inputs = [*names, *pasts, "seqlens_k", "total_sequence_length", "", "", "", score_bias]
+        return fused(form, "GroupQueryAttention", inputs, [f"heads_{i}", *presents], **{"kv_num_heads": H, **how})
+
+    return attention

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 
-from gpt2np.onnx.recognise import Port, Recognised
+from gpt2np.onnx.recognise import LENGTHS, Port, Recognised
 
 Array = np.ndarray
 DATA = Path(__file__).parent / "data"
@@ -23,6 +23,8 @@ def feeds_for(
     config = found.config
     keep = np.ones((B, P + T), int) if mask is None else mask
     feeds: dict[str, Array] = {}
+    fixed = (port.shape[-2] for port in found.inputs if port.role.startswith("past") and found.lengths)
+    held = next((rows for rows in fixed if isinstance(rows, int)), P)
     for port in found.inputs:
         if port.role == "input_ids":
             shape = {1: (T,), 2: (B, T), 3: (1, B, T)}[len(port.shape)]
@@ -35,8 +37,13 @@ def feeds_for(
             value = np.maximum(np.cumsum(keep, axis=-1) - 1, 0)[:, P:]
         elif port.role == "use_cache_branch":
             value = np.array([P > 0])
+        elif port.role in LENGTHS:
+            shape = {1: (B if port.role == "seqlens_k" else 1,), 0: ()}[len(port.shape)]
+            value = np.full(shape, P - LENGTHS[port.role](T))
+        elif port.role in ("beam_width", "cache_indirection"):
+            value = np.ones(1) if port.role == "beam_width" else np.zeros((B, 1, held))
         elif port.role.startswith("past"):
-            shape = (B, config.n_head, P, config.head_size)
+            shape = (B, config.n_head, held, config.head_size)
             value = rng.standard_normal((2, *shape) if port.role == "past" else shape)
         else:
             raise AssertionError(port)

@@ -12,7 +12,18 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from forms import C, D, Form, H, N, V, causal, written_out
+from forms import (
+    C,
+    Form,
+    N,
+    V,
+    causal,
+    contrib_attention,
+    decoder_masked_attention,
+    group_query_attention,
+    multi_head_attention,
+    written_out,
+)
 from gpt2np.errors import InputError, ModelFileError, UnsupportedModelError
 from gpt2np.session import InferenceSession
 from runtime import assert_close, feeds_for, runtime
@@ -250,7 +261,6 @@ def test_hidden_states_of_each_layer_are_outputs(tmp_path):
     assert [p.role for p in session.model.recognised.outputs] == ["embed", "h.0.resid_post", "logits"]
     feeds = feeds_for(session.model.recognised, 2, 5)
     assert session.run(["hidden_1"], feeds)[0].shape == (2, 5, C)
-    assert (H, D, C) == (3, 4, 12)
 
 
 @pytest.mark.parametrize("kind", ["megatron", "bool", "added to keys"])
@@ -265,6 +275,161 @@ def test_parity_feeds_masks_and_token_types(tmp_path, kind):
     for name, expected in zip(run.outputs, runtime(model.path).run(list(run.outputs), case.feeds), strict=True):
         assert_close(run.outputs[name], expected, name)
     assert not np.triu(run.taps["h.1.attn.probs"], 1).any()
+
+
+# --------------------------------------------------------------------------------------------------- fused attention
+M = 16  # rows of a buffer
+LENGTH = ("past_sequence_length", np.int32, 1)
+TOTALS = (("seqlens_k", np.int32, "B"), ("total_sequence_length", np.int32))
+KEYS = ("attention_mask", np.int32, "B", "S")
+BIAS = ("attention_bias", np.float32, "B", 1, "T", "S")
+BEAMS = (("beam_width", np.int32, 1), ("cache_indirection", np.int32, "G", "W", M))
+ANY = ((1, 1, 0), (2, 5, 0), (2, 4, 3))
+ONE = ((1, 1, 0), (2, 1, 1), (2, 1, 5))
+SINGLE = ((1, 1, 0), (2, 5, 0), (1, 4, 3), (2, 1, 3))  # GroupQueryAttention takes further chunks of one sequence
+
+FUSED: dict[str, tuple[Any, tuple[Any, ...], tuple[tuple[int, int, int], ...]]] = {
+    "Attention": (contrib_attention(), (), ANY),
+    "Attention, mask": (contrib_attention(mask="attention_mask"), (KEYS,), ANY),
+    "Attention, mask for each query": (
+        contrib_attention(mask="attention_mask"),
+        (("attention_mask", np.int32, "B", "T", "S"),),
+        ANY,
+    ),
+    "MultiHeadAttention": (multi_head_attention(), (), ANY),
+    "MultiHeadAttention, mask": (multi_head_attention(mask="attention_mask"), (KEYS,), ANY),
+    "MultiHeadAttention, score bias": (multi_head_attention(score_bias="attention_bias"), (BIAS,), ANY),
+    "MultiHeadAttention, bias": (multi_head_attention(split_bias=True), (), ANY),
+    "MultiHeadAttention, buffer": (multi_head_attention(M), (LENGTH,), ANY),
+    "DecoderMasked, buffer": (decoder_masked_attention(M), (LENGTH,), ONE),
+    "DecoderMasked, mask": (decoder_masked_attention(M, "attention_mask"), (LENGTH, KEYS), ONE),
+    "DecoderMasked, beams": (decoder_masked_attention(M, "attention_mask", True), (LENGTH, KEYS, *BEAMS), ONE),
+    "GroupQuery": (group_query_attention(), TOTALS, SINGLE),
+    "GroupQuery, packed": (group_query_attention(packed=True), TOTALS, SINGLE),
+    "GroupQuery, scale": (group_query_attention(scale=0.3), TOTALS, SINGLE),
+    "GroupQuery, buffer": (group_query_attention(M), TOTALS, SINGLE),
+    "GroupQuery, score bias": (group_query_attention(score_bias="attention_bias"), (*TOTALS, BIAS), SINGLE),
+}
+
+
+def with_inputs(path: Path, attention: Any, inputs: tuple[Any, ...], one: bool = False, lengths: bool = False) -> Path:
+    """A GPT-2 with position_ids and these inputs; `lengths`: those of GroupQueryAttention are counted in the mask."""
+    form = Form()
+    T = 1 if one else "T"
+    ids = form.input("ids", np.int64, "B", T)
+    places = form.input("position_ids", np.int64, "B", T)
+    for name, dtype, *shape in inputs:
+        form.input(name, dtype, *shape)
+    if lengths:
+        mask = form.input("attention_mask", np.int64, "B", "S")
+        last = form.op("Sub", form.op("ReduceSum", mask, form.ints(1), keepdims=0), form.constant(1, np.int64))
+        form.op("Cast", last, to=6, out="seqlens_k")
+        form.op("Cast", form.op("Squeeze", form.size(mask, 1)), to=6, out="total_sequence_length")
+    words = form.op("Gather", form.weight("wte.weight", V, C), ids)
+    x = form.op("Add", words, form.op("Gather", form.weight("wpe.weight", N, C), places))
+    form.head(form.blocks(x, attention))
+    return form.save(path / "model.onnx")
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_fused_attention(tmp_path, kind):
+    attention, inputs, sizes = FUSED[kind]
+    path = with_inputs(tmp_path, attention, inputs, sizes is ONE)
+    session = agree(path, sizes)
+    assert session.model.config.causal_shift == 0
+    assert len(session.model.recognised.notes) == (kind == "GroupQuery, scale")
+
+
+def test_lengths_counted_in_the_attention_mask(tmp_path):
+    path = with_inputs(tmp_path, group_query_attention(), (), lengths=True)
+    session = agree(path, SINGLE)
+    feeds = feeds_for(session.model.recognised, 2, 4, 0, np.array([[1, 1, 1, 1], [1, 1, 1, 0]]))
+    with pytest.raises(
+        InputError, match=r"lengths of no one past: 'seqlens_k': \[3, 2\], 'total_sequence_length': \[4\]"
+    ):
+        session.run(None, feeds)
+
+
+@pytest.mark.parametrize("kind", ["Attention", "DecoderMaskedSelfAttention", "DecoderMasked"])
+def test_what_onnx_runtimes_cpu_does_not_run_is_the_plain_model(tmp_path, kind):
+    """The buffer of Attention, DecoderMaskedSelfAttention, and DecoderMaskedMultiHeadAttention without a buffer."""
+    attention, inputs = {
+        "Attention": (contrib_attention(rows=M), (LENGTH,)),
+        "DecoderMaskedSelfAttention": (contrib_attention(kind, M), (LENGTH,)),
+        "DecoderMasked": (decoder_masked_attention("P"), ()),
+    }[kind]
+    for name in ("here", "plain"):
+        (tmp_path / name).mkdir()
+    session = InferenceSession(with_inputs(tmp_path / "here", attention, inputs, kind != "Attention"))
+    usual = multi_head_attention() if kind == "DecoderMasked" else contrib_attention()
+    theirs = runtime(with_inputs(tmp_path / "plain", usual, ()))
+    P, T = 5, 1
+    feeds = feeds_for(session.model.recognised, 2, T, P)
+    same = {i.name: feeds[i.name] for i in theirs.get_inputs()}
+    same = {name: a[..., :P, :] if "past" in name else a for name, a in same.items()}
+    names = [output.name for output in session.get_outputs()]
+    for name, got, expected in zip(names, session.run(None, feeds), theirs.run(names, same), strict=True):
+        if "present" in name and kind != "DecoderMasked":
+            past = feeds[name.replace("present", "past")]
+            assert np.array_equal(got[..., P + T :, :], past[..., P + T :, :])
+            got = got[..., : P + T, :]
+        assert_close(got, expected, name)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_beams_read_the_past_of_each_other(tmp_path, engine):
+    attention, inputs, _ = FUSED["DecoderMasked, beams"]
+    path = with_inputs(tmp_path, attention, inputs, True)
+    session = InferenceSession(path, engine=engine)
+    P, W = 6, 3
+    feeds = feeds_for(session.model.recognised, 2 * W, 1, P)
+    feeds["beam_width"][:] = W
+    feeds["cache_indirection"] = np.random.default_rng(0).integers(0, W, (2, W, M)).astype(np.int32)
+    for output, got, expected in zip(
+        session.get_outputs(), session.run(None, feeds), runtime(path).run(None, feeds), strict=True
+    ):
+        assert_close(got, expected, output.name)
+    feeds["cache_indirection"][0, 0, 1] = W
+    with pytest.raises(InputError, match="cache_indirection"):
+        session.run(None, feeds)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("past_sequence_length", M + 1, "hold 16 positions; 17"),
+        ("past_sequence_length", M - 3, "no room for 4 new ones"),
+        ("past_sequence_length", -1, r"lengths of no one past: 'past_sequence_length': \[-1\]"),
+    ],
+)
+def test_wrong_lengths_are_refused(tmp_path, name, value, message):
+    session = InferenceSession(with_inputs(tmp_path, multi_head_attention(M), (LENGTH,)), engine="numpy")
+    feeds = feeds_for(session.model.recognised, 2, 4, 3)
+    feeds[name][:] = value
+    with pytest.raises(InputError, match=message):
+        session.run(None, feeds)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"do_rotary": 1}, "GroupQueryAttention node 'heads_0' has do_rotary=1: GPT-2 has none"),
+        ({"local_window_size": 4}, "local_window_size=4"),
+        ({"kv_num_heads": 1}, "3 heads of queries and 1 of keys"),
+        ({"softcap": 2.0}, r"softcap=2\.0"),
+    ],
+)
+def test_what_gpt2s_attention_does_not_do_is_named(tmp_path, how, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        InferenceSession(with_inputs(tmp_path, group_query_attention(**how), TOTALS))
+
+
+def test_a_bias_behind_the_split_is_c_attns(tmp_path):
+    session = InferenceSession(with_inputs(tmp_path, multi_head_attention(split_bias=True), ()), engine="numpy")
+    source = session.model.recognised.sources["h.1.attn.c_attn.bias"]
+    assert source.origin == ("h.1.attn.c_attn.bias",)
+    tensors = {t.name: t for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert np.array_equal(source.load(), numpy_helper.to_array(tensors["h.1.attn.c_attn.bias"]))
 
 
 # ------------------------------------------------------------------------------------------------------------ storage

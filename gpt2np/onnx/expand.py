@@ -7,14 +7,17 @@ The values between the pieces are invented: the file does not hold them, so no t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from .graph import Graph, Node
 
+_FAR = 2**31 - 1
 MASKED = "gpt2np.MaskedScores"  # our own: what a fused attention does to scores before its softmax
 
 
@@ -131,12 +134,59 @@ def _attend(p: _Pieces, q: str, k: str, v: str, masks: tuple[str, str], guarded:
     return p.add("MatMul", probs, v)
 
 
+def _cached(p: _Pieces, past: str, new: str, present: str, past_length: str, cleared: bool = False) -> str:
+    """Keys or values of all positions, (B, H, S, D).
+
+    Without `past_length` the past (B, H, P, D) comes before the new ones, and that is the present. With it the past
+    is a buffer (B, H, M, D) of which the first `past_length` (1,) positions count; the new ones take the next places,
+    and what is behind them in the present is zero if `cleared`.
+    """
+    if not past:
+        return p.add("Identity", new, out=present)
+    if not past_length:
+        return p.add("Concat", past, new, out=present, axis=2)
+    old = p.add("Slice", past, p.ints(0), past_length, p.ints(2))
+    all_positions = p.add("Concat", old, new, axis=2)
+    if present:
+        stop = p.add("Shape", all_positions, start=2, end=3)
+        rest = p.add("Slice", past, stop, p.ints(_FAR), p.ints(2))
+        if cleared:
+            rest = p.add("Mul", rest, p.constant(np.float32(0)))
+        p.add("Concat", all_positions, rest, out=present, axis=2)
+    return all_positions
+
+
+def _refuse(node: Node, attributes: Sequence[str] = (), inputs: Mapping[int, str] | None = None) -> None:
+    """Raise if a fused attention does what GPT-2's does not."""
+    for name in attributes:
+        if node.attributes.get(name, 0) not in (0, -1):
+            raise UnsupportedModelError(f"{node.describe()} has {name}={node.attributes[name]}: GPT-2 has none")
+    for index, name in (inputs or {}).items():
+        if node.input(index):
+            raise UnsupportedModelError(f"{node.describe()} has an input {name}: GPT-2 has none")
+
+
+def _past_length(p: _Pieces, node: Node, index: int, beams: tuple[int, int] | None = None) -> str:
+    """The input past_sequence_length as a vector (1,); where it is given, past and present are buffers."""
+    name = node.input(index)
+    if not name:
+        return ""
+    p.graph.lengths[name] = "cached_length"
+    for which, role in zip(beams or (), ("beam_width", "cache_indirection"), strict=False):
+        if node.input(which):
+            p.graph.lengths[node.input(which)] = role
+    return p.add("Reshape", p.add("Cast", name, to=7), p.ints(1))
+
+
 def _contrib_attention(graph: Graph, node: Node) -> list[Node] | None:
-    """com.microsoft.Attention: input, weights, bias, mask_index, past, attention_bias."""
+    """com.microsoft.Attention: input, weights, bias, mask_index, past, attention_bias, past_sequence_length.
+
+    DecoderMaskedSelfAttention has two more: beam_width, cache_indirection.
+    """
     x, weights, bias, mask, past, score_bias = (node.input(i) for i in range(6))
     attributes = node.attributes
-    if attributes.get("do_rotary", 0) or attributes.get("past_present_share_buffer", 0):
-        return None
+    _refuse(node, ["do_rotary"])
+    graph.one_token |= node.op.endswith("DecoderMaskedSelfAttention")
     heads = attributes["num_heads"]
     p = _Pieces(graph, node)
     qkv = p.add("MatMul", x, weights)
@@ -145,11 +195,13 @@ def _contrib_attention(graph: Graph, node: Node) -> list[Node] | None:
     sizes = attributes.get("qkv_hidden_sizes")
     q = p.add("Split", qkv, p.ints(*sizes), count=3, axis=2) if sizes else p.add("Split", qkv, count=3, axis=2)
     q, k, v = (_split_heads(p, part, heads) for part in (q, f"{q}:1", f"{q}:2"))
-    if past:
-        old = (p.add("Gather", past, p.constant(np.int64(i)), axis=0) for i in (0, 1))
-        k, v = (p.add("Concat", a, b, axis=2) for a, b in zip(old, (k, v), strict=True))
+    length = _past_length(p, node, 6, (7, 8))
+    presents = [f"{node.outputs[0]} present {i}" for i in (0, 1)]
+    graph.invented.update(presents)
+    olds = [p.add("Gather", past, p.constant(np.int64(i)), axis=0) if past else "" for i in (0, 1)]
+    k, v = (_cached(p, *parts, length) for parts in zip(olds, (k, v), presents, strict=True))
     if len(node.outputs) > 1 and node.outputs[1]:
-        pair = [p.add("Unsqueeze", a, p.ints(0)) for a in (k, v)]
+        pair = [p.add("Unsqueeze", present, p.ints(0)) for present in presents]
         p.add("Concat", *pair, out=node.outputs[1], axis=0)
     out = _attend(
         p, q, k, v, (mask, score_bias),
@@ -162,23 +214,26 @@ def _contrib_attention(graph: Graph, node: Node) -> list[Node] | None:
 
 
 def _multi_head_attention(graph: Graph, node: Node) -> list[Node] | None:
-    """com.microsoft.MultiHeadAttention: query, key, value, bias, key_padding_mask, attention_bias, two pasts."""
-    q, k, v, bias, mask, score_bias, past_k, past_v = (node.input(i) for i in range(8))
-    if not k or not v or (len(node.inputs) > 8 and any(node.inputs[8:])):
-        return None
+    """com.microsoft.MultiHeadAttention: query, key, value, bias, key_padding_mask, attention_bias, two pasts.
+
+    DecoderMaskedMultiHeadAttention has the same in another order.
+    """
+    masked = node.op.endswith("DecoderMaskedMultiHeadAttention")
+    graph.one_token |= masked
+    order = (0, 1, 2, 10, 3, 4, 5, 6) if masked else range(8)
+    q, k, v, bias, mask, score_bias, past_k, past_v = (node.input(i) for i in order)
+    if not k or not v:
+        raise UnsupportedModelError(f"{node.describe()} has packed queries, keys and values")
     heads = node.attributes["num_heads"]
     p = _Pieces(graph, node)
+    length = _past_length(p, node, *((7, (8, 9)) if masked else (8, (10, 9))))
     if bias:
         size = graph.shape(bias)[0] // 3
         parts = p.add("Split", bias, p.ints(size, size, size), count=3, axis=0)
         q, k, v = (p.add("Add", a, b) for a, b in zip((q, k, v), (parts, f"{parts}:1", f"{parts}:2"), strict=True))
     q, k, v = (_split_heads(p, a, heads) for a in (q, k, v))
     present_k, present_v = (node.outputs[i] if len(node.outputs) > i else "" for i in (1, 2))
-    if past_k:
-        k, v = p.add("Concat", past_k, k, out=present_k, axis=2), p.add("Concat", past_v, v, out=present_v, axis=2)
-    else:
-        k = p.add("Identity", k, out=present_k)
-        v = p.add("Identity", v, out=present_v)
+    k, v = _cached(p, past_k, k, present_k, length), _cached(p, past_v, v, present_v, length)
     out = _attend(
         p, q, k, v, (mask, score_bias),
         scale=node.attributes.get("scale", 0.0),
@@ -189,11 +244,45 @@ def _multi_head_attention(graph: Graph, node: Node) -> list[Node] | None:
     return p.nodes
 
 
+def _group_query_attention(graph: Graph, node: Node) -> list[Node] | None:
+    """com.microsoft.GroupQueryAttention: query, key, value, two pasts, seqlens_k, total_sequence_length."""
+    q, k, v, past_k, past_v, last, total = (node.input(i) for i in range(7))
+    attributes = node.attributes
+    heads = attributes["num_heads"]
+    if attributes.get("kv_num_heads", heads) != heads:
+        groups = attributes["kv_num_heads"]
+        raise UnsupportedModelError(
+            f"{node.describe()} has {heads} heads of queries and {groups} of keys: GPT-2 has as many"
+        )
+    unlike = ("do_rotary", "softcap", "smooth_softmax", "local_window_size", "sliding_window_cache")
+    inputs = {7: "cos_cache", 11: "head_sink", 12: "k_scale", 14: "q_norm_weight"}
+    _refuse(node, [*unlike, "kv_cache_bit_width"], inputs)
+    p = _Pieces(graph, node)
+    if not k:
+        q = p.add("Split", q, count=3, axis=2)
+        q, k, v = q, f"{q}:1", f"{q}:2"
+    q, k, v = (_split_heads(p, a, heads) for a in (q, k, v))
+    graph.lengths[last], graph.lengths[total] = "seqlens_k", "total_sequence_length"
+    length = p.add("Reshape", p.add("Cast", total, to=7), p.ints(1))
+    length = p.add("Sub", length, p.add("Shape", q, start=2, end=3))
+    present_k, present_v = (node.outputs[i] if len(node.outputs) > i else "" for i in (1, 2))
+    k, v = _cached(p, past_k, k, present_k, length, True), _cached(p, past_v, v, present_v, length, True)
+    out = _attend(
+        p, q, k, v, ("", node.input(10)),
+        scale=attributes.get("scale", 0.0),
+        causal=attributes.get("causal", 1),
+        filter=float("-inf"),
+    )  # fmt: skip
+    _merge_heads(p, out, node.outputs[0])
+    return p.nodes
+
+
 def _onnx_attention(graph: Graph, node: Node) -> list[Node] | None:
     """ONNX Attention, opset 23 and later: Q, K, V, attn_mask, past_key, past_value."""
     q, k, v, mask, past_k, past_v = (node.input(i) for i in range(6))
     attributes = node.attributes
-    if attributes.get("softcap", 0.0) or node.input(6) or (len(node.outputs) > 3 and node.outputs[3]):
+    _refuse(node, ["softcap"], {6: "nonpad_kv_seqlen"})
+    if len(node.outputs) > 3 and node.outputs[3]:
         return None
     p = _Pieces(graph, node)
     heads = attributes.get("q_num_heads", 0)
@@ -202,10 +291,7 @@ def _onnx_attention(graph: Graph, node: Node) -> list[Node] | None:
             return None
         q, k, v = (_split_heads(p, a, heads) for a in (q, k, v))
     present_k, present_v = (node.outputs[i] if len(node.outputs) > i else "" for i in (1, 2))
-    if past_k:
-        k, v = p.add("Concat", past_k, k, out=present_k, axis=2), p.add("Concat", past_v, v, out=present_v, axis=2)
-    elif present_k:
-        k, v = p.add("Identity", k, out=present_k), p.add("Identity", v, out=present_v)
+    k, v = _cached(p, past_k, k, present_k, ""), _cached(p, past_v, v, present_v, "")
     out = _attend(
         p, q, k, v, ("", mask),
         scale=attributes.get("scale", 0.0),
@@ -227,6 +313,9 @@ RULES: dict[str, Callable[[Graph, Node], list[Node] | None]] = {
     "com.microsoft.BiasGelu": _biased_gelu,
     "com.microsoft.FusedGemm": _fused_gemm,
     "com.microsoft.Attention": _contrib_attention,
+    "com.microsoft.DecoderMaskedSelfAttention": _contrib_attention,
     "com.microsoft.MultiHeadAttention": _multi_head_attention,
+    "com.microsoft.DecoderMaskedMultiHeadAttention": _multi_head_attention,
+    "com.microsoft.GroupQueryAttention": _group_query_attention,
     "Attention": _onnx_attention,
 }

@@ -93,6 +93,8 @@ class Graph:
         self.literal = literal
         self.objections = objections
         self.invented: set[str] = set()  # values that the file does not hold
+        self.lengths: dict[str, str] = {}  # values that fused attentions take lengths of the past from: their roles
+        self.one_token = False  # a fused attention takes one new position at a time
         self.roundings: dict[str, int] = {}  # the operators that round activations, and how often
         proto = file.proto
         if proto.functions:

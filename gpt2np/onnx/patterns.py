@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import UnsupportedModelError
 from .evaluate import Evaluator
-from .graph import SAME, VIEWS, Graph, Node
+from .graph import MOVES, SAME, VIEWS, Graph, Node
 from .sources import Source, constant_shape, constant_source
 
 Array = np.ndarray
@@ -465,7 +465,7 @@ def nearest_linears(graph: Graph, name: str) -> tuple[list[Linear], list[str]]:
         node = graph.producer(current)
         if node is None or node.op in ("Shape", "Size"):
             continue
-        for i in node.inputs:
+        for i in node.inputs[:1] if node.op in MOVES - {"Concat"} else node.inputs:  # not where it is cut
             if i and i not in seen and not graph.is_constant(i):
                 seen.add(i)
                 pending.append(i)

@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import reference
 from ..config import Activation, GPT2Config
-from ..errors import UnsupportedModelError, WeightError
+from ..errors import InputError, UnsupportedModelError, WeightError
 from ..weights import weight_shapes
 from . import patterns
 from .evaluate import Evaluator, is_float
@@ -44,7 +44,8 @@ class Port:
     dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...]  # as declared: a size, a symbol, or unknown
     # "input_ids", "attention_mask", "attention_bias" (added to the scores), "position_ids", "token_type_ids", "past",
-    # "past_key", ..., "logits", "last_hidden_state", "present", ..., or for any other output the name of its tap
+    # "past_key", ..., lengths of the past (see `past_length`), "beam_width", "cache_indirection"; "logits",
+    # "last_hidden_state", "present", ..., or for any other output the name of its tap
     role: str
     layer: int | None = None
 
@@ -84,11 +85,39 @@ class Recognised:
     positions: str = "range"
     mask_cut: bool = False  # attention_mask has a row for every key, and the graph takes those of the new positions
     head_padding: Source | None = None  # rows of the head beyond the vocabulary, (E, C): logits (B, T, V + E)
+    # How many positions of the past inputs count, and which values of the graph tell; none: all of them.
+    lengths: Mapping[str, str] = field(default_factory=dict)
+    graph: Graph | None = field(default=None, repr=False, compare=False)  # kept where `lengths` need it
     graph_size: int = 0  # nodes, after fused and quantised ones are taken apart
 
     def positions_from_mask(self, attention_mask: Array) -> Array:
         """Position of every key, (B, S), as graphs count them that do not take position_ids."""
         return POSITIONS_FROM_MASK[self.positions](attention_mask != 0)
+
+    def past_length(self, feeds: Mapping[str, Array], T: int) -> int | None:
+        """P, where the past inputs are buffers of which so many positions count; None where all of them do.
+
+        Raises
+        ------
+        InputError
+            If the inputs tell several lengths: sequences of different lengths are not served.
+        """
+        if self.graph is None or not self.lengths:
+            return None
+        values = Evaluator(self.graph, feeds)
+        found = {int(n) + LENGTHS[role](T) for value, role in self.lengths.items() for n in values(value).ravel()}
+        if len(found) != 1 or min(found) < 0:
+            given = ", ".join(f"{value!r}: {values(value).ravel().tolist()}" for value in self.lengths)
+            raise InputError(f"for {T} new positions these are lengths of no one past: {given}")
+        return found.pop()
+
+
+# What takes the values to the length of the past, for T new positions.
+LENGTHS: dict[str, Callable[[int], int]] = {
+    "cached_length": lambda T: 0,
+    "total_sequence_length": lambda T: -T,
+    "seqlens_k": lambda T: 1 - T,  # the index of the last key
+}
 
 
 def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = None) -> Recognised:
@@ -164,6 +193,8 @@ class _Recogniser:
         self.sources: dict[str, Source] = {}
         self.taps: dict[str, TapLocation] = {}
         self.notes: list[str] = []
+        self.moved: set[int] = set()  # layers where a bias is added to q, k and v apart from their maps
+        self.mask = ""  # the input that masks scores
         self.known: dict[str, Array] = {}  # values of the probe at the borders of parts
         self.touched: set[str] = set()  # constants that were read
         self.base = Evaluator(graph, {}, self.touched)  # what follows from them, kept
@@ -176,6 +207,7 @@ class _Recogniser:
         self.masks: dict[int, Mask] = {}
         self.heads: dict[int, tuple[int, int]] = {}
         self.float16 = False
+        self.lengths = {value: role for value, role in graph.lengths.items() if role in LENGTHS}
         self.mask_cut = False
         self.head_padding: Source | None = None
 
@@ -226,6 +258,8 @@ class _Recogniser:
             positions,
             self.mask_cut,
             self.head_padding,
+            self.lengths,
+            graph if self.lengths else None,
             len(graph.nodes),
         )
 
@@ -395,7 +429,16 @@ class _Recogniser:
             if graph.is_input(value) and value not in self.roles:
                 masked = ("attention_mask", None) in self.roles.values() or "position" in value
                 self.roles[value] = "position_ids" if masked else "attention_mask", None
+        if not any(role.startswith("past") for role, _ in self.roles.values()):
+            self.lengths = {}
         masks = [name for name, (role, _) in self.roles.items() if role == "attention_mask"]
+        self.mask = masks[0] if masks else ""
+        for length, role in graph.lengths.items():
+            if graph.is_input(source := graph.strip(length)):
+                self.roles[source] = role, None
+            for value in graph.ancestors(length, set(self.roles)):
+                if graph.is_input(value) and value not in self.roles:
+                    self.roles[value] = "attention_mask", None  # whose sum is the length
         if len(masks) > 1:
             raise UnsupportedModelError(f"the scores are masked by several inputs: {', '.join(masks)}")
         for port in graph.inputs:
@@ -418,7 +461,10 @@ class _Recogniser:
         self.B, self.T = int(np.prod(sizes[:-1])), sizes[-1]
         pasts = [declared[name] for name, (role, _) in self.roles.items() if role.startswith("past")]
         length = pasts[0][-2] if pasts and len(pasts[0]) > 1 else None
-        self.P = (length if isinstance(length, int) else PAST) if pasts else 0
+        self.P = (length if isinstance(length, int) and not self.lengths else PAST) if pasts else 0
+        if self.graph.one_token:
+            self.T = 1
+            sizes = [*sizes[:-1], 1]
         for port in self.graph.inputs:
             role, shape = self.roles[port.name][0], declared[port.name]
             dtype = _dtype(port)
@@ -442,10 +488,18 @@ class _Recogniser:
                         f"input {port.name!r} is a cache of shape {shape}, "
                         f"expected ([2,] batch, heads, past, head size)"
                     )
-                sizes_past[-4], sizes_past[-2] = self.B, self.P
+                sizes_past[-4] = self.B
+                sizes_past[-2] = max(sizes_past[-2], self.P) if self.lengths else self.P
                 if len(shape) == 5:
                     sizes_past[0] = 2
                 self.know(port.name, np.full(sizes_past, np.nan))
+            elif role in (*LENGTHS, "beam_width", "cache_indirection"):
+                number = 1 if role == "beam_width" else 0
+                if role in LENGTHS:
+                    number = self.P - LENGTHS[role](self.T)
+                free = [self.B, 1, self.P + self.T] if role == "cache_indirection" else [self.B]
+                sizes_here = [s if isinstance(s, int) and s > 0 else n for s, n in zip(shape, free, strict=False)]
+                self.know(port.name, np.full(sizes_here, number, dtype))
 
     def check_ids(self, words: Lookup) -> None:
         """Each token's row of wte must be looked up, in the order given."""
@@ -604,18 +658,25 @@ class _Recogniser:
             starts[value] = start
             start += size
         numbered, unit = self.evaluator(codes), self.evaluator({n: np.ones_like(c) for n, c in codes.items()})
-        flat = [unit(v) for v in values]
+        flat, arrived = [unit(v) for v in values], [numbered(v) for v in values]
+        moved: list[Array] = []  # what is added to q, k and v behind the maps, where that is anything
+        read: set[str] = set()
+        if any((f != f.flat[0]).any() for f in flat):
+            nothing = Evaluator(self.graph, {**self.known, **{n: np.zeros_like(c) for n, c in codes.items()}}, read)
+            moved = [nothing(v) for v in values]
+            flat, arrived = ([a - m for a, m in zip(some, moved, strict=True)] for some in (flat, arrived))
         factors = [float(f.flat[0]) for f in flat]
         for what, value, ones_out, factor in zip("qkv", values, flat, factors, strict=True):
             if not np.allclose(ones_out, factor, rtol=1e-6) or factor == 0 or not np.isfinite(factor):
                 self.fail(value, f"{what} of layer {i} is not its linear map's output times one number")
         if factors[2] != 1:
             self.fail(core.heads.b, f"v of layer {i} is scaled by {factors[2]:g}")
-        q, k, v = (numbered(v) / f for v, f in zip(values, factors, strict=True))
-        if not core.scores.transposed:
-            k = k.swapaxes(-1, -2)
-        if core.heads.transposed:
-            v = v.swapaxes(-1, -2)
+
+        def upright(q: Array, k: Array, v: Array) -> tuple[Array, Array, Array]:
+            k = k if core.scores.transposed else k.swapaxes(-1, -2)
+            return q, k, v.swapaxes(-1, -2) if core.heads.transposed else v
+
+        q, k, v = upright(*(a / f for a, f in zip(arrived, factors, strict=True)))
         D = q.shape[-1]
         if q.size % (B * T * D) or q.size == 0 or k.shape[-2] != S:
             self.fail(core.scores.out, f"q {q.shape} and k {k.shape} are not (batch, heads, time, head size)")
@@ -628,7 +689,13 @@ class _Recogniser:
         # 2. Columns of the maps, in our order: q, k, v; each head after head.
         numbers = [np.rint(a).astype(np.int64) for a in (q, k[:, :, P:], v[:, :, P:])]
         columns = [self.columns(i, branch.maps, starts, n, what) for n, what in zip(numbers, "qkv", strict=True)]
-        self.c_attn(i, branch.maps, columns)
+        added: list[Source | None] = [None] * 3
+        if moved:
+            self.moved.add(i)
+            behind = upright(*(m / f for m, f in zip(moved, factors, strict=True)))
+            added = [self.added_bias(m.reshape(B, H, -1, D), n, read) for m, n in zip(behind, numbers, strict=True)]
+            self.touched |= read
+        self.c_attn(i, columns, added)
         for what, array, index in (("past_key", k, 0), ("past_value", v, 1)):
             self.check_past(i, what, index, np.rint(array[:, :, :P]).astype(np.int64), codes)
 
@@ -677,17 +744,34 @@ class _Recogniser:
             f"{maps[0].node.describe()}: {what} of layer {i} mixes positions, maps, or the cache"
         )
 
-    def c_attn(self, i: int, maps: tuple[Linear, ...], columns: list[tuple[Linear, Array]]) -> None:
+    def added_bias(self, moved: Array, numbers: Array, read: set[str]) -> Source:
+        """What is added to q, k or v behind its map, (B, H, S, D), as a bias (HD,)."""
+        H, T, D = numbers.shape[1:]
+        bias = np.ascontiguousarray(moved[0, :, -1].reshape(H * D), np.float32)
+        if (moved[:, :, -T:] != moved[:1, :, -1:]).any() or moved[:, :, :-T].any():
+            raise UnsupportedModelError("what is added to queries, keys or values differs between positions")
+        constants = self.graph.constants
+        large = {n for n in read if np.prod(self.graph.shape(n)) > 1 and constants[n].dtype.kind not in "iub"}
+        return Source(bias.shape, tuple(sorted(large)), ("Add",), bias.copy)
+
+    def c_attn(self, i: int, columns: list[tuple[Linear, Array]], added: list[Source | None]) -> None:
         name = f"h.{i}.attn.c_attn"
+        step = "columns reordered"
+
+        def bias(m: Linear, c: Array, more: Source | None) -> Source:
+            own = (m.bias or zeros(m.weight.shape[1:], "no bias in the file")).taken(c, 0, step)
+            if more is None:
+                return own
+            return more if m.bias is None else own.plus(more)
+
+        biases = [bias(m, c, more) for (m, c), more in zip(columns, added, strict=True)]
+        parts = columns
         if len({m.out for m, _ in columns}) == 1:
             linear = columns[0][0]
             index = np.concatenate([c for _, c in columns])
             parts = [(linear, index)]
-        else:
-            parts = columns
-        step = "columns reordered"
+            biases = biases if any(added) else [bias(linear, index, None)]
         weights = [m.weight.taken(c, 1, step) for m, c in parts]
-        biases = [(m.bias or zeros(m.weight.shape[1:], "no bias in the file")).taken(c, 0, step) for m, c in parts]
         self.sources[f"{name}.weight"] = joined(weights, "Concat q, k, v")
         self.sources[f"{name}.bias"] = joined(biases, "Concat q, k, v")
         if step in self.sources[f"{name}.weight"].through:
@@ -702,7 +786,7 @@ class _Recogniser:
         for name, (role, layer) in self.roles.items():
             if layer != i or role not in (what, "past"):
                 continue
-            given = codes[name][index] if role == "past" else codes[name]
+            given = (codes[name][index] if role == "past" else codes[name])[:, :, : self.P]
             if numbers.shape == given.shape and (numbers == given).all():
                 return
         raise UnsupportedModelError(
@@ -711,7 +795,7 @@ class _Recogniser:
 
     def read_masks(self, cores: list[AttentionCore]) -> None:
         """What happens to scores before the softmax: a factor, and what is masked how."""
-        name = next((n for n, (role, _) in self.roles.items() if role == "attention_mask"), "")
+        name = self.mask
         B, T, S = self.B, self.T, self.P + self.T
         port = next((p for p in self.graph.inputs if p.name == name), None)
         dtype = np.dtype(np.int64) if port is None else _dtype(port)
@@ -997,14 +1081,20 @@ class _Recogniser:
                 start += size
             for linear, m in twins.items():
                 codes[linear.out] = codes[m.out].reshape(self.feed_linear(linear))
-            got, k, v = self.run_with(codes, output, core.scores.b, core.heads.b)
-            unit = {n: np.ones_like(c) for n, c in codes.items()}
-            (k_unit,) = self.run_with(unit, core.scores.b)
+            asked = output, core.scores.b, core.heads.b
+            got, k, v = self.run_with(codes, *asked)
+            k_unit, *_ = units = self.run_with({n: np.ones_like(c) for n, c in codes.items()}, *asked[1:])
+            if i in self.moved:
+                nothing = self.run_with({n: np.zeros_like(c) for n, c in codes.items()}, *asked)
+                got, k, v = (a - m for a, m in zip((got, k, v), nothing, strict=True))
+                k_unit = units[0] - nothing[1]
             k = np.rint(k / k_unit.flat[0])
             k = k if core.scores.transposed else k.swapaxes(-1, -2)
             H, D = self.heads[i]
             k, v = (a.reshape(self.B, H, -1, D) for a in (k, v))
             for role, expected in (("present_key", k), ("present_value", v), ("present", np.stack([k, v]))):
+                if got.ndim == expected.ndim and self.lengths:
+                    got = got[..., : expected.shape[-2], :]
                 if got.shape == expected.shape and (got == expected).all():
                     return role, i
         return None

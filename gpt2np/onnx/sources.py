@@ -63,6 +63,11 @@ class Source:
         scaled = self.then("Mul", self.shape, lambda a: a * factors.read().reshape(-1).astype(a.dtype))
         return replace(scaled, origin=tuple(dict.fromkeys((*self.origin, *factors.origin))))
 
+    def plus(self, other: Source) -> Source:
+        """The sum of two of one shape."""
+        total = self.then("Add", self.shape, lambda a: a + other.read().astype(a.dtype))
+        return replace(total, origin=tuple(dict.fromkeys((*self.origin, *other.origin))))
+
     def reshaped(self, shape: tuple[int, ...]) -> Source:
         """The same elements in another shape."""
         return (
