@@ -81,7 +81,7 @@ def generate(
 
     - `gpt2np generate "Once upon a time"`
 
-    - `gpt2np generate "Once upon a time" -t 0.8 --top-p 0.95 --seed 1 -n 300`
+    - `gpt2np generate "Once upon a time" -t 0.4 --top-p 0.9 --repetition-penalty 1.1 --seed 1 -n 240`
 
     - `gpt2np generate "The king" "The queen" --stop . --json`
 
