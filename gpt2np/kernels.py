@@ -44,14 +44,15 @@ from numba.np.ufunc.parallel import threading_layer
 from . import tile
 from .errors import InputError
 from .reference import Tap, no_tap, split_heads
-from .tile import PANEL, ROWS, SQUARE, config, fma, transpose
+from .tile import PANEL, ROWS, SQUARE, config, fma, take, transpose
 from .weights import MLP, Array, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear, WeightSource
 
 BLOCK = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
 CHUNK = 48  # rows that share one pass over a panel of weights; a multiple of every ROWS
 QUERIES = 96  # queries that share one transposition of the keys; likewise
-LANES = 16  # running sums over a row: element i goes to sum i % LANES
-GRAIN = 1 << 16  # multiply-adds below which it is not worth waking another thread
+LANES = 64  # running sums over a row: element i goes to sum i % LANES; enough to hide how long one addition takes
+GRAIN = 1 << 17  # multiply-adds below which it is not worth waking another thread
+READ = 8  # multiply-adds that take as long as to read one number from memory
 
 
 class _DiskCache(FunctionCache):
@@ -127,6 +128,20 @@ def _add(source, target):
 
 
 @_jit()
+def _share(turn, parts, pieces):
+    """The next share of all pieces, first..last-1, for whichever thread asks; first >= pieces: nothing is left.
+
+    Each round of `parts` shares is half of what was left: long runs of pieces first, which read memory as one
+    stream, and short ones at the end, so that all threads finish together even if one of them was held up.
+    """
+    number = take(turn)
+    rounds = number // parts
+    begin, end = pieces - (pieces >> rounds), pieces - (pieces >> (rounds + 1))
+    part = number % parts
+    return begin + (end - begin) * part // parts, begin + (end - begin) * (part + 1) // parts
+
+
+@_jit()
 def _sum(v, lanes):
     """The sum of a vector: LANES running sums over every LANES-th element, then these by halves."""
     lanes[:] = 0
@@ -143,6 +158,23 @@ def _sum(v, lanes):
         for i in range(width):
             lanes[i] += lanes[i + width]
     return lanes[0]
+
+
+@_jit()
+def _highest(v, lanes):
+    """The greatest number of a vector; a NaN may be passed over."""
+    lanes[:] = -np.inf
+    whole = v.size - v.size % LANES
+    for start in range(0, whole, LANES):
+        part = v[start : start + LANES]
+        for i in range(LANES):
+            lanes[i] = part[i] if part[i] > lanes[i] else lanes[i]
+    for i in range(v.size - whole):
+        lanes[i] = v[whole + i] if v[whole + i] > lanes[i] else lanes[i]
+    highest = lanes[0]
+    for i in range(LANES):
+        highest = lanes[i] if lanes[i] > highest else highest
+    return highest
 
 
 @_jit()
@@ -243,9 +275,12 @@ def _pack_range(first, last, scratch, matrix, transposed, data, N):
 
 @_jit(parallel=True)
 def _pack(parts, pieces, scratch, matrix, transposed, data, N):
+    turn = np.zeros(1, np.int64)
     for part in prange(parts):
-        first, last = pieces * part // parts, pieces * (part + 1) // parts
-        _pack_range(first, last, scratch[part], matrix, transposed, data, N)
+        first, last = _share(turn, parts, pieces)
+        while first < pieces:
+            _pack_range(first, last, scratch[part], matrix, transposed, data, N)
+            first, last = _share(turn, parts, pieces)
 
 
 # ----------------------------------------------------------------------------------------------------- threads
@@ -458,9 +493,12 @@ def _linear_range(first, last, scratch, x, weight, bias, activation, add, out):
 
 @_jit(parallel=True)
 def _linear(parts, pieces, scratch, x, weight, bias, activation, add, out):
+    turn = np.zeros(1, np.int64)
     for part in prange(parts):
-        first, last = pieces * part // parts, pieces * (part + 1) // parts
-        _linear_range(first, last, scratch[part], x, weight, bias, activation, add, out)
+        first, last = _share(turn, parts, pieces)
+        while first < pieces:
+            _linear_range(first, last, scratch[part], x, weight, bias, activation, add, out)
+            first, last = _share(turn, parts, pieces)
 
 
 # --------------------------------------------------------------------------------------------- embedding, norm
@@ -476,9 +514,12 @@ def _embed_range(first, last, scratch, ids, positions, wte, wpe, out):
 
 @_jit(parallel=True)
 def _embed(parts, pieces, scratch, ids, positions, wte, wpe, out):
+    turn = np.zeros(1, np.int64)
     for part in prange(parts):
-        first, last = pieces * part // parts, pieces * (part + 1) // parts
-        _embed_range(first, last, scratch[part], ids, positions, wte, wpe, out)
+        first, last = _share(turn, parts, pieces)
+        while first < pieces:
+            _embed_range(first, last, scratch[part], ids, positions, wte, wpe, out)
+            first, last = _share(turn, parts, pieces)
 
 
 @_jit()
@@ -501,9 +542,12 @@ def _layer_norm_range(first, last, scratch, x, weight, bias, epsilon, out):
 
 @_jit(parallel=True)
 def _layer_norm(parts, pieces, scratch, x, weight, bias, epsilon, out):
+    turn = np.zeros(1, np.int64)
     for part in prange(parts):
-        first, last = pieces * part // parts, pieces * (part + 1) // parts
-        _layer_norm_range(first, last, scratch[part], x, weight, bias, epsilon, out)
+        first, last = _share(turn, parts, pieces)
+        while first < pieces:
+            _layer_norm_range(first, last, scratch[part], x, weight, bias, epsilon, out)
+            first, last = _share(turn, parts, pieces)
 
 
 # --------------------------------------------------------------------------------------------------- attention
@@ -550,10 +594,7 @@ def _look(mask, start, keys, limits):
 
 @_jit()
 def _softmax(scores, limit, scale, masked, mask, keys, lanes):
-    """Turn the first `limit` scores of a query into exp(score - highest), the others into 0; return the sum.
-
-    scores is a multiple of LANES long.
-    """
+    """Turn the first `limit` scores of a query into exp(score - highest), the others into 0; return the sum."""
     number = scores.dtype.type
     if limit == 0:  # a query that may see no key gets zeros, as in reference.softmax
         scores[:] = 0
@@ -566,14 +607,7 @@ def _softmax(scores, limit, scale, masked, mask, keys, lanes):
         for j in range(limit):
             scores[j] += mask[keys[j]]
     scores[limit:] = lowest
-    lanes[:] = lowest
-    for start in range(0, scores.size, LANES):
-        part = scores[start : start + LANES]
-        for i in range(LANES):
-            lanes[i] = part[i] if part[i] > lanes[i] else lanes[i]
-    highest = lowest
-    for i in range(LANES):
-        highest = lanes[i] if lanes[i] > highest else highest
+    highest = _highest(scores, lanes)
     for j in range(scores.size):
         scores[j] = exp(scores[j] - highest)
     return _sum(scores, lanes)
@@ -680,9 +714,12 @@ def _attend_range(first, last, scratch, qkv, cache, scale, mask, keys, limits, h
 
 @_jit(parallel=True)
 def _attend(parts, pieces, scratch, qkv, cache, scale, mask, keys, limits, heads, probs):
+    turn = np.zeros(1, np.int64)
     for part in prange(parts):
-        first, last = pieces * part // parts, pieces * (part + 1) // parts
-        _attend_range(first, last, scratch[part], qkv, cache, scale, mask, keys, limits, heads, probs)
+        first, last = _share(turn, parts, pieces)
+        while first < pieces:
+            _attend_range(first, last, scratch[part], qkv, cache, scale, mask, keys, limits, heads, probs)
+            first, last = _share(turn, parts, pieces)
 
 
 @_jit()
@@ -723,7 +760,7 @@ def _linear_into(
 ) -> None:
     """out = activation(x @ weight + bias), or out += that: (R, K) @ (K, N) -> (R, N)."""
     pieces = len(weight.data) * -(-len(x) // CHUNK)
-    work = len(x) * weight.data.size
+    work = (READ + len(x)) * weight.data.size
     _deal(pieces, work, threads, _linear_range, _linear, scratch, x, weight.data, bias, activation, add, out)
 
 
@@ -742,7 +779,7 @@ def _attend_into(
     _, B, H, _, D = cache.shape
     T = len(qkv) // B
     _remember(qkv, cache, start, T)
-    pieces, work = B * H * -(-T // QUERIES), 2 * len(qkv) * (start + T) * H * D
+    pieces, work = B * H * -(-T // QUERIES), 2 * (READ + T) * B * (start + T) * H * D
     _deal(pieces, work, threads, _attend_range, _attend, scratch, qkv, cache, scale, *sight, heads, probs)
 
 

@@ -44,6 +44,7 @@ def _has_avx512() -> bool:
 # 6 x 16 take 12 of AVX2's 16 and 24 of arm64's 32. More rows than these bring no speed.
 PANEL, ROWS = (32, 8) if _has_avx512() else (16, 6)
 SQUARE = 16  # rows and columns that `transpose` turns at once
+AHEAD = 2 * SQUARE  # so many rows further it has the memory read already
 
 
 def make_tile(rows: int) -> Callable[..., None]:
@@ -157,6 +158,8 @@ def _make_transpose() -> Callable[..., None]:
                 builder.load(row_pointer(source, source_array, s_start, s_stride, r), align=align)
                 for r in range(SQUARE)
             ]
+            for r in range(SQUARE):
+                _prefetch(builder, row_pointer(source, source_array, s_start, s_stride, r + AHEAD))
             step = 1
             while step < SQUARE:
                 upper = [c if not c & step else SQUARE + c - step for c in range(SQUARE)]
@@ -209,3 +212,22 @@ def _fma_in_python(a: Any, b: Any, c: Any) -> Any:
 
 # fma(a, b, c): a * b + c of three numbers of one float type; LLVM makes vectors of it in a loop over an array
 fma: Callable[..., Any] = _fma_in_python if config.DISABLE_JIT else _fma
+
+
+@intrinsic
+def _take(_, turn):
+    def generate(context, builder, _, values):
+        data = context.make_array(turn)(context, builder, values[0]).data
+        return builder.atomic_rmw("add", data, data.type.pointee(1), "monotonic")
+
+    return types.int64(turn), generate
+
+
+def _take_in_python(turn: Any) -> Any:
+    number = int(turn[0])
+    turn[0] += 1
+    return number
+
+
+# take(turn): the number in the int64 array `turn`, which is 1 higher for whoever asks next, from whatever thread
+take: Callable[..., Any] = _take_in_python if config.DISABLE_JIT else _take

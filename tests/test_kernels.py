@@ -424,3 +424,14 @@ def test_code_compiled_with_another_tile_is_not_used(tmp_path, monkeypatch):
     machine = kernels.cpu_target.target_context.codegen().magic_tuple()
     assert kernel._cache.holds(machine)
     assert not kernels._jit()(double)._cache.holds(machine)
+
+
+@given(st.integers(1, 5000), st.integers(1, 70))
+def test_shares_hold_every_piece_once(pieces, parts):
+    turn, dealt = np.zeros(1, np.int64), []
+    first, last = kernels._share(turn, parts, pieces)
+    while first < pieces:
+        dealt += range(first, last)
+        first, last = kernels._share(turn, parts, pieces)
+    assert dealt == list(range(pieces))
+    assert turn[0] <= 16 * parts
