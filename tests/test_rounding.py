@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -16,11 +17,13 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from gpt2np.onnx import integers, mlas
+from gpt2np.onnx.evaluate import Evaluator
 from gpt2np.onnx.graph import Graph
 from gpt2np.onnx.reader import open_model
+from gpt2np.onnx.sources import constant_source
 from gpt2np.onnx.writer import write_model
 from gpt2np.session import InferenceSession
-from runtime import Array, assert_close, feeds_for, runtime
+from runtime import DATA, Array, assert_close, feeds_for, runtime
 from tiny import tiny_config, tiny_sources
 
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are the formulas for x86")
@@ -122,6 +125,16 @@ def test_float16_files_round_as_onnx_runtime_does(tmp_path, opset, blocked, keep
     assert outside(exact, expected) > 0.05
 
 
+@pytest.mark.parametrize("name", ["dynamo_20", "dynamo_23", "fused_past", "old_past", "optimum_past"])
+def test_float16_versions_of_real_exports_round_as_onnx_runtime_does(tmp_path, name):
+    """Among them the fused operators, which round once for all that they do, and Attention, which rounds each step."""
+    path = tmp_path / "half.onnx"
+    onnx.save(convert_float_to_float16(onnx.load(DATA / f"{name}.onnx")), path)
+    exact, imitated, expected = three_runs(path)
+    assert outside(imitated, expected) < 0.01
+    assert outside(exact, expected) > 0.05
+
+
 @pytest.mark.parametrize("opset", [10, 18])
 def test_float16_weights_are_read_exactly(tmp_path, opset):
     original = open_weights(path := written(tmp_path, opset))
@@ -148,7 +161,7 @@ class Samples(CalibrationDataReader):
         return next(self.feeds, None)
 
 
-@pytest.mark.parametrize("opset", [11, 18])
+@pytest.mark.parametrize("opset", [10, 11, 18])
 @pytest.mark.parametrize("weights", [QuantType.QInt8, QuantType.QUInt8], ids=str)
 @pytest.mark.parametrize("per_channel", [False, True], ids=["per tensor", "per channel"])
 def test_dynamic_quantisation(tmp_path, opset, weights, per_channel):
@@ -159,6 +172,15 @@ def test_dynamic_quantisation(tmp_path, opset, weights, per_channel):
     assert outside(exact, expected) > 0.5
     saturating = three_runs(path, saturating=True)[1]
     assert outside(saturating, expected) == 0  # that is what reduce_range is for
+
+
+def test_dynamic_quantisation_of_fused_operators(tmp_path):
+    path = tmp_path / "int8.onnx"
+    quantize_dynamic(DATA / "fused_past.onnx", path, extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT})
+    assert "QAttention" in {node.op_type for node in onnx.load(path).graph.node}
+    exact, imitated, expected = three_runs(path)
+    assert outside(imitated, expected) == 0
+    assert outside(exact, expected) > 0.5
 
 
 @pytest.mark.parametrize(
@@ -208,6 +230,117 @@ def test_infinite_scales_round_as_onnx_runtime_does():
     np.testing.assert_array_equal(got, session.run(None, {"x": x})[0])
 
 
+# --------------------------------------------------------------------------------- weights of single nodes, exactly
+def weight_of(path: Path) -> Array:
+    """The matrix that a file of one node multiplies by, as the node is seen through."""
+    graph = Graph(open_model(path))
+    product = next(n for n in graph.nodes if n.op == "MatMul")
+    return Evaluator(graph, {})(product.inputs[1])
+
+
+def save_product(path: Path, K: int, op: str, constants: list[Array | None], **attributes: Any) -> Array:
+    """A file that multiplies by a packed matrix, and ONNX Runtime's product of the identity with it: the matrix."""
+    names = ["" if c is None else f"c{i}" for i, c in enumerate(constants)]
+    graph = helper.make_graph(
+        [helper.make_node(op, ["x", *names], ["y"], domain="com.microsoft", K=K, **attributes)],
+        "product",
+        [helper.make_tensor_value_info("x", 1, [None, K])],
+        [helper.make_tensor_value_info("y", 1, None)],
+        [numpy_helper.from_array(c, n) for n, c in zip(names, constants, strict=True) if c is not None],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return np.asarray(runtime(path).run(None, {"x": np.eye(K, dtype=np.float32)})[0])
+
+
+@pytest.mark.parametrize("block", [16, 32, 128])
+@pytest.mark.parametrize(
+    ("bits", "zeros"),
+    [(2, "none"), (2, "packed"), (4, "none"), (4, "packed"), (4, "float"), (8, "none"), (8, "packed")],
+)
+@pytest.mark.parametrize("K", [32, 42, 150])
+def test_packed_matrices_are_read_exactly(tmp_path, K, bits, block, zeros):
+    rng = np.random.default_rng(K)
+    N, blocks = 5, -(-K // block)
+    packed = rng.integers(0, 256, (N, blocks, block * bits // 8), np.uint8)
+    scales = rng.standard_normal((N, blocks)).astype(np.float32)
+    zero: Array | None = None
+    if zeros == "packed":
+        zero = rng.integers(0, 256, (N, -(-blocks * bits // 8)), np.uint8)
+    elif zeros == "float":
+        zero = rng.uniform(0, 15, (N, blocks)).astype(np.float32)
+    expected = save_product(
+        tmp_path / "p.onnx", K, "MatMulNBits", [packed, scales, zero], N=N, bits=bits, block_size=block
+    )
+    got = weight_of(tmp_path / "p.onnx")
+    if zeros == "float":  # multiplied out in another order
+        np.testing.assert_allclose(got, expected, 1e-6, 1e-6)
+    else:
+        np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("kind", [0, 1], ids=["FP4", "NF4"])
+@pytest.mark.parametrize(("K", "N"), [(32, 6), (42, 5)])
+def test_four_bit_floats_are_read_exactly(tmp_path, K, N, kind, block):
+    rng = np.random.default_rng(K)
+    packed = rng.integers(0, 256, -(-K * N // 2), np.uint8)
+    largest = rng.uniform(0.5, 2, -(-K * N // block)).astype(np.float32)
+    expected = save_product(
+        tmp_path / "p.onnx", K, "MatMulBnb4", [packed, largest], N=N, quant_type=kind, block_size=block
+    )
+    np.testing.assert_array_equal(weight_of(tmp_path / "p.onnx"), expected)
+
+
+@pytest.mark.parametrize("scales", ["float32", "float16"])
+@pytest.mark.parametrize("shape", ["tensor", "axis 0", "axis -1", "blocks of 5"])
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "int8", "uint8", "int16", "int32", "float8_e4m3fn", "float8_e5m2"])
+def test_dequantised_matrices_are_read_exactly(tmp_path, dtype, shape, scales):
+    """In the scales' own type, which is the type of the result."""
+    rng = np.random.default_rng(0)
+    K, N = 13, 6
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    low, high = (-8, 16) if "int4" in dtype else (-99, 100)
+    values = rng.integers(max(low, 0) if "u" in dtype else low, min(high, 8 if dtype == "int4" else high), (K, N))
+    sizes, how = {
+        "tensor": ((), {}),
+        "axis 0": ((K,), {"axis": 0}),
+        "axis -1": ((N,), {"axis": -1}),
+        "blocks of 5": ((3, N), {"axis": 0, "block_size": 5}),
+    }[shape]
+    scale = np.asarray(rng.uniform(0.01, 0.1, sizes), scales)
+    inputs = [np.maximum(values, 0 if "u" in dtype else low).astype(kind), scale]
+    if "float" not in dtype and dtype != "int32":
+        inputs.append(np.full(sizes, 3).astype(kind))
+    graph = helper.make_graph(
+        [helper.make_node("DequantizeLinear", [f"c{i}" for i in range(len(inputs))], ["y"], **how)],
+        "weight",
+        [],
+        [helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(scale.dtype), None)],
+        [numpy_helper.from_array(c, f"c{i}") for i, c in enumerate(inputs)],
+    )
+    path = tmp_path / "w.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    got = constant_source(Graph(open_model(path)), "y").load()
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got, runtime(path).run(None, {})[0].astype(np.float32))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activations_of_accuracy_level_4_are_rounded_in_blocks(tmp_path, bits):
+    rng = np.random.default_rng(bits)
+    K, N, block = 42, 5, 16
+    packed = rng.integers(0, 256, (N, 3, block * bits // 8), np.uint8)
+    scales = rng.standard_normal((N, 3)).astype(np.float32)
+    how = {"N": N, "bits": bits, "block_size": block, "accuracy_level": 4}
+    save_product(tmp_path / "p.onnx", K, "MatMulNBits", [packed, scales], **how)
+    x = np.vstack([spread_out(3, K), np.zeros((1, K), np.float32)])
+    expected = runtime(tmp_path / "p.onnx").run(None, {"x": x})[0]
+    got = Evaluator(Graph(open_model(tmp_path / "p.onnx"), literal=True), {"x": x})("y")
+    np.testing.assert_allclose(got, expected, 1e-5, 1e-4 * np.abs(expected).max())
+    assert np.abs(x @ weight_of(tmp_path / "p.onnx") - expected).max() > 1e-3 * np.abs(expected).max()
+
+
 # ------------------------------------------------------------------------------------------------- recorded outputs
 @pytest.mark.parametrize(("name", "how"), [("fp16", True), ("fp16", "saturating"), ("int8_dynamic", "saturating")])
 def test_recorded_outputs_of_files_that_round(name, how, fixtures):
@@ -227,6 +360,6 @@ def test_float16_is_kept_between_nodes_that_take_it(tmp_path):
     path = written(tmp_path, 18)
     onnx.save(convert_float_to_float16(onnx.load(path)), path)
     graph = Graph(open_model(path), literal=True)
-    kinds = {node.op for node in graph.nodes if id(node) in graph.float16_nodes}
+    kinds = {node.op for node in graph.nodes if id(node) in graph.float16[1]}
     assert {"Split", "Reshape", "Transpose"} <= kinds
     assert not kinds & {"MatMul", "Gemm", "Add", "Tanh", "Softmax", "Div", "Where"}

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 Rule = Callable[["Graph", "Node"], "list[Node] | None"]
 
-UNPACK = "gpt2np.UnpackBits"  # our own: packed integers of a com.microsoft node -> float matrix
+# our own
+UNPACK = "gpt2np.UnpackBits"  # packed integers of a com.microsoft node -> float matrix
+ROUND = "gpt2np.RoundBlocks"  # an activation rounded to 8 bits, each block of a row by its own scale
 
 
 def _float(graph: Graph, name: str, scale: str, zero: str, origin: Node, made: list[Node], **attributes: Any) -> str:
     """Name of the float value that a quantised operand stands for."""
     if not graph.holds(name):
         return name  # an activation: its rounding is undone
-    out = f"{name} as float in {origin.outputs[0]}"
-    made.append(_node(origin, "DequantizeLinear", (name, scale, zero) if zero else (name, scale), out, **attributes))
-    return out
+    inputs = (name, scale, zero) if zero else (name, scale)
+    return _inner(graph, origin, "DequantizeLinear", inputs, "as float", made, **attributes)
 
 
 def _node(origin: Node, op: str, inputs: tuple[str, ...], output: str, **attributes: Any) -> Node:
@@ -38,14 +39,24 @@ def _node(origin: Node, op: str, inputs: tuple[str, ...], output: str, **attribu
     return Node(op, domain, origin.name, inputs, (output,), attributes)
 
 
-def _constant(graph: Graph, name: str, value: Any) -> str:
-    graph.constants[name] = np.asarray(value)
-    graph.invented.add(name)
-    return name
+def _inner(
+    graph: Graph, origin: Node, op: str, inputs: tuple[str, ...], what: str, made: list[Node], **attributes: Any
+) -> str:
+    """Append a node whose output the file does not hold, and return that output's name."""
+    out = f"{inputs[0]} {what} in {origin.outputs[0]}"
+    graph.invented.add(out)
+    made.append(_node(origin, op, inputs, out, **attributes))
+    return out
 
 
 def _quantize(graph: Graph, node: Node) -> list[Node]:
-    """Constants that are rounded as the file is run keep their exact values, too."""
+    """Constants that are rounded as the file is run keep their exact values, too.
+
+    A scale that the graph computes from the activation (DynamicQuantizeLinear before opset 11) becomes 1.
+    """
+    for name, value in zip(node.inputs[1:], (np.float32(1), np.uint8(0)), strict=False):
+        if name and not graph.is_constant(name):
+            graph.override(name, value)
     return [_node(node, "Identity", node.inputs[:1], node.outputs[0])]
 
 
@@ -58,7 +69,7 @@ def _dynamic_quantize(graph: Graph, node: Node) -> list[Node]:
     """Output 1 and 2, scale and zero point of the activation, become 1 and 0: what they undo is not done."""
     for output, value in zip(node.outputs[1:], (np.float32(1), np.uint8(0)), strict=False):
         if output:
-            _constant(graph, output, value)
+            graph.override(output, value)
     return [_node(node, "Identity", node.inputs[:1], node.outputs[0])]
 
 
@@ -67,7 +78,7 @@ def _matmul_integer(graph: Graph, node: Node) -> list[Node] | None:
     if b not in graph.constants:
         return [_node(node, "MatMul", node.inputs[:2], node.outputs[0])]
     made: list[Node] = []
-    one = _constant(graph, f"one for {node.outputs[0]}", np.float32(1))
+    one = graph.override(f"one for {node.outputs[0]}", np.float32(1))
     weight = _float(graph, b, one, node.input(3), node, made, axis=-1)
     return [*made, _node(node, "MatMul", (node.inputs[0], weight), node.outputs[0])]
 
@@ -75,9 +86,7 @@ def _matmul_integer(graph: Graph, node: Node) -> list[Node] | None:
 def _with_bias(graph: Graph, node: Node, made: list[Node], a: str, weight: str, bias: str) -> list[Node]:
     if not bias:
         return [*made, _node(node, "MatMul", (a, weight), node.outputs[0])]
-    product = f"{node.outputs[0]} without bias"
-    graph.invented.add(product)
-    made.append(_node(node, "MatMul", (a, weight), product))
+    product = _inner(graph, node, "MatMul", (a, weight), "without bias", made)
     return [*made, _node(node, "Add", (product, bias), node.outputs[0])]
 
 
@@ -137,8 +146,7 @@ def _qgemm(graph: Graph, node: Node) -> list[Node]:
     weight = _float(graph, b, b_scale, b_zero, node, made, axis=axis)
     inputs: tuple[str, ...] = (a, weight)
     if c:  # int32, in units of a_scale * b_scale
-        unit = f"{node.outputs[0]} unit of bias"
-        made.append(_node(node, "Mul", (a_scale, b_scale), unit))
+        unit = _inner(graph, node, "Mul", (a_scale, b_scale), "as unit of the bias", made)
         inputs = (*inputs, _float(graph, c, unit, "", node, made, axis=-1))
     if node.input(7):
         attributes = {k: v for k, v in node.attributes.items() if k in ("transA", "transB", "alpha")}
@@ -146,24 +154,39 @@ def _qgemm(graph: Graph, node: Node) -> list[Node]:
 
 
 def _qattention(graph: Graph, node: Node) -> list[Node]:
-    a, weight, bias, _, w_scale, mask, _, w_zero, past = (node.input(i) for i in range(9))
-    made: list[Node] = []
-    weight = _float(graph, weight, w_scale, w_zero, node, made, axis=-1)
+    a, weight, bias, a_scale, w_scale, mask, a_zero, w_zero, past = (node.input(i) for i in range(9))
     from .graph import Node
 
+    made: list[Node] = []
+    inputs: tuple[str, ...]
+    if graph.literal:
+        operands = (a, weight, a_scale, w_scale, a_zero, w_zero, bias)
+        qkv = _inner(graph, node, "com.microsoft.MatMulIntegerToFloat", operands, "projected", made)
+        inputs = (qkv, "", "", mask, past)
+    else:
+        inputs = (a, _float(graph, weight, w_scale, w_zero, node, made, axis=-1), bias, mask, past)
     attributes = {**node.attributes, "written_as": node.op}
-    op = "com.microsoft.Attention"
-    return [*made, Node(op, "com.microsoft", node.name, (a, weight, bias, mask, past), node.outputs, attributes)]
+    return [*made, Node("com.microsoft.Attention", "com.microsoft", node.name, inputs, node.outputs, attributes)]
 
 
 def _matmul_nbits(graph: Graph, node: Node) -> list[Node] | None:
     a, b, scales, zeros, order, bias = (node.input(i) for i in range(6))
     if order or b not in graph.constants:
         return None
-    out = f"{b} unpacked in {node.outputs[0]}"
-    graph.invented.add(out)
-    unpack = _node(node, UNPACK, (b, scales, zeros), out, **node.attributes)
-    return _with_bias(graph, node, [unpack], a, out, bias)
+    made: list[Node] = []
+    weight = _inner(graph, node, UNPACK, (b, scales, zeros), "unpacked", made, **node.attributes)
+    if graph.literal and node.attributes.get("accuracy_level", 0) == 4:
+        a = _inner(graph, node, ROUND, (a,), "rounded", made, **node.attributes)
+    return _with_bias(graph, node, made, a, weight, bias)
+
+
+def _matmul_bnb4(graph: Graph, node: Node) -> list[Node] | None:
+    a, b, absmax = node.inputs
+    if b not in graph.constants or not node.attributes.get("transB", 1):
+        return None
+    made: list[Node] = []
+    weight = _inner(graph, node, UNPACK, (b, absmax), "unpacked", made, **node.attributes)
+    return _with_bias(graph, node, made, a, weight, "")
 
 
 def _gather_block_quantized(graph: Graph, node: Node) -> list[Node] | None:
@@ -175,8 +198,6 @@ def _gather_block_quantized(graph: Graph, node: Node) -> list[Node] | None:
     packed = graph.constants[table].dtype.name in ("uint8", "int8")
     bits = node.attributes.get("bits", 4)
     K = min(K, width * (8 // bits) if packed else width)
-    out = f"{table} unpacked in {node.outputs[0]}"
-    graph.invented.add(out)
     attributes = {
         "K": K,
         "N": graph.shape(table)[0],
@@ -184,11 +205,20 @@ def _gather_block_quantized(graph: Graph, node: Node) -> list[Node] | None:
         "rows_first": 1,
         "block_size": node.attributes.get("block_size", 128),
     }
-    unpack = _node(node, UNPACK, (table, scales, zeros), out, **attributes)
-    return [unpack, _node(node, "Gather", (out, rows), node.outputs[0], axis=0)]
+    made: list[Node] = []
+    unpacked = _inner(graph, node, UNPACK, (table, scales, zeros), "unpacked", made, **attributes)
+    return [*made, _node(node, "Gather", (unpacked, rows), node.outputs[0], axis=0)]
 
 
-WEIGHTS_ONLY = frozenset({"com.microsoft.MatMulNBits", "com.microsoft.GatherBlockQuantized"})
+# What is rewritten in a literal graph, too: the rewritten nodes round as the operator does.
+LITERAL = frozenset(
+    {
+        "com.microsoft.GatherBlockQuantized",
+        "com.microsoft.MatMulBnb4",
+        "com.microsoft.MatMulNBits",
+        "com.microsoft.QAttention",
+    }
+)
 
 # The operators that round activations as the file is run.
 ROUNDING = frozenset(
@@ -225,6 +255,7 @@ RULES: dict[str, Rule] = {
     "com.microsoft.QLinearWhere": _qlinear_where,
     "com.microsoft.QGemm": _qgemm,
     "com.microsoft.QAttention": _qattention,
+    "com.microsoft.MatMulBnb4": _matmul_bnb4,
     "com.microsoft.MatMulNBits": _matmul_nbits,
     "com.microsoft.GatherBlockQuantized": _gather_block_quantized,
 }

@@ -48,7 +48,7 @@ class Evaluator:
         self.values: dict[str, Any] = dict(feeds)
         self.read = set() if read is None else read
         self.operators = literal_operators(graph.literal == "saturating") if graph.literal else OPERATORS
-        self.float16_nodes = graph.float16_nodes if graph.literal else frozenset()
+        self.float16, self.float16_nodes = graph.float16 if graph.literal else (set(), set())
 
     def __call__(self, name: str) -> Array:
         """The value of that name.
@@ -83,6 +83,8 @@ class Evaluator:
 
     def _run(self, node: Node) -> None:
         operator = self.operators.get(node.op)
+        if node.outputs[0] in self.float16 and node.attributes.get("written_as", node.op) == node.op:
+            operator = FLOAT16_FUNCTIONS.get(node.op, operator)
         if operator is None:
             raise UnsupportedModelError(f"{node.describe()}: gpt2np does not know what {node.op} means here")
         inputs = [self.values[i] if i else None for i in node.inputs]
@@ -103,8 +105,15 @@ class Evaluator:
             self.values[output] = value
 
     def _rounded(self, node: Node, name: str, value: Any) -> Any:
-        """What a node that runs in float16 takes or gives; between the pieces of one that was taken apart, nothing."""
-        if id(node) in self.float16_nodes and name not in self.graph.invented and _is(value, np.float32):
+        """What a node that runs in float16 takes or gives.
+
+        Between the pieces of one that was taken apart nothing is rounded, except that ONNX's own Attention rounds
+        each step: scores once they are scaled.
+        """
+        inside = name in self.graph.invented
+        if inside and node.attributes.get("written_as") == "Attention":
+            inside = any(c.op in ("Mul", "Div") for c in self.graph.consumers(name))
+        if id(node) in self.float16_nodes and not inside and _is(value, np.float32):
             return value.astype(np.float16)
         return value
 
@@ -146,7 +155,7 @@ def _cast(node: Node, inputs: Sequence[Any], opset: int) -> Array:
 
 
 def _cast_unrounded(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    """`float16_nodes` says where float16 is rounded to."""
+    """`graph.float16` says which nodes round."""
     import onnx
 
     half = node.attributes["to"] == onnx.TensorProto.FLOAT16
@@ -324,14 +333,34 @@ def _dequantize(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     return integers.dequantize(inputs[0], inputs[1], _optional(inputs, 2), axis, block)
 
 
+# What the 16 values of bitsandbytes' 4-bit types stand for, as fractions of a block's largest element: FP4, NF4
+# (onnxruntime/contrib_ops/cpu/quantization/blockwise_quant_block_bnb4.h)
+BNB4 = (
+    (
+        0.0, 5.208333333e-03, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25,
+        -0.0, -5.208333333e-03, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25,
+    ),
+    (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+        -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+)  # fmt: skip
+
+
 def _unpack_bits(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     """com.microsoft.MatMulNBits' weights (K, N), or GatherBlockQuantized's table (N, K): blocks along K.
 
     https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
     """
     packed, scales, zeros = inputs[0], inputs[1], _optional(inputs, 2)
-    K, N, bits, block = (int(node.attributes[k]) for k in ("K", "N", "bits", "block_size"))
-    blocks = -(-K // block)
+    K, N, block = (int(node.attributes[k]) for k in ("K", "N", "block_size"))
+    if "quant_type" in node.attributes:  # MatMulBnb4: blocks go on from row to row; the first of a pair is the high one
+        pairs = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[: N * K]
+        levels = np.array(BNB4[node.attributes["quant_type"]], np.float32)
+        return np.asarray((levels[pairs] * np.repeat(scales.astype(np.float32), block)[: N * K]).reshape(N, K).T)
+    bits, blocks = int(node.attributes["bits"]), -(-K // block)
 
     def unpacked(array: Array, count: int) -> Array:
         """(N, count) integers from whole numbers or from `bits` bits each, the lowest first; rows are padded."""
@@ -562,3 +591,23 @@ def literal_operators(saturating: bool) -> dict[str, Operator]:
         "Softmax": _softmax(partial(mlas.softmax, lanes=8 if saturating else 16)),
         **(integers.SATURATING if saturating else {}),
     }
+
+
+def _rounded_constant(value: float) -> np.float32:
+    return np.float32(np.float16(value))
+
+
+def _float16_fast_gelu(x: Array) -> Array:
+    inner = x * (_rounded_constant(math.sqrt(2 / math.pi)) + _rounded_constant(0.035677408136300125) * (x * x))
+    return np.asarray(np.float32(0.5) * (x * (1 + mlas.tanh(inner))))
+
+
+# In float16 these have no kernels: ONNX Runtime takes them apart, with constants in float16, and runs the pieces in
+# float32.
+FLOAT16_FUNCTIONS: dict[str, Operator] = {
+    "com.microsoft.FastGelu": _biased(_float16_fast_gelu),
+    "com.microsoft.Gelu": _one(lambda x: 0.5 * (x * (1 + _erf(_rounded_constant(math.sqrt(0.5)) * x)))),
+    "com.microsoft.QuickGelu": lambda node, inputs, opset: (
+        inputs[0] * _sigmoid(_rounded_constant(node.attributes.get("alpha", 1.702)) * inputs[0])
+    ),
+}

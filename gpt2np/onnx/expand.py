@@ -179,7 +179,8 @@ def _past_length(p: _Pieces, node: Node, index: int, beams: tuple[int, int] | No
 
 
 def _contrib_attention(graph: Graph, node: Node) -> list[Node] | None:
-    """com.microsoft.Attention: input, weights, bias, mask_index, past, attention_bias, past_sequence_length.
+    """com.microsoft.Attention: input, weights (none: projected already), bias, mask_index, past, attention_bias,
+    past_sequence_length.
 
     DecoderMaskedSelfAttention has two more: beam_width, cache_indirection.
     """
@@ -189,7 +190,7 @@ def _contrib_attention(graph: Graph, node: Node) -> list[Node] | None:
     graph.one_token |= node.op.endswith("DecoderMaskedSelfAttention")
     heads = attributes["num_heads"]
     p = _Pieces(graph, node)
-    qkv = p.add("MatMul", x, weights)
+    qkv = p.add("MatMul", x, weights) if weights else x
     if bias:
         qkv = p.add("Add", qkv, bias)
     sizes = attributes.get("qkv_hidden_sizes")

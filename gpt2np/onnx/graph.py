@@ -30,11 +30,14 @@ FLOAT16_KERNELS = frozenset(
     {
         "Attention",
         "Clip",
+        "DequantizeLinear",
         "IsNaN",
         "LayerNormalization",
         "Max",
         "Min",
         "Mod",
+        "QuantizeLinear",
+        "Relu",  # as Max
         "Round",
         "com.microsoft.GatherBlockQuantized",
         "com.microsoft.MatMulNBits",
@@ -119,6 +122,13 @@ class Graph:
         self._input_names = {i.name for i in self.inputs}
         self._check_order()
 
+    def override(self, name: str, value: Any) -> str:
+        """Make a value a constant, whatever node computes it."""
+        self.constants[name] = np.asarray(value)
+        self.invented.add(name)
+        self._folded[name] = True
+        return name
+
     def object(self, error: UnsupportedModelError) -> None:
         """Raise an error that the search could go on after, or note it where they are collected."""
         if self.objections is None:
@@ -154,8 +164,8 @@ class Graph:
 
     def _add_canonical(self, node: Node) -> None:
         """The nodes that a quantised or fused one stands for, or the node itself."""
-        weights_only = node.op in dequantize.WEIGHTS_ONLY
-        for rules in (dequantize.RULES, expand.RULES) if not self.literal or weights_only else (expand.RULES,):
+        rewritten = node.op in dequantize.LITERAL
+        for rules in (dequantize.RULES, expand.RULES) if not self.literal or rewritten else (expand.RULES,):
             rule = rules.get(node.op)
             pieces = rule(self, node) if rule else None
             if pieces is not None:
@@ -229,9 +239,9 @@ class Graph:
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
     @cached_property
-    def float16_nodes(self) -> set[int]:
-        """See `float16_nodes`."""
-        return float16_nodes(self)
+    def float16(self) -> tuple[set[str], set[int]]:
+        """See `float16`."""
+        return float16(self)
 
     def opset(self, domain: str = "") -> int:
         """Version of a domain's operators that the file asks for."""
@@ -367,8 +377,8 @@ def search_decoder(graph: onnx.GraphProto) -> onnx.GraphProto | None:
     return None
 
 
-def float16_nodes(graph: Graph) -> set[int]:
-    """The id of each node that takes and gives float16 as ONNX Runtime runs a float16 file on an x86 CPU.
+def float16(graph: Graph) -> tuple[set[str], set[int]]:
+    """The values that a file declares as float16, and the id of each node that ONNX Runtime runs in it on x86 CPUs.
 
     Few operators have float16 kernels there; the others run in float32, and so does what has a kernel but lies
     between nodes that have none. Between nodes in float32 nothing is rounded, not even by a Cast to float16.
@@ -404,9 +414,10 @@ def float16_nodes(graph: Graph) -> set[int]:
         sources = [i for i in node.inputs if i in half and i not in graph.constants]
         readers = [c for o in node.outputs for c in graph.consumers(o)]
         alone = all(in_float32(graph.producer(i)) for i in sources) and all(in_float32(c) for c in readers)
+        alone = alone and any(graph.producer(i) for i in node.inputs)
         if not alone or ends & set(node.outputs):
             found.add(id(node))
-    return found
+    return half, found
 
 
 def _is_float16(graph: Graph, name: str) -> bool:

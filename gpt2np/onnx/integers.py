@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .dequantize import ROUND
+
 if TYPE_CHECKING:
     from .graph import Node
 
@@ -42,12 +44,12 @@ def quantize(x: Array, scale: Array, zero: Array | None, axis: int = 1, block: i
 
 
 def dequantize(x: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
-    """(x - zero) * scale as float32, computed in place: no second copy of a large weight."""
+    """(x - zero) * scale in the scale's type, computed in place in float32: no second copy of a large weight."""
     out = x.astype(np.float32)
     if zero is not None:
         out -= spread(zero.astype(np.float32), x.shape, axis, block)
     out *= spread(scale.astype(np.float32), x.shape, axis, block)
-    return np.asarray(out)
+    return np.asarray(out.astype(scale.dtype, copy=False))
 
 
 def dynamic_quantize(x: Array) -> tuple[Array, Array, Array]:
@@ -171,6 +173,16 @@ def _qgemm(node: Node, inputs: Sequence[Any], opset: int, product: Product = int
     return np.asarray(out) if y_scale is None else quantize(out, y_scale, y_zero)
 
 
+def _round_blocks(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    """What MatMulNBits with accuracy_level 4 multiplies by its weights."""
+    x, block = inputs[0], int(node.attributes["block_size"])
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)])
+    blocks = padded.reshape(*x.shape[:-1], -1, block)
+    scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    return np.asarray((np.rint(blocks * inverse) * scale).reshape(padded.shape)[..., : x.shape[-1]])
+
+
 PRODUCTS: dict[str, Any] = {
     "MatMulInteger": _matmul_integer,
     "com.microsoft.MatMulIntegerToFloat": _matmul_integer_to_float,
@@ -190,4 +202,5 @@ OPERATORS: dict[str, Any] = {
     "com.microsoft.QLinearSoftmax": _qlinear_softmax,
     "com.microsoft.QLinearConcat": _qlinear_concat,
     "com.microsoft.QLinearWhere": _qlinear_where,
+    ROUND: _round_blocks,
 }

@@ -46,7 +46,7 @@ def tanh(x: Array) -> Array:
 
 def exp(x: Array) -> Array:
     """exp of what is at most 0: 2**n * exp(r), with |r| at most ln(2) / 2."""
-    x = np.maximum(x, F32(-88.3762626647949))
+    x = np.maximum(x, F32(-104))  # exp of that is 0
     n = _fma(x, F32(1.44269504088896341), F32(12582912)) - F32(12582912)  # the nearest whole number
     r = _fma(n, F32(-1.42860677e-6), _fma(n, F32(-6.93145752e-1), x))
     return np.asarray(np.ldexp(_polynomial(r, EXP), n.astype(np.int32)), F32)
