@@ -24,20 +24,24 @@ one call over a whole text, chunks, single tokens and padded batches give the sa
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import llvmlite.binding
 import numba
 import numpy as np
 from numba import float32, prange
 from numba.core.caching import FunctionCache
 from numba.core.registry import cpu_target
+from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]
 from numba.extending import overload
 from numba.np.ufunc.parallel import threading_layer
 
@@ -45,7 +49,7 @@ from . import tile
 from .errors import InputError
 from .reference import Tap, no_tap, split_heads
 from .tile import PANEL, ROWS, SQUARE, config, fma, take, transpose
-from .weights import MLP, Array, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear, WeightSource
+from .weights import MLP, Array, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear, WeightSources
 
 BLOCK = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
 CHUNK = 48  # rows that share one pass over a panel of weights; a multiple of every ROWS
@@ -53,6 +57,8 @@ QUERIES = 96  # queries that share one transposition of the keys; likewise
 LANES = 64  # running sums over a row: element i goes to sum i % LANES; enough to hide how long one addition takes
 GRAIN = 1 << 17  # multiply-adds below which it is not worth waking another thread
 READ = 8  # multiply-adds that take as long as to read one number from memory
+READ_BYTES = 1 << 19  # of a file's weights at once, so that they are packed while they are in the caches
+KNOWN_NUMBA = (0, 68)  # the newest version of which it is known what cached code needs: see `_link_runtime`
 
 
 class _DiskCache(FunctionCache):
@@ -68,7 +74,10 @@ class _DiskCache(FunctionCache):
 
     def load_overload(self, signature: Any, context: Any) -> Any:
         try:
-            return super().load_overload(signature, context)
+            if numba.version_info.short > KNOWN_NUMBA:
+                return super().load_overload(signature, context)
+            _link_runtime()
+            return self._load_overload(signature, context)
         except Exception:  # a damaged file, of which pickle may raise anything: compile anew
             return None
 
@@ -96,6 +105,17 @@ def _jit(parallel: bool = False) -> Callable[[Any], Any]:
         return kernel
 
     return decorate
+
+
+@functools.cache
+def _link_runtime() -> None:
+    """Tell LLVM the addresses of numba's runtime.
+
+    That is all that compiled code needs. `CPUContext.refresh`, by which numba prepares itself before it looks into
+    its cache, is for compiling: 0.2 s and 45 MB. numba calls it itself when something is missing in the cache.
+    """
+    for name, address in _nrt_python.c_helpers.items():
+        llvmlite.binding.add_symbol(name if name.startswith("_") else f"NRT_{name}", address)
 
 
 def needs_compilation() -> bool:
@@ -202,44 +222,85 @@ class Panels(NamedTuple):
     columns: int  # N
 
 
-def pack(name: str, source: WeightSource, dtype: Any) -> Any:
-    """Read one weight and put it into the layout that the kernels want.
+def pack(sources: WeightSources, dtype: Any) -> dict[str, Any]:
+    """Read every weight and put it into the layout that the kernels want.
+
+    Linear maps become Panels of themselves, (inputs, outputs); wte and lm_head become Panels of their transpose,
+    (C, V): logits multiplies by it, embed gathers its columns. Biases, layer norms and wpe stay arrays.
 
     Parameters
     ----------
-    name : str
-        As in `weights.weight_shapes`. Linear maps become Panels of themselves, (inputs, outputs); wte and
-        lm_head become Panels of their transpose, (C, V): logits multiplies by it, embed gathers its columns.
-        Biases, layer norms and wpe stay arrays.
-    source : WeightSource
-        Its array is dropped after packing: one copy of the weights stays in memory.
+    sources : mapping of name to WeightSource
+        Named as in `weights.weight_shapes`.
     dtype : float32 or float64
     """
-    array = np.ascontiguousarray(source.load(), dtype)
-    if name in ("wte.weight", "lm_head.weight"):
-        return pack_matrix(array, transposed=True)
-    if name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") and name.endswith(".weight"):
-        return pack_matrix(array)
-    return array
+    shapes = {name: _packed_shape(name, source.shape) for name, source in sources.items()}
+    sizes = [-(-math.prod(shape) // 16) * 16 for shape in shapes.values()]
+    # One array for all of them: the system backs a large one with large pages, which are soon there and soon found
+    parts = np.split(_aligned((sum(sizes),), dtype), np.cumsum(sizes)[:-1])
+    places = {
+        name: part[: math.prod(shape)].reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
+
+    def read(name: str) -> Any:
+        source, place = sources[name], places[name]
+        if not _is_matrix(name):
+            place[...] = source.load()
+            return place
+        at, transposed = 0, name in TABLES
+        for rows in _rows_of(source):
+            _put(place, at, rows, transposed)
+            at += len(rows)
+        return Panels(place, source.shape[0 if transposed else 1])
+
+    with ThreadPoolExecutor(_threads) as pool:  # other threads go on while a file is read or an array copied
+        return dict(zip(sources, pool.map(read, sources), strict=True))
+
+
+TABLES = ("wte.weight", "lm_head.weight")  # stored as rows for tokens
+
+
+def _is_matrix(name: str) -> bool:
+    return name in TABLES or (name.endswith(".weight") and name.split(".")[-2] in ("c_attn", "c_proj", "c_fc"))
+
+
+def _packed_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if not _is_matrix(name):
+        return shape
+    K, N = shape[::-1] if name in TABLES else shape
+    return -(-N // PANEL), K, PANEL
+
+
+def _rows_of(source: Any) -> Iterable[Array]:
+    """A matrix as blocks of rows that stay in the caches, from a source that can read so, else as a whole."""
+    if not hasattr(source, "blocks"):
+        return [source.load()]
+    blocks: Iterable[Array] = source.blocks(max(1, READ_BYTES // (4 * source.shape[1] * PANEL)) * PANEL)
+    return blocks
+
+
+def _put(panels: Array, first: int, rows: Array, transposed: bool) -> None:
+    """Put rows of a matrix into its panels, from row `first` on; transposed: columns, first a multiple of PANEL."""
+    if transposed:
+        panels = panels[first // PANEL :][: -(-len(rows) // PANEL)].swapaxes(1, 2)  # (panel, column, k)
+        whole, rest = divmod(len(rows), PANEL)
+        panels[:whole] = rows[: len(rows) - rest].reshape(whole, PANEL, rows.shape[1])
+        panels[whole:, :rest] = rows[len(rows) - rest :]
+        panels[whole:, rest:] = 0
+    else:
+        panels = panels[:, first : first + len(rows)].swapaxes(0, 1)  # (k, panel, column)
+        whole, rest = divmod(rows.shape[1], PANEL)
+        panels[:, :whole] = rows[:, : rows.shape[1] - rest].reshape(len(rows), whole, PANEL)
+        if rest:
+            panels[:, whole, :rest] = rows[:, rows.shape[1] - rest :]
+            panels[:, whole, rest:] = 0
 
 
 def pack_matrix(matrix: Array, transposed: bool = False) -> Panels:
-    """Panels of a C-contiguous matrix (K, N), or of the transpose of an (N, K) one."""
+    """Panels of a matrix (K, N), or of the transpose of an (N, K) one."""
     K, N = matrix.shape[::-1] if transposed else matrix.shape
     data = _aligned((-(-N // PANEL), K, PANEL), matrix.dtype)
-    with _pool() as threads:
-        _deal(
-            len(data),
-            data.size,
-            threads,
-            _pack_range,
-            _pack,
-            _scratch(threads, data.dtype),
-            matrix,
-            transposed,
-            data,
-            N,
-        )
+    _put(data, 0, matrix, transposed)
     return Panels(data, N)
 
 
@@ -256,31 +317,6 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> Array:
     start = -raw.ctypes.data % 64
     aligned: Array = raw[start : raw.size - 64 + start].view(dtype).reshape(shape)
     return aligned
-
-
-@_jit()
-def _pack_range(first, last, scratch, matrix, transposed, data, N):
-    K = data.shape[1]
-    for p in range(first, last):
-        column = p * PANEL
-        width = min(PANEL, N - column)
-        if width < PANEL:
-            data[p] = 0
-        if transposed:
-            _transpose(matrix, column * K, K, width, K, data, p * K * PANEL, PANEL)
-        else:
-            for k in range(K):
-                _copy(matrix[k, column : column + width], data[p, k, :width])
-
-
-@_jit(parallel=True)
-def _pack(parts, pieces, scratch, matrix, transposed, data, N):
-    turn = np.zeros(1, np.int64)
-    for part in prange(parts):
-        first, last = _share(turn, parts, pieces)
-        while first < pieces:
-            _pack_range(first, last, scratch[part], matrix, transposed, data, N)
-            first, last = _share(turn, parts, pieces)
 
 
 # ----------------------------------------------------------------------------------------------------- threads

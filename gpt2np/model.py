@@ -83,11 +83,8 @@ class GPT2:
         if engine == "numba":
             from . import kernels
 
-            def read(name: str) -> Array:
-                return kernels.pack(name, sources[name], self.dtype)
-
             self._kernels: ModuleType = kernels
-            self._weights = assemble(config, read, self._head_bias)
+            self._weights = assemble(config, kernels.pack(sources, self.dtype).__getitem__, self._head_bias)
         else:
             self._kernels = reference
             self._weights = self.weights

@@ -17,7 +17,7 @@ from gpt2np import get_num_threads, kernels, reference, set_num_threads
 from gpt2np.errors import InputError
 from gpt2np.reference import no_tap
 from gpt2np.weights import MLP, Attention, BlockWeights, LayerNorm, Linear
-from tiny import random_ids, tiny_model
+from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
 
 EPS = {np.float32: 2**-23, np.float64: 2**-52}
 DTYPES = list(EPS)
@@ -79,6 +79,33 @@ def test_packing_keeps_every_weight():
         panels = kernels.pack_matrix(np.ascontiguousarray(matrix.T), transposed=True)
         np.testing.assert_array_equal(kernels.unpack(panels), matrix)
         assert panels.data.ctypes.data % 64 == 0
+
+
+class ReadInTurn(ArraySource):
+    """A source that is read some rows at a time."""
+
+    def blocks(self, rows):
+        return (self.array[i : i + rows] for i in range(0, len(self.array), rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", [ArraySource, ReadInTurn])
+def test_all_weights_are_packed_as_each_would_be(kind, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "READ_BYTES", 1)
+    sources = {name: kind(source.array) for name, source in tiny_sources(tiny_config(vocab_size=77, n_embd=39)).items()}
+    packed = kernels.pack(sources, dtype)
+    assert list(packed) == list(sources)
+    for name, got in packed.items():
+        array = sources[name].array.astype(dtype)
+        if array.ndim == 2 and name != "wpe.weight":
+            matrix = array.T if name == "wte.weight" else array
+            assert got.data.tobytes() == kernels.pack_matrix(matrix).data.tobytes()
+            np.testing.assert_array_equal(kernels.unpack(got), matrix)
+            got = got.data
+        else:
+            np.testing.assert_array_equal(got, array)
+        assert got.dtype == dtype
+        assert got.ctypes.data % 64 == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -335,7 +362,7 @@ def test_a_forked_child_gets_the_same_bits():
     code = """
         import os, warnings
         from gpt2np import kernels
-        from tiny import random_ids, tiny_model
+        from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
         warnings.simplefilter("ignore")
         kernels.GRAIN = 1
         model = tiny_model()
@@ -411,6 +438,21 @@ def test_a_folder_that_cannot_be_written_to_or_holds_rubbish_does_no_harm(tmp_pa
     folder.rmdir()
     folder.write_text("a file where the folder was")
     assert blocked(2) == 4
+
+
+@pytest.mark.jit
+def test_code_from_disk_runs_in_a_process_that_compiles_nothing(tmp_path):
+    code = """
+        import numpy as np
+        from numba.core.runtime import rtsys
+        from gpt2np import kernels
+        x = np.arange(70, dtype=np.float32)
+        print(kernels.layer_norm(x, x, x, 1e-5).tobytes().hex(), file=open(__import__("os").environ["OUT"], "w"))
+        print(rtsys._init)
+    """
+    for name, compiled in (("first", "True\n"), ("second", "False\n")):
+        assert in_a_new_process(code, NUMBA_CACHE_DIR=str(tmp_path), OUT=str(tmp_path / name)) == compiled
+    assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
 @pytest.mark.jit

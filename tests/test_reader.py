@@ -78,6 +78,7 @@ def test_reads_every_type(tmp_path: Path, kind: str, raw: bool, count: int) -> N
     found = open_model(save(tmp_path, model_of(tensor))).tensors["t"]
     loaded = found.load()
     assert (found.dtype, found.shape) == (array.dtype, (count,))
+    assert same(np.concatenate([block.copy() for block in found.blocks(100)]), array)
     assert same(loaded, array)
     if count:
         assert found.origin == ("raw_data" if raw else field)

@@ -120,17 +120,28 @@ class File:
 
     def read_into(self, target: np.ndarray, pieces: Iterable[tuple[int, int]]) -> None:
         """Fill the one-dimensional uint8 array `target` with the bytes of all (offset, length) pieces."""
-        view = target.data
         done = 0
         with self.open() as file:
             for offset, length in pieces:
-                file.seek(offset)
-                end = done + length
-                while done < end:
-                    got = file.readinto(view[done:end])
-                    if not got:
-                        raise ModelFileError(f"{self.path} ends early, at byte {file.tell()}")
-                    done += got
+                self._fill(target[done : done + length], file, offset)
+                done += length
+
+    def _fill(self, target: np.ndarray, file: FileIO, offset: int) -> None:
+        view, done = target.data, 0
+        file.seek(offset)
+        while done < len(view):
+            got = file.readinto(view[done:])
+            if not got:
+                raise ModelFileError(f"{self.path} ends early, at byte {file.tell()}")
+            done += got
+
+    def read_in_turn(self, target: np.ndarray, offset: int, nbytes: int) -> Iterator[np.ndarray]:
+        """Read `nbytes` bytes from `offset` on through `target`: filled again and again, the last time in part."""
+        with self.open() as file:
+            for start in range(0, nbytes, len(target)):
+                part = target[: nbytes - start]
+                self._fill(part, file, offset + start)
+                yield part
 
     def read_in_parts(self, target: np.ndarray, offset: int) -> None:
         """Fill `target` with the bytes from `offset`, a large one in several threads.
@@ -197,6 +208,19 @@ class Tensor:
         if self.dtype.kind == "b" and stored.max() > 1:  # NumPy takes any other byte for a third truth value
             raise ModelFileError(f"tensor {self.name!r} is bool, but holds a byte that is neither 0 nor 1")
         return array
+
+    def blocks(self, rows: int) -> Iterator[np.ndarray]:
+        """Read it some rows at a time: arrays that follow each other along the first axis, each lost with the next.
+
+        They have `rows` rows (the last one perhaps fewer) and share one array, where the file holds the elements as
+        they are. Any other tensor comes as a whole. Raises as `load` does.
+        """
+        if self._file is None or self._varint or self.dtype.kind != "f" or len(self._pieces) != 1:
+            yield self.load()
+            return
+        block = empty_aligned((min(rows, self.shape[0]), *self.shape[1:]), self.dtype)
+        for part in self._file.read_in_turn(block.reshape(-1).view(np.uint8), *self._pieces[0]):
+            yield block[: len(part) * len(block) // block.nbytes]
 
     def _read_varints(self, entries: np.ndarray) -> None:
         """Decode the payload's varints into `entries`, keeping the low bits of each as protobuf does."""

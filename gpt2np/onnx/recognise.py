@@ -926,7 +926,7 @@ class _Recogniser:
         """The head's weights; tied if they are wte's own bytes."""
         if head is None:
             return True, False
-        weight = head.weight.transposed("Transpose")
+        columns, weight = head.weight, head.weight.transposed("Transpose")
         if head.bias is not None:
             self.sources["lm_head.bias"] = head.bias
         self.taps["logits"] = TapLocation(
@@ -939,9 +939,9 @@ class _Recogniser:
             more = weight.shape[0] - V
             self.notes.append(f"the head has {more} more rows than wte: logits of no token")
             self.head_padding = weight.taken(np.arange(V, V + more), 0, "rows without a token")
-            weight = weight.taken(np.arange(V), 0, "rows of tokens")
+            columns, weight = (m.taken(np.arange(V), axis, "rows of tokens") for axis, m in ((1, columns), (0, weight)))
             self.taps["logits"] = TapLocation(head.out, lambda a, batch: a.reshape(-1, *a.shape[-2:])[..., :V])
-        tied = _same_tensor(head, words) or (weight.shape == words.table.shape and _equal(weight, words.table))
+        tied = _same_tensor(head, words) or (weight.shape == words.table.shape and _equal(columns, words.table))
         if not tied:
             self.sources["lm_head.weight"] = weight
         return tied, head.bias is not None
@@ -1154,14 +1154,18 @@ def _same_tensor(head: Linear, words: Lookup) -> bool:
     )
 
 
-def _equal(a: Source, b: Source) -> bool:
-    """Whether two matrices have the same bits (a NaN equals the same NaN), either perhaps stored transposed."""
-    x, y = a.read(), b.read()
-    if x.dtype != y.dtype or x.shape != y.shape:
-        return False
-    x, y = _bits(x), _bits(y)
-    rows = 64  # so that a block of both stays in the cache
-    return all(np.array_equal(x[i : i + rows], y[i : i + rows]) for i in range(0, len(x), rows))
+def _equal(head: Source, table: Source) -> bool:
+    """Whether a map (C, V) has the bits of a table (V, C), transposed; a NaN equals the same NaN."""
+    columns = _bits(table.read())
+    at, step = 0, 1024  # rows of the table at once, so that what is compared stays in the caches
+    for block in head.blocks(32):
+        part, rows = columns[:, at : at + len(block)], _bits(block).T
+        at += len(block)
+        if part.dtype != rows.dtype:
+            return False
+        if not all(np.array_equal(part[v : v + step], rows[v : v + step]) for v in range(0, len(part), step)):
+            return False
+    return True
 
 
 def _bits(a: Array) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,20 +27,32 @@ class Source:
     origin: tuple[str, ...]  # initializers (or Constant nodes); empty where the file has none and zeros stand in
     through: tuple[str, ...]  # from the file to the weight: "Cast", "Transpose", "DequantizeLinear", ...
     read: Callable[[], Array] = field(repr=False, compare=False)
+    tensor: Tensor | None = field(default=None, repr=False, compare=False)  # which this weight is, unchanged
 
     def load(self) -> Array:
         """A new, 64-byte-aligned, C-contiguous float array: float32, or float64 if the file has float64."""
-        array = self.read()
-        if array.shape != self.shape:
-            raise WeightError(f"{self.describe()} has shape {array.shape}, expected {self.shape}")
-        if not is_float(array):
-            raise WeightError(f"{self.describe()} is {array.dtype}, not a floating-point weight")
+        array = self._checked()
         dtype = np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
         if array.dtype == dtype and array.flags.c_contiguous and array.flags.writeable:
             return array
         out = empty_aligned(array.shape, dtype)
         out[...] = array
         return out
+
+    def blocks(self, rows: int) -> Iterable[Array]:
+        """What `load` returns, some rows at a time, of the file's float type and perhaps read-only.
+
+        Only a tensor that is the weight as it is can be read so; any other weight comes as a whole.
+        """
+        return [self._checked()] if self.tensor is None else self.tensor.blocks(rows)
+
+    def _checked(self) -> Array:
+        array = self.read()
+        if array.shape != self.shape:
+            raise WeightError(f"{self.describe()} has shape {array.shape}, expected {self.shape}")
+        if not is_float(array):
+            raise WeightError(f"{self.describe()} is {array.dtype}, not a floating-point weight")
+        return array
 
     def describe(self) -> str:
         """The initializers' names, for messages."""
@@ -130,7 +142,9 @@ def constant_source(graph: Graph, name: str) -> Source:
             pending.extend(i for i in node.inputs if i)
     direct = graph.strip(name, frozenset({"Identity"}))
     if direct in graph.constants:
-        return Source(graph.shape(direct), (direct,), (), lambda: _fresh(graph, direct))
+        value = graph.constants[direct]
+        tensor = value if isinstance(value, Tensor) and value.dtype.kind == "f" else None
+        return Source(graph.shape(direct), (direct,), (), lambda: _fresh(graph, direct), tensor)
     origin.sort(key=lambda o: -int(np.prod(graph.shape(o))))  # the weight itself before its scales
     return Source(constant_shape(graph, name), tuple(origin), tuple(steps), lambda: Evaluator(graph, {})(name))
 
