@@ -191,10 +191,12 @@ def _highest(v, lanes):
             lanes[i] = part[i] if part[i] > lanes[i] else lanes[i]
     for i in range(v.size - whole):
         lanes[i] = v[whole + i] if v[whole + i] > lanes[i] else lanes[i]
-    highest = lanes[0]
-    for i in range(LANES):
-        highest = lanes[i] if lanes[i] > highest else highest
-    return highest
+    width = LANES
+    while width > 1:
+        width //= 2
+        for i in range(width):
+            lanes[i] = lanes[i + width] if lanes[i + width] > lanes[i] else lanes[i]
+    return lanes[0]
 
 
 @_jit()
@@ -695,10 +697,8 @@ def _attend_range(first, last, scratch, qkv, cache, scale, mask, keys, limits, h
 
         # A query's sum ends at its own last key: what lies behind must not matter. For a group of queries the sum
         # runs on to the last key of all, with probability 0, which only is the same if those values are finite.
-        finite = True
-        for j in range(limit.min(), S):
-            at = value_start + j * width
-            finite = finite and _sum(values[at : at + width], lanes) * 0 == 0
+        behind = values[value_start + limit.min() * width : value_start + S * width]
+        finite = _sum(behind, lanes) * 0 == 0
 
         for t in range(0, queries, ROWS):
             rows = min(ROWS, queries - t)
