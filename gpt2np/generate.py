@@ -290,8 +290,10 @@ class _Sequence:
         self.ids.append(token_id)
         self.new += 1
         log_sum = sampling.log_sum_exp(logits)
-        best = sampling.most_probable(logits, self.logprobs) if self.logprobs else ()
-        top = tuple((int(i), float(logits[i]) - log_sum) for i in best)
+        top: tuple[tuple[int, float], ...] = ()
+        if self.logprobs:
+            best = sampling.most_probable(logits, self.logprobs)
+            top = tuple((int(i), float(logits[i]) - log_sum) for i in best)
         finish = "eos" if token_id in self.ends else "length" if self.new >= self.limit else None
         text = ""
         if self.decoder is not None:

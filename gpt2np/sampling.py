@@ -18,7 +18,7 @@ from .weights import Array
 
 # 50257 entries need neither a sort nor a running sum over all of them:
 BLOCK = 128  # entries whose maximum is looked at first, in the search for the largest
-RUN = 2048  # entries whose sum is looked at first, in the search for a place in the running sum
+RUN = 512  # entries whose sum is looked at first, in the search for a place in the running sum
 COLDEST = 1e-6  # temperatures below cannot be told from greedy in float32
 
 
@@ -151,7 +151,7 @@ def top_p(weights: Array, p: float) -> Array:
     wanted = p * whole
     # n weights below (1 - p) / n of the whole are less than 1 - p of it together: the rest holds p. Most often
     # that is so with far fewer than all weights in the place of n; twice as many leave room for rounding.
-    for n in (BLOCK, RUN, 2 * len(weights)):
+    for n in (BLOCK, 16 * BLOCK, 256 * BLOCK, 2 * len(weights)):
         candidates = _where(weights >= (whole - wanted) / n)
         order = candidates[(-weights[candidates]).argsort(kind="stable")]
         held = weights[order].cumsum(dtype=np.float64)
