@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from .onnx.masks import per_query
 from .weights import Array
 
 if TYPE_CHECKING:
+    from .onnx.graph import Literally
     from .onnx.recognise import Port, Recognised
 
 
@@ -49,12 +50,14 @@ class InferenceSession:
         The compiled kernels, or the textbook.
     dtype : "float32" or "float64"
         What is computed in; outputs have the file's own types.
-    emulate_rounding : bool or "saturating"
+    emulate_rounding : bool, "saturating" or "optimised"
         Instead of computing with the file's exact weights, run its nodes one by one in NumPy as ONNX Runtime does
         without optimisations, rounding included: activations to 8 bits where a quantised file asks for it, results
         to float16 in a float16 file. Slow; it shows how much of a difference to ONNX Runtime such rounding explains.
         "saturating": as on an x86 CPU with AVX2 but without VNNI, where sums of two products of uint8 with int8
         saturate at 16 bits: ONNX Runtime's outputs of int8 files differ by much more between CPUs than by rounding.
+        "optimised": as with its optimisations, by which products with 4- and 8-bit weights behind DequantizeLinear
+        round activations to 8 bits.
 
     Raises
     ------
@@ -77,7 +80,7 @@ class InferenceSession:
         path: str | Path,
         engine: str = "numba",
         dtype: str = "float32",
-        emulate_rounding: bool | Literal["saturating"] = False,
+        emulate_rounding: Literally = False,
     ) -> None:
         from .onnx.graph import Graph
         from .onnx.reader import open_model

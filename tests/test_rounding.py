@@ -22,6 +22,8 @@ from gpt2np.onnx.graph import Graph
 from gpt2np.onnx.reader import open_model
 from gpt2np.onnx.sources import constant_source
 from gpt2np.onnx.writer import write_model
+from gpt2np.parity import debugger
+from gpt2np.parity.report import Report
 from gpt2np.session import InferenceSession
 from runtime import DATA, Array, assert_close, feeds_for, runtime
 from tiny import tiny_config, tiny_sources
@@ -339,6 +341,66 @@ def test_activations_of_accuracy_level_4_are_rounded_in_blocks(tmp_path, bits):
     got = Evaluator(Graph(open_model(tmp_path / "p.onnx"), literal=True), {"x": x})("y")
     np.testing.assert_allclose(got, expected, 1e-5, 1e-4 * np.abs(expected).max())
     assert np.abs(x @ weight_of(tmp_path / "p.onnx") - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+# --------------------------------------------------------------------------------------------- what parity makes of it
+def dequantised(folder: Path, opset: int = 21) -> Path:
+    """A float file whose matrices are stored as int8, behind DequantizeLinear."""
+    path = written(folder, opset)
+    model = onnx.load(path)
+    products = {node.input[1] for node in model.graph.node if node.op_type == "MatMul"}
+    made = []
+    for tensor in list(model.graph.initializer):
+        if tensor.name not in products:
+            continue
+        matrix = numpy_helper.to_array(tensor)
+        scale = np.abs(matrix).max(0) / np.float32(127)
+        model.graph.initializer.remove(tensor)
+        model.graph.initializer.append(
+            numpy_helper.from_array(np.rint(matrix / scale).astype(np.int8), tensor.name + "q")
+        )
+        model.graph.initializer.append(numpy_helper.from_array(scale, tensor.name + "s"))
+        made.append(helper.make_node("DequantizeLinear", [tensor.name + "q", tensor.name + "s"], [tensor.name], axis=1))
+    nodes = [*made, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
+    return path
+
+
+def rounding_of(path: Path) -> tuple[Report, dict[str, Any]]:
+    report = debugger.parity(debugger.Options(path, random=2, engine="numpy"))
+    return report, report.details["rounding"]["logits"]
+
+
+def test_parity_tells_rounding_from_error():
+    report, found = rounding_of(DATA / "int8.onnx")
+    assert report.exit_code == 0
+    assert found["changes"] > 1e-3
+    assert found["left"]["ort"] < 1e-5
+    assert found["left"]["ort-off"] < 1e-5
+
+
+def test_parity_tells_what_onnx_runtimes_optimisations_round(tmp_path):
+    report, found = rounding_of(dequantised(tmp_path))
+    assert report.exit_code == 0
+    assert found["changes"] > 1e-3
+    assert found["left"]["ort"] < 1e-4
+    assert found["left"]["ort-off"] < 1e-5
+    assert any("by ONNX Runtime's optimisations" in title for title, _ in report.sections)
+
+
+def test_parity_of_a_float_file_measures_no_rounding():
+    report = debugger.parity(debugger.Options(DATA / "optimum_past.onnx", random=1, engine="numpy"))
+    assert "rounding" not in report.details
+    assert report.exit_code == 0
+
+
+def test_parity_finds_the_kind_of_cpu_that_recorded(fixtures):
+    report = debugger.parity(debugger.Options(fixtures / "int8_dynamic" / "model.onnx"))
+    assert report.details["rounding"]["logits"]["left"]["recorded"] < 1e-5
+    text = " ".join(line for _, body in report.sections for line, _ in body)
+    assert "recorded: imitated as on a CPU without VNNI" in text
 
 
 # ------------------------------------------------------------------------------------------------- recorded outputs

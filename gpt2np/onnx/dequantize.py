@@ -9,6 +9,7 @@ names, weights become DequantizeLinear of what the file holds, and rounding an a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -180,6 +181,25 @@ def _matmul_nbits(graph: Graph, node: Node) -> list[Node] | None:
     return _with_bias(graph, node, made, a, weight, bias)
 
 
+def _optimised_matmul(graph: Graph, node: Node) -> list[Node] | None:
+    """By weights of 4 or 8 bits: becomes MatMulNBits of accuracy_level 4 (qdq_transformer in onnxruntime)."""
+    before, source = (graph.producer(name) for name in node.inputs)
+    if source is None or source.op != "DequantizeLinear" or source.inputs[0] not in graph.constants:
+        return None
+    if before is not None and before.op == "DequantizeLinear":
+        return None  # two quantised operands: a product of integers
+    weights, scales = (graph.constants[name] for name in source.inputs[:2])
+    axis, block = source.attributes.get("axis", 1), source.attributes.get("block_size", 0)
+    fits = axis == 0 and block >= 16 if block else not scales.shape or axis == 1
+    if weights.dtype.name not in ("int4", "uint4", "int8", "uint8") or scales.dtype.name == "bfloat16" or not fits:
+        return None
+    made: list[Node] = []
+    origin = replace(node, op="com.microsoft.MatMulNBits")
+    a = _inner(graph, origin, ROUND, node.inputs[:1], "rounded", made, block_size=block or 32)
+    weight = _inner(graph, origin, "DequantizeLinear", source.inputs, "as float", made, **source.attributes)
+    return [*made, _node(origin, "MatMul", (a, weight), node.outputs[0])]
+
+
 def _matmul_bnb4(graph: Graph, node: Node) -> list[Node] | None:
     a, b, absmax = node.inputs
     if b not in graph.constants or not node.attributes.get("transB", 1):
@@ -259,3 +279,6 @@ RULES: dict[str, Rule] = {
     "com.microsoft.MatMulNBits": _matmul_nbits,
     "com.microsoft.GatherBlockQuantized": _gather_block_quantized,
 }
+
+# What ONNX Runtime's optimisations make round.
+OPTIMISED: dict[str, Rule] = {"MatMul": _optimised_matmul}

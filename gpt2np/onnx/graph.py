@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnx
 
 Array = np.ndarray
+Literally = bool | Literal["saturating", "optimised"]
 
 # What hands its first input on, with at most another shape or float type.
 RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
@@ -75,7 +76,7 @@ class Graph:
     file : ModelFile
     branch : "" or "then" or "else"
         Which branch of an If on a graph input (as in merged decoders) is taken for the graph itself.
-    literal : bool or "saturating"
+    literal : bool or a word
         Leave quantised nodes as they are, to be run with all their rounding (see `InferenceSession`); keep every
         constant that is read.
     objections : list, optional
@@ -89,7 +90,7 @@ class Graph:
         self,
         file: ModelFile,
         branch: str = "",
-        literal: bool | Literal["saturating"] = False,
+        literal: Literally = False,
         objections: list[UnsupportedModelError] | None = None,
     ) -> None:
         self.file = file
@@ -164,8 +165,9 @@ class Graph:
 
     def _add_canonical(self, node: Node) -> None:
         """The nodes that a quantised or fused one stands for, or the node itself."""
-        rewritten = node.op in dequantize.LITERAL
-        for rules in (dequantize.RULES, expand.RULES) if not self.literal or rewritten else (expand.RULES,):
+        optimised = dequantize.OPTIMISED if self.literal == "optimised" else {}
+        exact = {} if self.literal and node.op not in dequantize.LITERAL else dequantize.RULES
+        for rules in (exact, expand.RULES, optimised):
             rule = rules.get(node.op)
             pieces = rule(self, node) if rule else None
             if pieces is not None:

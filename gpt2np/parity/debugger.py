@@ -31,10 +31,10 @@ from .diagnose import Diagnosis, from_recorded, from_taps, nonfinite, unplaced
 from .metrics import PRESETS, Budget, measure
 from .operations import Call, split_tap, tap_inputs, tap_names
 from .report import Check, Line, Report, columns, number, wrap
+from .rounding import Rounding, rounds
 from .runners import Function, Model, OnnxRef, Ort, Ours, Recorded, Runner, TraceRunner
 
 NOISE_FACTOR = 8.0  # a measured budget is so many times ONNX Runtime's difference from itself
-ROUNDING_FACTOR = 2.0  # the budget of a lossy file grows by so many times the change that its rounding makes
 SEARCH_TOKENS = 64  # the search for a cause takes the largest input up to this size, or else the smallest
 SHOWN_ROWS = 24  # of the tap table; JSON has them all
 ALL_CHECKS = ("outputs", "taps", *CHECKS)
@@ -205,11 +205,18 @@ def parity(options: Options) -> Report:
         report.not_compared.append(f"no test_data_set_* beside {model.path}: give --data, --prompt or --random")
     if options.noise_floor:
         measure_floor(model, cases, budgets, report)
-    elif whole and rounds(model):
-        measure_rounding(model, cases, budgets, report)
+    rounding = Rounding.measure(model, cases, budgets, report) if whole and not options.noise_floor else None
+    plain = [Ort(model, optimise=False)] if any(isinstance(r, Ort) and r.optimise for r in others) else []
     if "outputs" in options.checks:
         for case in cases:
-            report.comparisons += compare_case(case, model, runners, budgets, run_case(case, runners))
+            outputs = run_case(case, runners)
+            report.comparisons += compare_case(case, model, runners, budgets, outputs)
+            if rounding is not None:
+                recorded = {Recorded.name: case.data.outputs} if case.data is not None else {}
+                del outputs[ours.name]
+                rounding.compare(case, {**recorded, **outputs, **run_case(case, plain)})
+    if rounding is not None:
+        rounding.show(report, budgets)
     if not whole:
         refuse(model, report)
     names = [n for n in options.checks if n in CHECKS]
@@ -261,40 +268,6 @@ def measure_floor(model: Model, cases: Sequence[Case], budgets: Budgets, report:
     body = [(columns((n, number(f), number(budgets.measured[n].atol)), (-40, 12, 12)), "") for n, f in floors.items()]
     report.sections.append(("noise floor and budget (max abs)", body))
     report.details["noise_floor"] = floors
-
-
-def rounds(model: Model) -> str:
-    """How the file rounds on the way, in words; "" for a float32 file."""
-    from ..onnx.reader import open_model
-
-    kinds = {t.dtype.name for t in open_model(model.path).tensors.values()}
-    if any("rounded" in note for note in model.recognised.notes):
-        return "activations to 8 bits"
-    return "results to 16 bits" if kinds & {"float16", "bfloat16"} else ""
-
-
-def measure_rounding(model: Model, cases: Sequence[Case], budgets: Budgets, report: Report) -> None:
-    """Widen the budget by what a lossy file's own rounding changes: ours with that rounding against ours without.
-
-    gpt2np computes in float32 with the file's exact weights; whatever runs the file's nodes rounds in between.
-    """
-    from ..session import InferenceSession
-
-    exact = InferenceSession(model.path, "numpy")
-    rounded = InferenceSession(model.path, "numpy", emulate_rounding=True)
-    names = [o.name for o in exact.get_outputs()]
-    effects = dict.fromkeys(names, 0.0)
-    for case in cases:
-        for name, a, b in zip(names, exact.run(names, case.feeds), rounded.run(names, case.feeds), strict=True):
-            effects[name] = max(effects[name], measure(a, b, budgets.default).max_abs)
-    base = budgets.default
-    for name, effect in effects.items():
-        source = f"{base.source}, plus {ROUNDING_FACTOR:g} x the file's own rounding"
-        budgets.measured[name] = Budget(base.rtol, base.atol + ROUNDING_FACTOR * effect, source)
-    report.budget += f"; plus {ROUNDING_FACTOR:g} x what the file's rounding of {rounds(model)} changes"
-    body = [(columns((n, number(e), number(budgets.measured[n].atol)), (-40, 12, 12)), "") for n, e in effects.items()]
-    report.sections.append(("the file's own rounding: largest change of an output, and atol with it", body))
-    report.details["rounding"] = effects
 
 
 def _joined(name: str, alone: Sequence[dict[str, Array]], expected: Array) -> Array | None:
@@ -353,10 +326,8 @@ def explain(
         if missing:
             shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
             report.not_compared.append(f"{other.name} does not give {shown}")
-        if rounds(model) == "activations to 8 bits":
-            report.not_compared.append(
-                f"local errors of {other.name}: the file rounds {rounds(model)}, which they show"
-            )
+        if rounds(model)[0] == "activations to 8 bits":
+            report.not_compared.append(f"local errors of {other.name}: the file rounds activations, which they show")
             continue
         row = first_divergence(rows)
         apart = {c.output for c in report.comparisons if not c.ok and {c.actual, c.expected} == {a, other.name}}

@@ -1,0 +1,115 @@
+"""What a file's own rounding does to its outputs, and what is left of a difference once that is imitated.
+
+gpt2np computes in float32 with the file's exact weights; what runs a float16 or quantised file rounds in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import Gpt2npError
+from ..weights import Array
+from .compare import Budgets, Case
+from .metrics import Budget, measure
+from .report import WIDTH, Line, Report, columns, number, wrap
+from .runners import Model
+
+if TYPE_CHECKING:
+    from ..onnx.graph import Literally
+
+FACTOR = 2.0  # the budget of a lossy file grows by so many times the change that its rounding makes
+VARIANTS: dict[Literally, str] = {
+    True: "imitated as ONNX Runtime rounds without optimisations",
+    "optimised": "imitated as with ONNX Runtime's optimisations, which make products with dequantised weights round",
+    "saturating": "imitated as on a CPU without VNNI, where sums of two 8-bit products saturate at 16 bits",
+}
+
+
+def rounds(model: Model) -> tuple[str, list[Literally]]:
+    """How the file rounds on the way, in words ("" for a float32 file), and the ways to imitate it."""
+    from ..onnx.reader import open_model
+
+    file = open_model(model.path)
+    kinds = {t.dtype.name for t in file.tensors.values()}
+    ways: list[Literally] = [True]
+    if any(node.op_type == "DequantizeLinear" for node in file.proto.graph.node):
+        ways.append("optimised")
+    if any("rounded" in note for note in model.recognised.notes):
+        return "activations to 8 bits", [*ways, "saturating"] if "int8" in kinds else ways
+    if len(ways) > 1:
+        return "activations to 8 bits by ONNX Runtime's optimisations", ways
+    return "results to 16 bits" if kinds & {"float16", "bfloat16"} else "", ways
+
+
+@dataclass
+class Rounding:
+    """Outputs with the rounding imitated in each way, for every case, and their distance from the parties."""
+
+    words: str
+    changes: dict[str, float]  # of each output, by the way that changes it most
+    imitated: dict[Literally, dict[str, dict[str, Array]]]  # way -> case -> output
+    left: dict[str, dict[Literally, dict[str, float]]] = field(default_factory=dict)  # party -> way -> output
+
+    @classmethod
+    def measure(cls, model: Model, cases: Sequence[Case], budgets: Budgets, report: Report) -> Rounding | None:
+        """Widen the budget by what the rounding changes, ours with it against ours without; None if nothing rounds."""
+        from ..session import InferenceSession
+
+        words, ways = rounds(model)
+        if not words:
+            return None
+        exact = InferenceSession(model.path, "numpy")
+        names = [o.name for o in exact.get_outputs()]
+        without = {case.name: exact.run(names, case.feeds) for case in cases}
+        changes = dict.fromkeys(names, 0.0)
+        imitated: dict[Literally, dict[str, dict[str, Array]]] = {}
+        for way in ways:
+            session = InferenceSession(model.path, "numpy", emulate_rounding=way)
+            imitated[way] = {}
+            for case in cases:
+                outputs = dict(zip(names, session.run(names, case.feeds), strict=True))
+                imitated[way][case.name] = outputs
+                for name, a in zip(names, without[case.name], strict=True):
+                    changes[name] = max(changes[name], measure(a, outputs[name], budgets.default).max_abs)
+        base = budgets.default
+        if max(changes.values()) <= base.atol:
+            return None
+        for name, change in changes.items():
+            source = f"{base.source}, plus {FACTOR:g} x the file's own rounding"
+            budgets.measured[name] = Budget(base.rtol, base.atol + FACTOR * change, source)
+        report.budget += f"; plus {FACTOR:g} x what the file's rounding of {words} changes"
+        return cls(words, changes, imitated)
+
+    def compare(self, case: Case, outputs: Mapping[str, Mapping[str, Array] | Gpt2npError]) -> None:
+        """Note how far each party's outputs are from each imitation."""
+        for party, given in outputs.items():
+            for way, cases in self.imitated.items():
+                found = self.left.setdefault(party, {}).setdefault(way, {})
+                for name, ours in cases[case.name].items():
+                    if not isinstance(given, Gpt2npError) and name in given and given[name].shape == ours.shape:
+                        a, b = (np.asarray(v, np.float64) for v in (ours, given[name]))
+                        distance = float(np.abs(a - b).max(initial=0))
+                        found[name] = max(found.get(name, 0.0), distance)
+
+    def show(self, report: Report, budgets: Budgets) -> None:
+        """Add the table to a report: for each party by the way that comes closest to it."""
+        ways = {party: min(found, key=lambda w: sum(found[w].values())) for party, found in self.left.items()}
+        parties = list(ways)[: (WIDTH - 52) // 12]
+        widths = (-28, *(10,) * (2 + len(parties)))
+        body: list[Line] = [(columns(("", "changes", "atol", *parties), widths), "bold")]
+        details: dict[str, Any] = {}
+        for name, change in self.changes.items():
+            left = {p: self.left[p][ways[p]].get(name, float("nan")) for p in ways}
+            cells = (name, number(change), number(budgets(name).atol), *(number(left[p]) for p in parties))
+            body.append((columns(cells, widths), ""))
+            details[name] = {"changes": change, "left": left}
+        for way in dict.fromkeys(ways.values()):
+            who = ", ".join(p for p in ways if ways[p] == way)
+            body += [(line, "") for line in wrap(f"{who}: {VARIANTS[way]}", "  ")]
+        title = f"rounding of {self.words}: what it changes at most, atol with it, and what is left once it is imitated"
+        report.sections.append((title, body))
+        report.details["rounding"] = details
