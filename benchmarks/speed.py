@@ -1,10 +1,13 @@
 """How fast gpt2np is beside ONNX Runtime and PyTorch, on one full-size GPT-2, in one run.
 
     python benchmarks/speed.py [--zoo FOLDER] [--past FOLDER] [--torch PYTHON] [--parts prefill,decode,...]
-                               [--rounds 3] [--json FILE] [--plot FILE] [--readme README.md]
+                               [--rounds 5] [--json FILE] [--plot FILE] [--readme README.md]
 
 Every party is a process of its own with two threads; they take turns within each round, so that what disturbs the
-machine disturbs all of them. Numbers are medians, with the least and the greatest. The model files are made by
+machine disturbs all of them. Numbers are medians, with the least and the greatest; a ratio is the median of the
+ratios within each round. "at least" is the time that no program can beat on this machine: the longer of reading all
+weights and the cache once, at the rate of a plain loop, and of doing all multiply-adds, at the rate that the tile
+reaches with its operands in the nearest cache: the best of the same rounds. The model files are made by
 `gpt2np synth` where no folder is given (--zoo: the zoo's graph, --past: one that takes keys and values). PyTorch is
 run by the interpreter that --torch names, and left out by name where it cannot be imported. Parts that were
 measured before are kept in the --json file, so that one part can be measured again alone.
@@ -27,8 +30,10 @@ from typing import Any
 
 THREADS = 2
 LENGTHS = (1, 8, 32, 128, 512, 1024)
+CACHED = (32, 128, 512, 960)
 NEW = 64
-V = 50257
+V, C, L = 50257, 768, 12
+BLOCKS = 12 * L * C * C  # weights of all blocks
 
 # ------------------------------------------------------------------------------------------- inside a party
 
@@ -166,10 +171,12 @@ def torch_party(_: str) -> dict[str, Callable[..., Any]]:
 
 
 def ceilings_party(_: str) -> dict[str, Callable[..., Any]]:
-    """What the machine can do: reading memory in a plain loop, and OpenBLAS's matrix product."""
+    """What the machine can do: reading memory in a plain loop, multiply-adds in the cache, and OpenBLAS's sgemm."""
     import numba
     import numpy as np
     import threadpoolctl
+
+    from gpt2np.kernels import PANEL, ROWS, tile_full
 
     @numba.njit(parallel=True, fastmath=True)
     def read(x):  # type: ignore[no-untyped-def]
@@ -178,6 +185,18 @@ def ceilings_party(_: str) -> dict[str, Callable[..., Any]]:
             total += x[i]
         return total
 
+    @numba.njit(parallel=True)
+    def multiply(a, b, out):  # type: ignore[no-untyped-def]
+        for thread in numba.prange(len(out)):
+            for _ in range(100_000):
+                tile_full(a, 0, 128, b, 0, PANEL, 128, out[thread], 0, PANEL)
+
+    def fma() -> float:
+        work = 2 * 128 * 100_000 * sums.size
+        return work / timed(lambda: multiply(a, b, sums)) / 1e9
+
+    a, b, sums = (np.zeros(shape, np.float32) for shape in ((ROWS, 128), (128, PANEL), (THREADS, ROWS, PANEL)))
+    multiply(a, b, sums)
     numbers = np.ones(500_000_000 // 4, np.float32)
     matrix = np.ones((2048, 2048), np.float32)
     read(numbers)
@@ -186,7 +205,7 @@ def ceilings_party(_: str) -> dict[str, Callable[..., Any]]:
         with threadpoolctl.threadpool_limits(THREADS):
             return 2 * 2048**3 / min(timed(lambda: matrix @ matrix) for _ in range(3)) / 1e9
 
-    return {"read": lambda: numbers.nbytes / timed(lambda: read(numbers)) / 1e9, "sgemm": sgemm}
+    return {"read": lambda: numbers.nbytes / timed(lambda: read(numbers)) / 1e9, "fma": fma, "sgemm": sgemm}
 
 
 PARTIES = {
@@ -285,6 +304,11 @@ def in_turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, li
     return results
 
 
+def rates(ceilings: Party) -> dict[str, Callable[[], float]]:
+    """The machine's rates, to be measured in turn with the parties: GB/s and GFLOP/s."""
+    return {name: (lambda name=name: ceilings(name)) for name in ("read", "fma")}
+
+
 def measure_prefill(files: dict[str, Path], torch: str | None, rounds: int) -> dict[str, Any]:
     parties = {"gpt2np": Party("gpt2np", files["zoo"]), "onnxruntime": Party("onnxruntime zoo", files["zoo"])}
     if torch:
@@ -295,8 +319,10 @@ def measure_prefill(files: dict[str, Path], torch: str | None, rounds: int) -> d
         calls: dict[str, Callable[[], float]] = {
             name: (lambda party=party, length=length: party("prefill", length)) for name, party in parties.items()
         }
-        results[str(length)] = in_turns(calls, rounds * 5 if length <= 32 else rounds)
-    results["sgemm GFLOP/s"] = in_turns({"sgemm": lambda: ceilings("sgemm")}, rounds)
+        calls |= rates(ceilings)
+        if length == 512:
+            calls["sgemm"] = lambda: ceilings("sgemm")
+        results[str(length)] = in_turns(calls, rounds * 3 if length <= 32 else rounds)
     for party in (*parties.values(), ceilings):
         party.close()
     return results
@@ -308,11 +334,11 @@ def measure_decode(files: dict[str, Path], torch: str | None, rounds: int) -> di
     if torch:
         parties["pytorch"] = Party("pytorch", "", torch)
     results: dict[str, Any] = {}
-    for prompt in (32, 512):
+    for prompt in CACHED:
         calls: dict[str, Callable[[], float]] = {
             name: (lambda party=party, prompt=prompt: party("decode", prompt, NEW)) for name, party in parties.items()
         }
-        calls["read GB/s"] = lambda: ceilings("read")
+        calls |= rates(ceilings)
         results[str(prompt)] = in_turns(calls, rounds)
     results["batch 8"] = in_turns(
         {"batch 8": lambda: ours("decode", 32, NEW, 8), "batch 1": lambda: ours("decode", 32, NEW)}, rounds
@@ -371,44 +397,60 @@ def spread(values: list[float], scale: float = 1e3) -> str:
 
 
 def ratio(theirs: list[float], ours: list[float]) -> str:
-    return f"{statistics.median(theirs) / statistics.median(ours):.2f}x"
+    return f"{statistics.median(a / b for a, b in zip(theirs, ours, strict=True)):.2f}x"
+
+
+def at_least(row: dict[str, list[float]], positions: int, cached: int = 0, logits: bool = False) -> float:
+    """Seconds that reading everything once, or doing all multiply-adds, takes at the best rate of the same rounds."""
+    weights = BLOCKS + V * C * logits
+    reads = 4 * (weights + 2 * L * C * (cached + positions))
+    keys = positions * cached + positions * (positions + 1) / 2  # that are looked at, all queries together
+    flop = 2 * (positions * weights + 2 * L * C * keys)
+    return max(reads / max(row["read"]), flop / max(row["fma"])) / 1e9
 
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table; a ratio says how many times faster gpt2np is."""
-    lines = ["| work | gpt2np | ONNX Runtime | PyTorch | faster than |", "|---|---|---|---|---|"]
+    lines = ["| work | at least | gpt2np | ONNX Runtime | PyTorch | faster than |", "|---|---|---|---|---|---|"]
 
-    def add(work: str, row: dict[str, list[float]], scale: float = 1e3) -> None:
+    def add(work: str, row: dict[str, list[float]], floor: float | None = None, scale: float = 1e3) -> None:
         cells = [spread(row[party], scale) if party in row else "-" for party in ("gpt2np", "onnxruntime", "pytorch")]
         faster = [
             f"{label} {ratio(row[party], row['gpt2np'])}"
             for party, label in (("onnxruntime", "ONNX Runtime"), ("pytorch", "PyTorch"))
             if party in row
         ]
-        lines.append(f"| {work} | {' | '.join(cells)} | {', '.join(faster)} |")
+        least = "" if floor is None else f"{floor * scale:.1f}"
+        lines.append(f"| {work} | {least} | {' | '.join(cells)} | {', '.join(faster)} |")
 
     if "prefill" in results:
         for length in LENGTHS:
-            add(f"{length} position{'s' if length > 1 else ''}, ms", results["prefill"][str(length)])
+            row = results["prefill"][str(length)]
+            add(f"{length} position{'s' if length > 1 else ''}, ms", row, at_least(row, length))
     if "generate" in results:
         add(f"{NEW} tokens after 32, from the zoo's file, ms", results["generate"])
     if "decode" in results:
-        for prompt in (32, 512):
-            row = {k: [v / NEW for v in values] for k, values in results["decode"][str(prompt)].items()}
-            add(f"one token with a cache, after {prompt}, ms", row)
+        for prompt in CACHED:
+            measured = results["decode"][str(prompt)]
+            row = {party: [v / NEW for v in measured[party]] for party in measured if party not in ("read", "fma")}
+            floor = at_least(measured, 1, prompt + NEW // 2, logits=True)
+            add(f"one token with a cache, after {prompt}, ms", row, floor)
     if "first token" in results:
-        add("fresh process to first token, s", results["first token"], 1)
+        add("fresh process to first token, s", results["first token"], scale=1)
     notes = []
     if "prefill" in results:
-        seconds = statistics.median(results["prefill"]["512"]["gpt2np"])
-        flop = 512 * 2 * 12 * 12 * 768**2 + 12 * 4 * 768 * 512 * 513 / 2
-        sgemm = statistics.median(results["prefill"]["sgemm GFLOP/s"]["sgemm"])
-        rate = flop / seconds / 1e9
-        notes.append(f"512 positions: {rate:.0f} GFLOP/s, {rate / sgemm:.0%} of OpenBLAS sgemm 2048 ({sgemm:.0f}).")
+        row = results["prefill"]["512"]
+        flop = 2 * (512 * BLOCKS + 2 * L * C * 512 * 513 / 2)
+        rate = flop / statistics.median(row["gpt2np"]) / 1e9
+        sgemm, fma = statistics.median(row["sgemm"]), max(row["fma"])
+        notes.append(
+            f"512 positions: {rate:.0f} GFLOP/s, {rate / sgemm:.0%} of OpenBLAS sgemm 2048 ({sgemm:.0f}), "
+            f"{rate / fma:.0%} of the machine's multiply-adds ({fma:.0f})."
+        )
     if "decode" in results:
-        per_token = statistics.median(results["decode"]["32"]["gpt2np"]) / NEW
-        read = statistics.median(results["decode"]["32"]["read GB/s"])
-        rate = (12 * 12 * 768**2 + V * 768) * 4 / per_token / 1e9
+        row = results["decode"]["32"]
+        per_token, read = statistics.median(row["gpt2np"]) / NEW, statistics.median(row["read"])
+        rate = (BLOCKS + V * C) * 4 / per_token / 1e9
         notes.append(f"One token: {rate:.1f} GB/s of weights, {rate / read:.0%} of a plain read loop ({read:.1f}).")
         batch = results["decode"]["batch 8"]
         gain = 8 * statistics.median(batch["batch 1"]) / statistics.median(batch["batch 8"])
@@ -492,7 +534,7 @@ def main() -> None:
     parser.add_argument("--past", type=Path)
     parser.add_argument("--torch", help="a Python interpreter that has torch and transformers")
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=Path("build/speed.json"))
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--readme", type=Path, help="put the table between its <!-- speed:begin/end --> marks")
