@@ -200,9 +200,17 @@ def _highest(v, lanes):
 
 
 @_jit()
+def _span(numbers):
+    """The least and the greatest of some integers."""
+    least = greatest = numbers[0]
+    for n in numbers:
+        least, greatest = min(least, n), max(greatest, n)
+    return least, greatest
+
+
+@_jit()
 def _transpose(source, s_start, s_stride, rows, columns, target, t_start, t_stride):
     """target[c, r] = source[r, c], addressed as in `transpose`."""
-    source, target = source.reshape(-1), target.reshape(-1)
     for r in range(0, rows, SQUARE):
         for c in range(0, columns, SQUARE):
             s, t = s_start + r * s_stride + c, t_start + c * t_stride + r
@@ -385,13 +393,15 @@ def _deal(pieces: int, work: int, threads: int, alone: Any, parallel: Any, scrat
     """Run a kernel on its pieces, `work` multiply-adds in all, by as many threads as that is worth.
 
     alone(first, last, scratch of one thread, *arguments) does pieces first..last-1 on the caller's own thread;
-    parallel(parts, pieces, scratch, *arguments) deals all pieces out to `parts` threads.
+    parallel(turn, parts, pieces, scratch, *arguments) deals all pieces out to `parts` threads; turn is [0].
+
+    Arrays are made and reshaped here, in Python: numba's own code for it would take longer to load than all kernels.
     """
     parts = min(threads, pieces, work // GRAIN)
     if parts <= 1:
         alone(0, pieces, scratch[0], *arguments)
     else:
-        parallel(parts, pieces, scratch, *arguments)
+        parallel(np.zeros(1, np.int64), parts, pieces, scratch, *arguments)
 
 
 # ------------------------------------------------------------------------------------- elementary functions
@@ -530,8 +540,7 @@ def _linear_range(first, last, scratch, x, weight, bias, activation, add, out):
 
 
 @_jit(parallel=True)
-def _linear(parts, pieces, scratch, x, weight, bias, activation, add, out):
-    turn = np.zeros(1, np.int64)
+def _linear(turn, parts, pieces, scratch, x, weight, bias, activation, add, out):
     for part in prange(parts):
         first, last = _share(turn, parts, pieces)
         while first < pieces:
@@ -551,8 +560,7 @@ def _embed_range(first, last, scratch, ids, positions, wte, wpe, out):
 
 
 @_jit(parallel=True)
-def _embed(parts, pieces, scratch, ids, positions, wte, wpe, out):
-    turn = np.zeros(1, np.int64)
+def _embed(turn, parts, pieces, scratch, ids, positions, wte, wpe, out):
     for part in prange(parts):
         first, last = _share(turn, parts, pieces)
         while first < pieces:
@@ -579,8 +587,7 @@ def _layer_norm_range(first, last, scratch, x, weight, bias, epsilon, out):
 
 
 @_jit(parallel=True)
-def _layer_norm(parts, pieces, scratch, x, weight, bias, epsilon, out):
-    turn = np.zeros(1, np.int64)
+def _layer_norm(turn, parts, pieces, scratch, x, weight, bias, epsilon, out):
     for part in prange(parts):
         first, last = _share(turn, parts, pieces)
         while first < pieces:
@@ -652,19 +659,21 @@ def _softmax(scores, limit, scale, masked, mask, keys, lanes):
 
 
 @_jit()
-def _attend_range(first, last, scratch, qkv, cache, scale, mask, keys, limits, heads, probs):
-    """Pieces first..last-1; a piece is one chunk of queries of one head of one sequence."""
+def _attend_range(first, last, scratch, qkv, cache, cached, scale, mask, keys, limits, heads, probs):
+    """Pieces first..last-1; a piece is one chunk of queries of one head of one sequence.
+
+    cached is the cache as one row of numbers.
+    """
     H, room, D = cache.shape[2:]
     T = limits.shape[1]
     width = -(-D // PANEL) * PANEL  # D, filled up to whole panels
     chunks = -(-T // QUERIES)
-    cached = cache.reshape(-1)
     value_plane = cached.size // 2
     for piece in range(first, last):
         b, h, chunk = piece // chunks // H, piece // chunks % H, piece % chunks * QUERIES
         queries = min(QUERIES, T - chunk)
         limit = limits[b, chunk : chunk + queries]
-        S = limit.max()  # keys that this chunk looks at
+        lowest, S = _span(limit)  # S keys that this chunk looks at
         panels = -(-S // PANEL)
         length = panels * PANEL
         # the thread's scratch: keys (panels, D, PANEL), values (S, width), then for ROWS queries at a time
@@ -697,13 +706,13 @@ def _attend_range(first, last, scratch, qkv, cache, scale, mask, keys, limits, h
 
         # A query's sum ends at its own last key: what lies behind must not matter. For a group of queries the sum
         # runs on to the last key of all, with probability 0, which only is the same if those values are finite.
-        behind = values[value_start + limit.min() * width : value_start + S * width]
+        behind = values[value_start + lowest * width : value_start + S * width]
         finite = _sum(behind, lanes) * 0 == 0
 
         for t in range(0, queries, ROWS):
             rows = min(ROWS, queries - t)
             query = ((b * T + chunk + t) * 3 * H + h) * D
-            shortest, longest = limit[t : t + rows].min(), limit[t : t + rows].max()
+            shortest, longest = _span(limit[t : t + rows])
             wide = -(-longest // PANEL) * PANEL
 
             # 2. scores = q . k, for ROWS queries and PANEL keys at a time
@@ -749,12 +758,11 @@ def _attend_range(first, last, scratch, qkv, cache, scale, mask, keys, limits, h
 
 
 @_jit(parallel=True)
-def _attend(parts, pieces, scratch, qkv, cache, scale, mask, keys, limits, heads, probs):
-    turn = np.zeros(1, np.int64)
+def _attend(turn, parts, pieces, scratch, qkv, cache, cached, scale, mask, keys, limits, heads, probs):
     for part in prange(parts):
         first, last = _share(turn, parts, pieces)
         while first < pieces:
-            _attend_range(first, last, scratch[part], qkv, cache, scale, mask, keys, limits, heads, probs)
+            _attend_range(first, last, scratch[part], qkv, cache, cached, scale, mask, keys, limits, heads, probs)
             first, last = _share(turn, parts, pieces)
 
 
@@ -816,7 +824,21 @@ def _attend_into(
     T = len(qkv) // B
     _remember(qkv, cache, start, T)
     pieces, work = B * H * -(-T // QUERIES), 2 * (READ + T) * B * (start + T) * H * D
-    _deal(pieces, work, threads, _attend_range, _attend, scratch, qkv, cache, scale, *sight, heads, probs)
+    _deal(
+        pieces,
+        work,
+        threads,
+        _attend_range,
+        _attend,
+        scratch,
+        qkv,
+        cache,
+        cache.reshape(-1),
+        scale,
+        *sight,
+        heads,
+        probs,
+    )
 
 
 def embed(input_ids: Array, position_ids: Array, wte: Any, wpe: Array) -> Array:
