@@ -70,13 +70,23 @@ def test_top_p_of_equal_weights_keeps_the_first_ones(n, weight, p):
 
 
 @pytest.mark.parametrize("p", [0.01, 0.5, 0.9, 0.999, 1.0])
-def test_top_p_of_a_large_flat_vocabulary(p):
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_top_p_of_a_large_flat_vocabulary(p, dtype):
     """More tokens than the first look takes in."""
-    probabilities = softmax(long_vector() / 10)
-    order = np.argsort(-probabilities)
-    held = probabilities[order].cumsum()
+    probabilities = softmax(long_vector() / 10).astype(dtype)
+    order = np.argsort(-probabilities, kind="stable")
+    held = probabilities[order].cumsum(dtype=np.float64)
     kept = sampling.top_p(probabilities, p).tolist()
     assert kept == order[: 1 + np.searchsorted(held[:-1], p * probabilities.sum())].tolist()
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**32), st.sampled_from([1, 5, 1000, 10**9]))
+def test_weights_in_descending_order(size, seed, different):
+    """Many equal ones and none, zeros and subnormal numbers among them."""
+    rng = np.random.default_rng(seed)
+    weights = np.exp(-rng.integers(0, different, size) / different * rng.choice([1, 110])).astype(np.float32)
+    weights[rng.random(size) < 0.1] = 0
+    assert sampling._descending(weights).tolist() == np.argsort(-weights, kind="stable").tolist()
 
 
 @given(weights(), st.floats(0, 1))
