@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -191,14 +191,9 @@ class Graph:
 
     def _check_inputs(self, node: Node) -> None:
         """Raise if a node has fewer inputs than its operator needs."""
-        from onnx import defs
-
-        if node.domain or not defs.has(node.op):
+        needed = _inputs_needed(node.op, self.opset()) if not node.domain else None
+        if needed is None:
             return
-        try:
-            needed = defs.get_schema(node.op, self.opset(), "").min_input
-        except defs.SchemaError:
-            return  # an operator of another opset
         if len(node.inputs) < needed or not all(node.inputs[:needed]) or not node.outputs:
             raise UnsupportedModelError(f"{node.describe()} has {len(node.inputs)} inputs, and needs {needed}")
 
@@ -228,16 +223,17 @@ class Graph:
         return next((a.g for a in node.attribute if a.name == f"{branch}_branch"), None)
 
     def _attribute(self, node: onnx.NodeProto, proto: onnx.AttributeProto) -> Any:
-        from onnx import AttributeProto, helper
+        import onnx
 
-        if proto.type == AttributeProto.TENSOR:
+        kinds = onnx.AttributeProto
+        if proto.type == kinds.TENSOR:
             tensor = self.file.tensor(proto.t, node.output[0])
             return tensor if node.op_type == "Constant" else tensor.load()
-        if proto.type == AttributeProto.SPARSE_TENSOR:
+        if proto.type == kinds.SPARSE_TENSOR:
             return sparse_tensor(self.file, proto.sparse_tensor, node.output[0])
-        if proto.type in (AttributeProto.GRAPH, AttributeProto.GRAPHS):
+        if proto.type in (kinds.GRAPH, kinds.GRAPHS):
             return proto.g
-        value = helper.get_attribute_value(proto)
+        value = onnx.helper.get_attribute_value(proto)
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
     @cached_property
@@ -369,6 +365,17 @@ class Graph:
                         seen.add(i)
                         following.append(i)
             level = following
+
+
+@cache
+def _inputs_needed(op: str, opset: int) -> int | None:
+    """How many inputs an operator of ONNX's own takes at least; None where the opset has none of that name."""
+    from onnx import defs
+
+    try:
+        return int(defs.get_schema(op, opset, "").min_input)
+    except defs.SchemaError:
+        return None
 
 
 def search_decoder(graph: onnx.GraphProto) -> onnx.GraphProto | None:

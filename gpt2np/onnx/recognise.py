@@ -11,7 +11,7 @@ scores; the activation is the function whose values come out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -223,7 +223,7 @@ class _Recogniser:
         self.check_ids(words)
 
         for lookup in lookups:
-            self.know(lookup.out, np.full((*self.rows(lookup).shape, lookup.table.shape[1]), np.nan))
+            self.know(lookup.out, unknown((*self.rows(lookup).shape, lookup.table.shape[1])))
         self.sources["wte.weight"], self.sources["wpe.weight"] = words.table, places.table
         self.float16 = any(t.dtype == np.float16 for t in graph.initializers.values())
         offset, positions = self.find_positions(places)
@@ -236,6 +236,7 @@ class _Recogniser:
             after = layers[i + 1][0].norm if i + 1 < len(layers) else final
             for name, norm in ((f"h.{i}.resid_mid", mlp.norm), (f"h.{i}.resid_post", after)):
                 self.taps[name] = self.stream(norm.x)
+            self.forget()
         self.layer_norm("ln_f", final)
         self.read_masks([attention.core for attention, _ in layers if attention.core])
         tied, head_bias = self.head(head, words)
@@ -492,7 +493,7 @@ class _Recogniser:
                 sizes_past[-2] = max(sizes_past[-2], self.P) if self.lengths else self.P
                 if len(shape) == 5:
                     sizes_past[0] = 2
-                self.know(port.name, np.full(sizes_past, np.nan))
+                self.know(port.name, unknown(sizes_past))
             elif role in (*LENGTHS, "beam_width", "cache_indirection"):
                 number = 1 if role == "beam_width" else 0
                 if role in LENGTHS:
@@ -515,6 +516,10 @@ class _Recogniser:
         """Give the probe the value at a border."""
         self.known[name] = self.base.values[name] = value
 
+    def forget(self) -> None:
+        """Drop what was computed inside a layer, apart from sizes, positions and masks, which all layers share."""
+        self.base.values = {n: v for n, v in self.base.values.items() if n in self.known or np.size(v) <= 1024}
+
     def evaluate(self, name: str) -> Array:
         """A value of the probe; activations are NaN, only their shape counts."""
         return self.base(name)
@@ -531,7 +536,7 @@ class _Recogniser:
     def feed_linear(self, linear: Linear) -> tuple[int, ...]:
         """Let the probe know the shape of a linear map's output."""
         shape = (*self.evaluate(linear.x).shape[:-1], linear.weight.shape[1])
-        self.know(linear.out, np.full(shape, np.nan))
+        self.know(linear.out, unknown(shape))
         return shape
 
     def rows(self, lookup: Lookup, feeds: dict[str, Array] | None = None) -> Array:
@@ -600,8 +605,8 @@ class _Recogniser:
         self.sources[f"{name}.bias"] = norm.bias or zeros((width,), "no bias in the file")
         self.epsilons[name] = float(str(np.float32(norm.epsilon)))  # 1e-05, as float32 holds it
         shape = self.evaluate(norm.x).shape
-        self.know(norm.x, np.full(shape, np.nan))
-        self.know(norm.out, np.full(shape, np.nan))
+        self.know(norm.x, unknown(shape))
+        self.know(norm.out, unknown(shape))
         self.taps[name] = self.stream(norm.out)
 
     def linear(self, name: str, linear: Linear) -> None:
@@ -702,7 +707,7 @@ class _Recogniser:
         # 3. Rows of c_proj.
         shape = (*self.evaluate(core.heads.b).shape[:-2], T, D)
         order = np.arange(B * H * T * D, dtype=np.float64).reshape(B, H, T, D)
-        self.know(core.heads.out, np.full(shape, np.nan))
+        self.know(core.heads.out, unknown(shape))
         (merged,) = self.run_with({core.heads.out: order.reshape(shape)}, branch.out.x)
         expected = order.transpose(0, 2, 1, 3).reshape(B * T, H * D)
         merged = merged.reshape(B * T, -1)
@@ -715,7 +720,7 @@ class _Recogniser:
             self.notes.append(f"h.{i}: the heads are merged in another order; rows of c_proj are reordered")
 
         self.feed_linear(branch.out)
-        self.know(core.scores.out, np.full((*self.evaluate(core.scores.a).shape[:-1], S), np.nan))
+        self.know(core.scores.out, unknown((*self.evaluate(core.scores.a).shape[:-1], S)))
 
         # 4. Taps; the scale, the mask and the scores wait until all layers are known.
         self.attention_taps(name, branch, (numbered, unit), (q, k[:, :, P:], v[:, :, P:]), row_order)
@@ -1106,6 +1111,11 @@ class _Recogniser:
 
 
 # -------------------------------------------------------------------------------------------------- helpers
+def unknown(shape: Sequence[int]) -> Array:
+    """An activation of the probe: NaN in any shape, without memory for each."""
+    return np.broadcast_to(np.float64(np.nan), tuple(shape))
+
+
 def _usual(found: Mapping[Any, Any], gpt2: Any) -> Any:
     """What most layers have; GPT-2's own where two are equally frequent."""
     counts = Counter(found.values())
