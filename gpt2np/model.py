@@ -332,6 +332,7 @@ def additive_mask(
     elif config.blind_rows == "unmasked":
         factor[unseen], mask[unseen] = 1, 0
     mask[~blind & (mask < NEGLIGIBLE)] = -np.inf
+    mask[np.isfinite(mask) & (mask < -1e300)] = np.finfo(dtype).min  # the lowest number in a float64 file
     with np.errstate(over="ignore"):  # twice float32's lowest number is -inf, in the graph too
         mask = mask.astype(dtype)
     keep = (factor == 1) | np.isinf(mask) | (mask < -1e30)  # a score vanishes beside such a number

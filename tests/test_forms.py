@@ -25,8 +25,10 @@ from forms import (
     written_out,
 )
 from gpt2np.errors import InputError, ModelFileError, UnsupportedModelError
+from gpt2np.model import additive_mask
 from gpt2np.session import InferenceSession
 from runtime import assert_close, feeds_for, runtime
+from tiny import tiny_config
 
 ENGINES = ["numpy", "numba"]
 Array = np.ndarray
@@ -496,3 +498,12 @@ def test_onnx_runtimes_own_format_is_named(tmp_path):
     onnxruntime.InferenceSession(plain(tmp_path), options, providers=["CPUExecutionProvider"])
     with pytest.raises(ModelFileError, match=r"ONNX Runtime's own format \(\.ort\)"):
         InferenceSession(tmp_path / "model.ort")
+
+
+def test_rows_without_a_key_in_a_float64_file():
+    """Its lowest number hides all keys alike, which float32 can only say with its own lowest."""
+    lowest = float(np.finfo(np.float64).min)
+    config = tiny_config(mask_value=lowest, padding=(0.0, lowest), padding_later=(0.0, lowest), blind_rows="masked")
+    for dtype in (np.float32, np.float64):
+        mask = additive_mask(np.array([[0, 1, 1]]), config, 1, 3, 3, np.dtype(dtype))
+        assert np.asarray(mask)[0, 0, 0].tolist() == [np.finfo(dtype).min] * 3
