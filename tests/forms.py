@@ -87,10 +87,18 @@ class Form:
             if hidden:
                 self.op("Identity", x, out=self.output(f"hidden_{i}", "B", "T", C))
             heads = attention(self, i, self.layer_norm(x, f"h.{i}.ln_1"))
-            x = self.op("Add", x, self.linear(heads, f"h.{i}.attn.c_proj", C, C))
+            x = self.op("Add", x, self.projected(heads, f"h.{i}.attn.c_proj"))
             fc = self.linear(self.layer_norm(x, f"h.{i}.ln_2"), f"h.{i}.mlp.c_fc", C, F)
             x = self.op("Add", x, self.linear(self.op("Gelu", fc, approximate="tanh"), f"h.{i}.mlp.c_proj", F, C))
         return self.layer_norm(x, "ln_f")
+
+    def projected(self, heads: str, name: str) -> str:
+        """c_proj of merged heads (B, T, C), or of heads apart (B, T, H, D)."""
+        apart = next(n for n in self.nodes if heads in n.output).op_type == "Einsum"
+        if not apart:
+            return self.linear(heads, name, C, C)
+        product = self.op("Einsum", heads, self.weight(f"{name}.weight", H, D, C), equation="bthd,hdc->btc")
+        return self.op("Add", product, self.weight(f"{name}.bias", C))
 
     def head(self, x: str, rows: int = V) -> None:
         """Logits by wte, or by a head of its own where it has other rows."""
@@ -228,3 +236,26 @@ def group_query_attention(rows: int | str = "P", packed: bool = False, score_bia
         return fused(form, "GroupQueryAttention", inputs, [f"heads_{i}", *presents], **{"kv_num_heads": H, **how})
 
     return attention
+
+
+# ------------------------------------------------------------------------------------------------ other spellings
+def einsum_attention(form: Form, i: int, x: str) -> str:
+    """Maps with an axis of heads, as Keras and Flax have them: (B, T, C) -> (B, T, H, D) and back."""
+    parts = []
+    for what in "qkv":
+        weight, bias = form.weight(f"h.{i}.{what}.weight", C, H, D), form.weight(f"h.{i}.{what}.bias", H, D)
+        parts.append(form.op("Add", form.op("Einsum", x, weight, equation="btc,chd->bthd"), bias))
+    q, k, v = parts
+    q = form.op("Mul", q, form.constant(D**-0.5, np.float32))
+    scores = form.op("Einsum", k, q, equation="bshd,bthd->bhts")
+    probs = form.op("Softmax", causal(form, scores), axis=-1)
+    return form.op("Einsum", probs, v, equation="bhts,bshd->bthd")
+
+
+def ellipsis_attention(form: Form, i: int, x: str) -> str:
+    q, k, v = (split_heads(form, part) for part in qkv(form, i, x))
+    scores = form.op("Einsum", q, k, equation="...td,...sd->...ts")
+    scores = form.op("Mul", scores, form.constant(D**-0.5, np.float32))
+    probs = form.op("Softmax", causal(form, scores), axis=-1)
+    heads = form.op("Einsum", probs, v, equation="...ts,...sd->...td")
+    return form.op("Reshape", form.op("Transpose", heads, perm=[0, 2, 1, 3]), form.ints(0, 0, C))

@@ -20,6 +20,8 @@ from forms import (
     causal,
     contrib_attention,
     decoder_masked_attention,
+    einsum_attention,
+    ellipsis_attention,
     group_query_attention,
     multi_head_attention,
     written_out,
@@ -432,6 +434,17 @@ def test_a_bias_behind_the_split_is_c_attns(tmp_path):
     assert source.origin == ("h.1.attn.c_attn.bias",)
     tensors = {t.name: t for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
     assert np.array_equal(source.load(), numpy_helper.to_array(tensors["h.1.attn.c_attn.bias"]))
+
+
+# ----------------------------------------------------------------------------------------------------------- spellings
+@pytest.mark.parametrize("attention", [einsum_attention, ellipsis_attention], ids=lambda a: a.__name__)
+def test_einsum(tmp_path, attention):
+    form = Form()
+    form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), attention))
+    path = form.save(tmp_path / "model.onnx")
+    session = agree(path)
+    assert session.model.recognised.notes == ()
+    assert session.model.config.attn_scale == 8**-0.5
 
 
 # ------------------------------------------------------------------------------------------------------------ storage

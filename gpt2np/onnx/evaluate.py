@@ -534,6 +534,7 @@ OPERATORS: dict[str, Operator] = {
     "Mean": lambda node, inputs, opset: sum(inputs) / len(inputs),
     "Clip": _clip,
     "MatMul": _two(np.matmul),
+    "Einsum": lambda node, inputs, opset: np.einsum(node.attributes["equation"], *inputs),
     "Gemm": _gemm,
     "DequantizeLinear": _dequantize,
     "com.microsoft.DequantizeLinear": _dequantize,

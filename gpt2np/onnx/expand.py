@@ -307,6 +307,41 @@ def _onnx_attention(graph: Graph, node: Node) -> list[Node] | None:
     return p.nodes
 
 
+def _einsum(graph: Graph, node: Node) -> list[Node] | None:
+    """A product of two activations over one axis, as Transpose and MatMul."""
+    terms, arrow, out = node.attributes["equation"].replace(" ", "").partition("->")
+    letters = terms.split(",")
+    if not arrow or len(letters) != 2 or any(graph.is_constant(i) for i in node.inputs):
+        return None
+    if all(len(t.replace("...", "")) > 2 for t in letters):  # then it stands for the batch
+        letters, out = [t.replace("...", "_") for t in letters], out.replace("...", "_")
+    own = next((c for c in out if (c in letters[0]) != (c in letters[1])), "")
+    (left, first), (right, second) = sorted(zip(letters, node.inputs, strict=True), key=lambda t: own not in t[0])
+    rows, columns = [c for c in left if c not in right], [c for c in right if c not in left]
+    summed = [c for c in left if c in right and c not in out]
+    if len(rows) != 1 or len(columns) != 1 or len(summed) != 1 or set(out) - set(left + right):
+        return None
+    (r,), (c,), (s,) = rows, columns, summed
+    p = _Pieces(graph, node)
+    if "..." in out:  # of any rank: only the last two axes are known
+        if (left, out) != (f"...{r}{s}", f"...{r}{c}"):
+            return None
+        p.add("com.microsoft.FusedMatMul", first, second, out=node.outputs[0], transB=int(right == f"...{c}{s}"))
+        return p.nodes
+
+    def turned(x: str, now: str, then: str) -> str:
+        return x if now == then else p.add("Transpose", x, perm=[now.index(letter) for letter in then])
+
+    batch = "".join(letter for letter in out if letter not in (r, c))
+    factors = turned(first, left, f"{batch}{r}{s}"), turned(second, right, f"{batch}{s}{c}")
+    if out == f"{batch}{r}{c}":
+        p.add("MatMul", *factors, out=node.outputs[0])
+    else:
+        turned_back = [f"{batch}{r}{c}".index(letter) for letter in out]
+        p.add("Transpose", p.add("MatMul", *factors), out=node.outputs[0], perm=turned_back)
+    return p.nodes
+
+
 RULES: dict[str, Callable[[Graph, Node], list[Node] | None]] = {
     "com.microsoft.SkipLayerNormalization": _skip_layer_norm,
     "com.microsoft.EmbedLayerNormalization": _embed_layer_norm,
@@ -319,4 +354,5 @@ RULES: dict[str, Callable[[Graph, Node], list[Node] | None]] = {
     "com.microsoft.DecoderMaskedMultiHeadAttention": _multi_head_attention,
     "com.microsoft.GroupQueryAttention": _group_query_attention,
     "Attention": _onnx_attention,
+    "Einsum": _einsum,
 }

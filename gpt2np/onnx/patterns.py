@@ -50,6 +50,9 @@ class Linear:
     node: Node
     rounds: str = ""  # how the node rounds its activations on the fly, "" if it does not
     bias_later: str = ""  # the bias is not in `out` yet; it is added to the residual stream under this name
+    # Of an Einsum: how many axes of x are summed over, and the sizes of the axes that take their place.
+    summed: int = 1
+    sizes: tuple[int, ...] = ()
 
 
 def _matrix(graph: Graph, name: str) -> Source | None:
@@ -146,7 +149,30 @@ def _scaled(graph: Graph, name: str) -> Linear | None:
     return None
 
 
-LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_gemm, _matmul, _scaled, _biased]
+def _einsum(graph: Graph, name: str) -> Linear | None:
+    """Sums over the last axes of x, with a weight of any rank: "btc,chd->bthd"."""
+    node = graph.producer(name)
+    if node is None or node.op != "Einsum" or len(node.inputs) != 2:
+        return None
+    terms, _, out = node.attributes["equation"].replace(" ", "").replace("...", "").partition("->")
+    both = list(zip(terms.split(","), node.inputs, strict=True))
+    for (x, value), (letters, weight) in (both, both[::-1]):
+        new = [c for c in out if c not in x]
+        summed = [c for c in x if c not in out]
+        order = [*summed, *new]
+        shape = constant_shape(graph, weight) if graph.is_constant(weight) else ()
+        plain = x[len(x) - len(summed) :] == "".join(summed) and out == x[: len(x) - len(summed)] + "".join(new)
+        if not plain or sorted(order) != sorted(letters) or len(shape) != len(letters) or graph.is_constant(value):
+            continue
+        sizes = [shape[letters.index(c)] for c in order]
+        flat = int(np.prod(sizes[: len(summed)])), int(np.prod(sizes[len(summed) :]))
+        axes = [letters.index(c) for c in order]
+        matrix = constant_source(graph, weight).then("Einsum", flat, lambda a: a.transpose(axes).reshape(flat))  # noqa: B023
+        return Linear(value, name, matrix, None, node, summed=len(summed), sizes=tuple(sizes[len(summed) :]))
+    return None
+
+
+LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_gemm, _matmul, _scaled, _einsum, _biased]
 
 
 def match_linear(graph: Graph, name: str) -> Linear | None:
@@ -383,14 +409,7 @@ def match_product(graph: Graph, name: str) -> Product | None:
         return None
     a, b = node.inputs[:2]
     attributes = node.attributes
-    if node.op == "Einsum":
-        equation = attributes["equation"].replace(" ", "").replace("...", "bh")
-        terms, out = equation.split("->")
-        left, right = terms.split(",")
-        if len(left) < 3 or out[-2:] not in (left[-2] + right[-1], left[-2] + right[-2]):
-            return None
-        transposed, alpha = out[-1] == right[-2], 1.0
-    elif node.op in ("MatMul", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"):
+    if node.op in ("MatMul", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"):
         if attributes.get("transA", 0):
             return None
         transposed, alpha = bool(attributes.get("transB", 0)), attributes.get("alpha", 1.0)

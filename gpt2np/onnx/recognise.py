@@ -535,7 +535,7 @@ class _Recogniser:
 
     def feed_linear(self, linear: Linear) -> tuple[int, ...]:
         """Let the probe know the shape of a linear map's output."""
-        shape = (*self.evaluate(linear.x).shape[:-1], linear.weight.shape[1])
+        shape = self.evaluate(linear.x).shape[: -linear.summed] + (linear.sizes or linear.weight.shape[1:])
         self.know(linear.out, unknown(shape))
         return shape
 
