@@ -245,10 +245,9 @@ def peak(file: str) -> None:
     import onnx  # noqa: F401  the imports that loading needs are counted apart
 
     import gpt2np
-    from gpt2np import kernels
+    from gpt2np import kernels  # noqa: F401
     from gpt2np.onnx import reader, recognise  # noqa: F401
 
-    kernels.warmup()
     before = memory("VmRSS")
     model = gpt2np.load(file)
     cache = model.new_cache(1, 512 + NEW)
@@ -359,19 +358,39 @@ def measure_generate(files: dict[str, Path], torch: str | None, rounds: int) -> 
     return results
 
 
-def measure_first_token(files: dict[str, Path], torch: str | None, rounds: int) -> dict[str, Any]:
-    def fresh(party: str, file: Path) -> Callable[[], float]:
-        command = [sys.executable, __file__, "--first-token", party, "--file", str(file)]
-        return lambda: timed(lambda: subprocess.run(command, check=True, capture_output=True))
+def fresh(*arguments: str | Path) -> str:
+    """What a new Python process prints, which finds compiled kernels on disk, and bytecode as by default."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
+
+def measure_first_token(files: dict[str, Path], torch: str | None, rounds: int) -> dict[str, Any]:
+    def start(party: str) -> Callable[[], float]:
+        return lambda: timed(lambda: fresh(__file__, "--first-token", party, "--file", files["past"]))
+
+    return in_turns({"gpt2np": start("gpt2np"), "onnxruntime": start("onnxruntime past")}, rounds)
+
+
+def measure_first_answer(files: dict[str, Path], torch: str | None, rounds: int) -> dict[str, Any]:
+    """The embedded model in a new process."""
+    took = "import time; began = time.perf_counter(); import gpt2np; print(time.perf_counter() - began)"
+    answer = "import gpt2np; gpt2np.load()([[1, 2, 3]])"
+    generate = ["-m", "gpt2np", "generate", "Once upon a time", "-n", "1"]
     return in_turns(
-        {"gpt2np": fresh("gpt2np", files["past"]), "onnxruntime": fresh("onnxruntime past", files["past"])}, rounds
+        {
+            "import": lambda: float(fresh("-c", took)),
+            "answer": lambda: timed(lambda: fresh("-c", answer)),
+            "generate": lambda: timed(lambda: fresh(*generate)),
+        },
+        rounds,
     )
 
 
 def measure_memory(files: dict[str, Path], torch: str | None, rounds: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--peak", "--file", str(files["zoo"])]
-    result: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    for _ in range(2):  # the first time, kernels may have to be compiled
+        result: dict[str, Any] = json.loads(fresh(__file__, "--peak", "--file", files["zoo"]))
     from gpt2np.onnx.reader import open_model
     from gpt2np.onnx.recognise import recognise
     from gpt2np.weights import weight_shapes
@@ -386,6 +405,7 @@ PARTS = {
     "generate": measure_generate,
     "decode": measure_decode,
     "first token": measure_first_token,
+    "first answer": measure_first_answer,
     "memory": measure_memory,
 }
 
@@ -455,6 +475,12 @@ def table(results: dict[str, Any]) -> str:
         batch = results["decode"]["batch 8"]
         gain = 8 * statistics.median(batch["batch 1"]) / statistics.median(batch["batch 8"])
         notes.append(f"Batch 8: {gain:.1f} times the tokens of batch 1.")
+    if "first answer" in results:
+        row = {name: statistics.median(values) for name, values in results["first answer"].items()}
+        notes.append(
+            f"The embedded model in a new process: imported after {row['import']:.2f} s, first answer after "
+            f"{row['answer']:.2f} s, first word of `gpt2np generate` after {row['generate']:.2f} s."
+        )
     if "memory" in results:
         m = results["memory"]
         notes.append(

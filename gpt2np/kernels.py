@@ -988,8 +988,10 @@ def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Arr
     """All blocks on the residual stream x (B, T, C), in place; they share their buffers."""
     B, T, C = x.shape
     H, D = caches[0].shape[2], caches[0].shape[4]
-    R, F, dtype = B * T, w.h[0].mlp.c_fc.bias.size, x.dtype
-    normed, qkv, heads, hidden = (_aligned((R, width), dtype) for width in (C, 3 * H * D, H * D, F))
+    R, HD, F, dtype = B * T, H * D, w.h[0].mlp.c_fc.bias.size, x.dtype
+    normed, shared = _aligned((R, C), dtype), _aligned((R * max(4 * HD, F),), dtype)
+    qkv, heads = shared[: R * 3 * HD].reshape(R, 3 * HD), shared[R * 3 * HD : R * 4 * HD].reshape(R, HD)
+    hidden = shared[: R * F].reshape(R, F)  # made when qkv and heads are done with
     rows, no_probs = _rows(x), np.empty((0, 0, 0, 0), dtype)
     with _pool() as threads:
         sight = _sight(mask, B, T, start, dtype)
