@@ -165,7 +165,13 @@ def test_interactive_says_when_the_context_is_full_and_can_slide(run):
     assert full.stdout.count(continuation("Once", 50)) == 2
     sliding = run("generate", "-i", "-n", "50", "--window", stdin="Once\nThe king\nThe sea\n")
     assert "n_ctx" not in sliding.output
-    assert len(sliding.stdout) > len(full.stdout)
+    ids, expected = [], ""
+    for line in ("Once", "\nThe king", "\nThe sea"):
+        ids = [*ids, *encode(TOY, line)][-60 + 49 :]  # what leaves room for 49 tokens more; "Once" is shorter
+        steps = list(toy_model().generate(ids, 50))
+        ids += [step.token_id for step in steps]
+        expected += "".join(step.text for step in steps) + "\n"
+    assert sliding.stdout == expected
 
 
 def test_interactive_goes_on_after_a_line_that_is_not_text_and_after_a_failure(run, monkeypatch):
