@@ -251,7 +251,7 @@ def test_a_damaged_or_foreign_trace_is_refused(small: Path, tmp_path: Path) -> N
         path.write_bytes(whole[:cut])
         with pytest.raises(TraceError):
             trace.load(path)
-    np.savez(tmp_path / "foreign.npz", x=np.zeros(3))
+    np.savez(tmp_path / "foreign.npz", **{"tap/embed": np.zeros(3)})
     with pytest.raises(TraceError, match="no manifest"):
         trace.load(tmp_path / "foreign.npz")
     with pytest.raises(TraceError, match="no such trace"):

@@ -86,6 +86,18 @@ def note(message: str) -> None:
         console(stderr=True).print(message, style="dim")
 
 
+def check_writable(*paths: Path | None) -> None:
+    """Raise InputError for a file that cannot be written because of its folder: before the work, not after it."""
+    import os
+
+    from ..errors import InputError
+
+    for path in paths:
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
+            why = "it is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
+            raise InputError(f"cannot write {path}: {why}")
+
+
 def deliver(report: Report, json: Path | None, junit: Path | None) -> None:
     """Print a parity report, and write the files that were asked for."""
     from ..parity.report import lines_of, write_json, write_junit

@@ -9,7 +9,7 @@ import typer
 
 
 def diff(
-    a: Annotated[str, typer.Argument(help="a model.onnx, a trace.npz, or package.module:function")],
+    a: Annotated[str, typer.Argument(help="a model.onnx, an .npz, or package.module:function")],
     b: Annotated[str, typer.Argument(help="the other one")],
     oracle: Annotated[
         str | None, typer.Option(help="arbiter: a model.onnx or a float64 trace; default: A in float64")
@@ -33,12 +33,20 @@ def diff(
     Each operation is fed with each party's own inputs, so that what it itself adds is told from what came in.
     Two traces are judged without running anything.
 
-    Examples: `gpt2np diff good.onnx bad.onnx --dump-repro repro/`,
-    `gpt2np diff model.onnx mypackage.port:forward --random 1`
+    Examples:
+
+    - `gpt2np diff model.onnx mypackage.port:forward --prompt "Once upon a time"`
+    - `gpt2np diff model.onnx port.npz --data test_data_set_0`
+    - `gpt2np diff good.onnx bad.onnx --random 1 --dump-repro repro/`
+    - `gpt2np diff golden.npz port.npz`
+
+    An .npz is a trace, or what np.savez wrote under the names of outputs and taps. Exit code 0: no difference,
+    1: a difference or a missing run, 2: usage or unreadable input, 3: nothing was compared.
     """
     from ..parity import debugger
-    from ._terminal import deliver
+    from ._terminal import check_writable, deliver
 
+    check_writable(json, junit)
     report = debugger.diff(
         a, b, lambda model: debugger.gather_cases(model, data or [], prompt or [], random, seed), oracle, preset,
         rtol or [], atol or [], local, dump_repro,

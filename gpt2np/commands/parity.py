@@ -43,12 +43,17 @@ def parity(
     Where they differ, says which operation is the first to differ and which mistake explains it. Exit code 0:
     pass, 1: a comparison failed, 2: usage or unreadable input, 3: nothing was compared.
 
-    Examples: `gpt2np parity`, `gpt2np parity model.onnx --checks all`,
-    `gpt2np parity model.onnx --against mypackage.port:forward --random 3`
+    Examples:
+
+    - `gpt2np parity`
+    - `gpt2np parity model.onnx --checks all`
+    - `gpt2np parity model.onnx --against mypackage.port:forward --random 3`
+    - `gpt2np parity model.onnx --noise-floor --junit parity.xml --json parity.json`
     """
     from ..parity import debugger
-    from ._terminal import deliver
+    from ._terminal import check_writable, deliver
 
+    check_writable(json, junit, save_trace)
     options = debugger.Options(
         debugger.model_path(model), against or [], data or [], prompt or [], random, seed, engine, preset,
         rtol or [], atol or [], debugger.parse_checks(checks), noise_floor,

@@ -16,23 +16,28 @@ def trace(
     random: Annotated[bool, typer.Option("--random", help="run on a random prompt")] = False,
     seed: Annotated[int, typer.Option(help="of the random prompt")] = 0,
     runner: Annotated[str, typer.Option(help="ours, ort, ort-off, onnxref, or package.module:function")] = "ours",
-    taps: Annotated[list[str] | None, typer.Option(help="pattern of tap names, as 'h.*.attn.*'; default: all")] = None,
+    taps: Annotated[
+        list[str] | None, typer.Option(help=r"pattern of tap names, as 'h.\*.attn.\*'; default: all")
+    ] = None,
     stats_only: Annotated[bool, typer.Option("--stats-only", help="keep rms, maximum and samples of each tap")] = False,
     dtype: Annotated[str, typer.Option(help="of ours: float32 or float64")] = "float32",
     engine: Annotated[str, typer.Option(help="of ours: numba or numpy")] = "numba",
 ) -> None:
     """Save what a model computes inside, under the same tap names for every exporter and runtime.
 
-    Examples: `gpt2np trace --prompt "Once upon a time" -o golden.npz`,
-    `gpt2np trace model.onnx --data test_data_set_0 --runner ort --taps 'h.*.attn.*' -o attention.npz`
+    Examples:
+
+    - `gpt2np trace --prompt "Once upon a time" -o golden.npz --dtype float64`
+    - `gpt2np trace model.onnx --data test_data_set_0 --runner ort --taps 'h.*.attn.*' -o attention.npz`
     """
     from ..errors import InputError
     from ..parity import debugger, runners
     from ..parity import trace as traces
-    from ._terminal import console
+    from ._terminal import check_writable, console
 
     if sum((prompt is not None, data is not None, random)) != 1:
         raise InputError("give one of --prompt, --data and --random")
+    check_writable(output)
     subject = runners.Model(debugger.model_path(model))
     cases = debugger.gather_cases(subject, [data] if data else [], [prompt] if prompt else [], int(random), seed)
     party = (

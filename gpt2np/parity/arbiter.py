@@ -23,7 +23,7 @@ import numpy as np
 
 from ..weights import Array
 from .metrics import difference
-from .operations import Call, Program, split_tap, tap_inputs
+from .operations import Call, Program, split_tap, tap_inputs, tap_shape
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -141,18 +141,8 @@ def tap_groups(program: Program, call: Call, names: Sequence[str], group_bytes: 
             yield group
             group, size = [], 0
         group.append(tap)
-        size += 4 * tap_size(program, call, tap)
+        size += 4 * math.prod(tap_shape(tap, program.config, call))
     yield group
-
-
-def tap_size(program: Program, call: Call, tap: str) -> int:
-    """Elements of one tap."""
-    c, (B, T) = program.config, call.input_ids.shape
-    part = split_tap(tap)[1]
-    if part in ("attn.scores", "attn.probs"):
-        return B * c.n_head * T * (call.start + T)
-    width = {"mlp.c_fc": c.n_inner, "mlp.gelu": c.n_inner, "logits": c.vocab_size}.get(part, c.n_embd)
-    return B * T * width
 
 
 def _row(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from ..errors import ComparisonError, Gpt2npError, InputError, TokenizerError, TraceError
 from ..weights import Array
 from . import trace as traces
-from .arbiter import TapRow, compare_taps, first_divergence, tap_size
+from .arbiter import TapRow, compare_taps, first_divergence
 from .checks import CHECKS, run_checks
 from .compare import (
     Budgets,
@@ -27,12 +28,12 @@ from .compare import (
     versions,
 )
 from .data import expand, find_sets, load_set
-from .diagnose import Diagnosis, from_recorded, from_taps, nonfinite, unplaced
+from .diagnose import Diagnosis, from_recorded, from_taps, misplaced, nonfinite, unplaced
 from .metrics import PRESETS, Budget, measure
-from .operations import Call, split_tap, tap_inputs, tap_names
+from .operations import Call, split_tap, tap_inputs, tap_names, tap_shape
 from .report import Check, Line, Report, columns, number, wrap
 from .rounding import Rounding, rounds
-from .runners import Function, Model, OnnxRef, Ort, Ours, Recorded, Runner, TraceRunner
+from .runners import Function, Model, OnnxRef, Ort, Ours, Recorded, Runner, TraceRunner, taps_of
 
 NOISE_FACTOR = 8.0  # a measured budget is so many times ONNX Runtime's difference from itself
 SEARCH_TOKENS = 64  # the search for a cause takes the largest input up to this size, or else the smallest
@@ -330,11 +331,13 @@ def explain(
             report.not_compared.append(f"local errors of {other.name}: the file rounds activations, which they show")
             continue
         row = first_divergence(rows)
-        apart = {c.output for c in report.comparisons if not c.ok and {c.actual, c.expected} == {a, other.name}}
+        between = [c for c in report.comparisons if {c.actual, c.expected} == {a, other.name} and c.case == case.name]
+        apart = {c.output: c for c in between if not c.ok}
+        if apart and diagnosis is None and ours is not None:
+            right, given = ours.run(case.feeds).outputs, other.run(case.feeds).outputs
+            diagnosis = misplaced(apart.values(), right, given, other.name, call)
         if row is None and apart:
-            report.headline = (
-                f"between {a} and {other.name} it is inherited float32 noise alone: no operation differs by itself"
-            )
+            report.headline = f"between {a} and {other.name}: {only_noise(model, apart, rows)}"
         if asked:
             worst = max(rows, key=lambda r: max(r.over_a, r.over_b))
             share = number(max(worst.over_a, worst.over_b))
@@ -383,7 +386,7 @@ def around(model: Model, runner: Runner, case: Case, call: Call, tap: str) -> di
     layer, part = split_tap(tap)
     if part in ("attn.q", "attn.k"):
         wanted = names[: names.index(f"h.{layer}.attn.v") + 1]
-    if sum(4 * tap_size(model.program, call, t) for t in wanted) > 256 << 20:
+    if sum(4 * math.prod(tap_shape(t, model.config, call)) for t in wanted) > 256 << 20:
         wanted = wanted[-30:]
     return runner.run(case.feeds, False, wanted).taps
 
@@ -436,8 +439,10 @@ def show(report: Report, diagnosis: Diagnosis) -> None:
         first, last, count = diagnosis.suspects[0], diagnosis.suspects[-1], len(diagnosis.suspects)
         text = f"suspected on {diagnosis.case}: {first} to {last} ({count} operations)"
         body += [(line, "") for line in wrap(text, "  ")]
+    likely = diagnosis.guesses[0] if diagnosis.guesses and diagnosis.guesses[0].likely else None
     if diagnosis.guesses:
-        body.append(("did you mean (share of the error that it explains)", "bold"))
+        text = "did you mean (share of the error that it explains)"
+        body.append((text if likely else f"{text}: nothing explains half of it", "bold"))
     for i, guess in enumerate(diagnosis.guesses, 1):
         share = "   shown" if guess.evidence and not guess.explains else f"{guess.removed:8.2%}"
         extra = f" ({guess.evidence})" if guess.evidence else ""
@@ -445,8 +450,10 @@ def show(report: Report, diagnosis: Diagnosis) -> None:
         body += [(line, "green" if guess.explains else "") for line in wrap(text, " " * 13)]
     report.sections.append((f"first divergence: {diagnosis.tap} ({diagnosis.text})", body))
     report.headline = f"first divergence {diagnosis.tap}"
-    if diagnosis.guesses:
-        report.headline += f"; most likely {diagnosis.guesses[0].cause}: {diagnosis.guesses[0].text}"
+    if likely is not None:
+        report.headline += f"; most likely {likely.cause}: {likely.text}"
+    else:
+        report.headline += "; none of the usual mistakes explains it"
 
 
 # ------------------------------------------------------------------------------------------------- trace
@@ -511,7 +518,7 @@ def diff(
     if runners[0].name == runners[1].name:
         for letter, runner in zip("AB", runners, strict=True):
             runner.name = f"{runner.name} {letter}"
-    first = next((r for r in runners if isinstance(r, TraceRunner)), None)
+    first = next((r for r in runners if isinstance(r, TraceRunner) and not r.trace.plain), None)
     chosen = [Case("trace", first.trace.inputs, None)] if first is not None else cases(model)
     if not chosen:
         raise InputError("nothing to run: give --data, --prompt or --random")
@@ -531,6 +538,13 @@ def diff(
             )
         only = [f"{n} (in one of them only)" for n in {*x, *y} if n not in x or n not in y]
         report.not_compared += sorted(only)
+    if isinstance(x, Gpt2npError) or isinstance(y, Gpt2npError):
+        return report
+    report.not_compared += [
+        f"whether {r.path} was recorded on this input: it is no trace"
+        for r in runners
+        if isinstance(r, TraceRunner) and r.trace.plain
+    ]
     arbiter = Model(other) if oracle is not None and (other := _model_of(oracle)) else None
     call = model.call(case.feeds)
     given_oracle = TraceRunner(model, Path(oracle)) if oracle is not None and arbiter is None else None
@@ -546,17 +560,15 @@ def diff(
     report.sections.append((f"taps on {case.name}, rms errors", tap_lines(rows, *names, whole=local)))
     report.details["taps"] = [r.as_dict() for r in rows]
     both = [r for r in rows if r.total is not None]
-    report.checks.append(
-        Check(
-            "taps",
-            None if not rows else first_divergence(rows) is None,
-            f"{len(rows)} taps, {len(both)} of both parties",
-        )
-    )
     row = first_divergence(rows)
+    report.checks.append(Check("taps", row is None if both else None, f"{len(rows)} taps, {len(both)} of both parties"))
+    failing = {c.output: c for c in report.comparisons if not c.ok}
+    moved = misplaced(failing.values(), x, y, names[1], call)
+    if moved is not None:
+        show(report, moved)
+        return report
     if row is None:
-        failed = any(not c.ok for c in report.comparisons)
-        report.headline = "inherited float32 noise alone: no operation differs by itself" if failed else ""
+        report.headline = only_noise(model, failing, rows)
         return report
     which = 0 if row.over_a > row.over_b else 1
     given = around(model, runners[which], case, call, row.tap)
@@ -566,6 +578,17 @@ def diff(
     if repro is not None:
         dump_repro(repro, model, call, row.tap, given)
     return report
+
+
+def only_noise(model: Model, failing: Mapping[str, Comparison], rows: Sequence[TapRow]) -> str:
+    """The headline where outputs fail and no operation differs: noise, or an output that is not what its tap is."""
+    apart = {row.tap: row.max_abs for row in rows}
+    ports = {port.name: port for port in model.recognised.outputs}
+    for name, c in failing.items():
+        known = [apart.get(tap) for tap in taps_of(ports[name])]
+        if c.metrics is None or c.metrics.max_abs > 2 * max((k for k in known if k is not None), default=math.inf):
+            return f"{name} is not what its taps are: they agree, so it is lost after the last operation"
+    return "inherited float32 noise alone: no operation differs by itself" if failing else ""
 
 
 def dump_repro(folder: Path, model: Model, call: Call, tap: str, given: dict[str, Array]) -> None:
@@ -614,10 +637,16 @@ def diff_traces(a: Path, b: Path, budgets: Budgets) -> Report:
     report = Report(
         f"{a} - {b}", dict(zip(names, (x.runner, y.runner), strict=True)), str(budgets.default), versions=versions()
     )
-    for name in sorted({*x.inputs, *y.inputs}):
+    for one, other in ((x, y), (y, x)):
+        if one.plain:  # what are outputs in the other one are outputs here
+            one.outputs = {n: v for n, v in one.taps.items() if n in other.outputs}
+            one.taps = {n: v for n, v in one.taps.items() if n not in other.outputs}
+    for name in sorted({*x.inputs, *y.inputs} if not x.plain and not y.plain else ()):
         if name not in x.inputs or name not in y.inputs or not np.array_equal(x.inputs[name], y.inputs[name]):
             raise TraceError(f"{a} and {b} were recorded on different inputs: {name!r} differs")
-    if x.manifest.get("model_sha256") != y.manifest.get("model_sha256"):
+    if x.plain or y.plain:
+        report.not_compared.append(f"the inputs: {b if y.plain else a} does not say what it was recorded on")
+    elif x.manifest.get("model_sha256") != y.manifest.get("model_sha256"):
         report.not_compared.append("the weights: the traces come from two model files")
     for kind in ("outputs", "taps"):
         left, right = getattr(x, kind), getattr(y, kind)

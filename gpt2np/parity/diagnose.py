@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ import numpy as np
 
 from ..weights import Array
 from .arbiter import F32, F64, LOCAL_FACTOR, TapRow
-from .metrics import difference
+from .compare import Comparison
+from .metrics import difference, measure
 from .operations import Call, Program, split_tap, tap_inputs, tap_names
 from .probes import Guess, Problem, rank, tap_of_element
 
@@ -58,6 +59,47 @@ def from_taps(program: Program, call: Call, row: TapRow, party: str, given: Mapp
     best = guesses[0] if guesses and guesses[0].removed > 0.9 else None
     tap = row.tap if best is None else best.named or best.tap
     return Diagnosis(tap, party, f"{party} computes {tap} differently", suspects, guesses)
+
+
+def misplaced(
+    failing: Iterable[Comparison], right: Mapping[str, Array], given: Mapping[str, Array], party: str, call: Call
+) -> Diagnosis | None:
+    """Outputs that hold right numbers in the wrong place; None unless that explains every failing one."""
+    guesses = []
+    for c in failing:
+        if c.metrics is None:
+            return None
+        for text, value in placements(c.output, right, call):
+            if value.shape == given[c.output].shape and measure(given[c.output], value, c.budget).ok:
+                text = f"{c.output} holds {text}"
+                guesses.append(Guess("output_order", c.output, text, removed=1.0, explains=True))
+                break
+        else:
+            return None
+    if not guesses:
+        return None
+    return Diagnosis(guesses[0].tap, party, f"{party} computes it rightly and puts it in the wrong place", [], guesses)
+
+
+def placements(name: str, right: Mapping[str, Array], call: Call) -> Iterator[tuple[str, Array]]:
+    """What an output may hold by mistake, in words and numbers."""
+    value = right[name]
+    for other in right:
+        if other != name:
+            yield f"what belongs into {other}", right[other]
+    if value.ndim == 5:  # (2, B, H, S, D)
+        yield "values in place of keys and keys in place of values", value[::-1]
+    if value.ndim >= 4:
+        for text, moved in (
+            ("its positions in reverse order", np.flip(value, -2)),
+            ("the new positions before the cached ones", np.roll(value, call.input_ids.shape[1], -2)),
+            ("(B, S, H, D) read as (B, H, S, D)", value.swapaxes(-2, -3).reshape(value.shape)),
+        ):
+            yield text, moved
+            if value.ndim == 5:
+                yield f"{text}, of the keys", np.stack([moved[0], value[1]])
+                yield f"{text}, of the values", np.stack([value[0], moved[1]])
+    yield "zeros: it was never written", np.zeros_like(value)
 
 
 def unplaced(message: str) -> Diagnosis:

@@ -81,6 +81,18 @@ class Call(NamedTuple):
         return 0 if self.past is None else int(self.past[0].shape[3])
 
 
+def tap_shape(tap: str, config: GPT2Config, call: Call) -> tuple[int, ...]:
+    """The shape of one tap, as docs/taps.md lists it."""
+    (B, T), H, D = call.input_ids.shape, config.n_head, config.head_size
+    part = split_tap(tap)[1]
+    if part in ("attn.q", "attn.k", "attn.v"):
+        return B, H, T, D
+    if part in ("attn.scores", "attn.probs"):
+        return B, H, T, call.start + T
+    widths = {"attn.heads": H * D, "mlp.c_fc": config.n_inner, "mlp.gelu": config.n_inner, "logits": config.vocab_size}
+    return B, T, widths.get(part, config.n_embd)
+
+
 # An operation: (program, call, the arrays of its input taps) -> the array of its tap, in its inputs' dtype.
 Run = Callable[["Program", Call, str, list[Array], "np.dtype[Any]"], Array]
 

@@ -11,8 +11,9 @@ removes says how well it explains it. The same machinery serves both questions:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations, permutations
 from typing import Any
 
@@ -22,7 +23,7 @@ from .. import reference
 from ..weights import Array
 from .gradients import F32, F64, Gradients
 from .metrics import difference
-from .operations import Call, Program, Run, embed_at, masked_softmax, split_tap, tap_inputs, tap_names
+from .operations import RUNS, Call, Program, Run, embed_at, masked_softmax, split_tap, tap_inputs, tap_names
 
 NOISE_FACTOR = 10.0  # a guess explains an error if it leaves no more than so many times float32's own error
 CERTAIN = 0.96  # rank of what the file itself shows (two layers with one weight) though it cannot be undone
@@ -48,6 +49,11 @@ class Guess:
     def merit(self) -> tuple[bool, float]:
         """What guesses are ranked by."""
         return self.explains, self.removed
+
+    @property
+    def likely(self) -> bool:
+        """Whether to name it as the cause: it explains at least half of the error, or the file shows it."""
+        return self.explains or self.removed >= 0.5 or bool(self.evidence)
 
     def applied(self, program: Program) -> Program:
         return program.with_(self.weights, self.runs, **self.config)
@@ -83,14 +89,14 @@ class Problem:
         self.taps = [tap for tap in names[: last + 1] if tap in needed]
         finite = {tap: np.nan_to_num(value, posinf=0, neginf=0) for tap, value in self.observed.items()}
         self.weights = {
-            tap: 1 / max(math.sqrt(float(np.square(value).sum()) * len(observed)), 1e-300)
-            for tap, value in finite.items()
+            tap: 1 / (math.sqrt(float(np.square(value).sum()) * len(observed)) or 1.0) for tap, value in finite.items()
         }
         self.values = self.run(program)
         self.before = self.error(self.values)
         low = self.run(program, dtype=F32)
         noise = self.weighted({tap: low[tap] - self.values[tap] for tap in observed})
-        self.noise = math.sqrt(sum(float(np.square(v).sum()) for v in noise.values()))
+        with np.errstate(over="ignore"):
+            self.noise = math.sqrt(sum(float(np.square(v).sum()) for v in noise.values()))
 
     def run(self, program: Program, first: str | None = None, dtype: Any = F64) -> dict[str, Array]:
         """All values of another program; operations before `first` keep the base program's."""
@@ -151,7 +157,11 @@ def rank(problem: Problem, forward: bool, spare: Mapping[str, Array] | None = No
                 keep_best(guess)
         if not any(g.explains for g in best.values()):
             for guess in single_elements(problem):
-                keep_best(guess)
+                if guess.removed > 0.5:  # among millions of numbers, one that fits a little can always be found
+                    keep_best(guess)
+    if forward and problem.before > 0 and not any(g.explains for g in best.values()):
+        for guess in shape_of_the_error(problem):
+            keep_best(guess)
     if not forward:
         explained = any(g.explains for g in best.values())
         for found in shown_by_the_file(problem):
@@ -218,6 +228,8 @@ def catalogue(problem: Problem, tap: str, forward: bool, alone: bool = False) ->
         yield from _scale(problem, tap)
     elif part == "attn.probs":
         yield from _mask(problem, tap)
+        if tap in problem.observed:
+            yield from _other_softmax(problem, tap)
     elif part == "attn.heads" and forward:  # in a file, another order of heads is one of c_proj's rows
         yield from _merge(problem, tap)
     elif part in ("attn.out", "mlp.out", "mlp.c_fc"):
@@ -229,12 +241,55 @@ def catalogue(problem: Problem, tap: str, forward: bool, alone: bool = False) ->
                 yield Guess(
                     "gelu_form", tap, f"GELU form: {_swap_text(form, now, forward)}", runs={tap: _activation(form)}
                 )
+        if forward:
+            yield from _other_activation(problem, tap, now)
     elif part in ("resid_mid", "resid_post"):
         yield Guess("missing_residual", tap, "the residual is not added", runs={tap: _without_residual})
     elif part == "logits":
         yield from _head(problem)
     if forward:
+        yield from _other_input(problem, tap)
         yield from _rounded(problem, tap)
+
+
+# What an operation is fed with by mistake: (which of its inputs, the tap that it reads). "{x}" is the layer's stream.
+OTHER_INPUTS: dict[str, tuple[tuple[int, str], ...]] = {
+    "ln_1": ((0, "{h}.resid_mid-1"), (0, "embed")),
+    "attn.q": ((0, "{x}"),), "attn.k": ((0, "{x}"),), "attn.v": ((0, "{x}"),),
+    "attn.scores": ((1, "{h}.attn.v"), (0, "{h}.attn.k"), (1, "{h}.attn.q"), (0, "{h}.attn.v")),
+    "attn.heads": ((1, "{h}.attn.k"), (1, "{h}.attn.q")),
+    "attn.out": ((0, "{h}.ln_1"),),
+    "resid_mid": ((0, "{h}.ln_1"), (0, "embed")),
+    "ln_2": ((0, "{x}"), (0, "{h}.attn.out"), (0, "{h}.ln_1")),
+    "mlp.c_fc": ((0, "{h}.resid_mid"), (0, "{h}.ln_1"), (0, "{x}"), (0, "{h}.attn.out")),
+    "resid_post": ((0, "{h}.ln_2"), (0, "{x}"), (0, "{h}.ln_1"), (0, "embed")),
+    "ln_f": ((0, "{h}.resid_mid"), (0, "{h}.mlp.out"), (0, "embed")),
+    "logits": ((0, "{x}"),),
+}  # fmt: skip
+
+
+def _other_input(problem: Problem, tap: str) -> Iterator[Guess]:
+    """The operation is right and reads another tap: a norm left out, the residual taken from after the norm ..."""
+    config = problem.program.config
+    layer, part = split_tap(tap)
+    stream = f"h.{(config.n_layer if layer is None else layer) - 1}.resid_post" if layer != 0 else "embed"
+    block = f"h.{config.n_layer - 1 if layer is None else layer}"
+    inputs = tap_inputs(tap, config)
+    for which, name in OTHER_INPUTS.get(part, ()):
+        if name.endswith("-1"):
+            name = f"h.{(layer or 0) - 1}.resid_mid"
+        name = name.format(h=block, x=stream)
+        value = problem.given.get(name, problem.values.get(name))
+        now = problem.values.get(inputs[which], problem.given.get(inputs[which]))
+        if value is None or now is None or name == inputs[which] or value.shape != now.shape:
+            continue
+
+        def run(p: Program, c: Call, t: str, x: list[Array], dtype: Any, i: int = which, v: Array = value) -> Array:
+            return problem.program.run(t, c, [v if j == i else old for j, old in enumerate(x)], dtype)
+
+        group = [t for t in problem.taps if t.startswith(tap[:-1])] if part in ("attn.q", "attn.k", "attn.v") else [tap]
+        text = f"{' and '.join(group)} read{'s' if len(group) == 1 else ''} {name} instead of {inputs[which]}"
+        yield Guess("other_input", group[0], text, runs=dict.fromkeys(group, run))
 
 
 def _swap_text(other: object, now: object, forward: bool) -> str:
@@ -244,6 +299,35 @@ def _swap_text(other: object, now: object, forward: bool) -> str:
 
 def _activation(form: str) -> Run:
     return lambda p, call, tap, x, dtype: reference.ACTIVATIONS[form](x[0])
+
+
+def _other_activation(problem: Problem, tap: str, now: str) -> Iterator[Guess]:
+    """No GELU of GPT2Config's: SiLU, none at all, or tanh's formula with other constants, which the values tell."""
+
+    def form(f: Callable[[Array], Array]) -> dict[str, Run]:
+        return {tap: lambda p, call, name, x, dtype: f(x[0])}
+
+    def tanh(k: float, c: float) -> Callable[[Array], Array]:
+        return lambda x: 0.5 * x * (1 + np.tanh(k * x + c * x * x * x))
+
+    yield Guess("gelu_form", tap, f"GELU form: SiLU instead of {now}", runs=form(lambda x: x / (1 + np.exp(-x))))
+    yield Guess("gelu_form", tap, "no activation at all", runs=form(lambda x: x))
+    square = form(lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x))))
+    yield Guess("gelu_form", tap, "GELU form: x * x in place of x * x * x in the tanh", runs=square)
+    x = problem.values.get(source := tap_inputs(tap, problem.program.config)[0], problem.given.get(source))
+    if now == "gelu_tanh" and tap in problem.observed and x is not None:
+        with np.errstate(all="ignore"):
+            u = 2 * problem.observed[tap] / x - 1
+            clear = (np.abs(u) < 0.99) & (np.abs(x) > 0.3)
+        if clear.sum() > 8:
+            x = x[clear]
+            (k, c), *_ = np.linalg.lstsq(np.stack([x, x**3], axis=1), np.arctanh(u[clear]), rcond=None)
+            if abs(c) < 1e-3 * abs(k):
+                return  # a sigmoid, which is tried by name
+            text = (
+                f"GELU's constants: tanh({k:.6g} * (x + {c / k:.6g} * x^3)), not tanh(0.797885 * (x + 0.044715 * x^3))"
+            )
+            yield Guess("gelu_constant", tap, text, runs=form(tanh(float(k), float(c))))
 
 
 def _without_residual(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
@@ -262,6 +346,18 @@ def _embedding(problem: Problem) -> Iterator[Guess]:
     def without(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
         return p.weights("wte.weight", dtype)[call.input_ids].astype(dtype)
 
+    def at(rows: Array) -> Run:
+        return lambda p, call, tap, x, dtype: embed_at(p, call, np.broadcast_to(rows, call.input_ids.shape), dtype)
+
+    def scaled(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+        wte = p.weights("wte.weight", dtype)[call.input_ids].astype(dtype)
+        return np.asarray(wte * math.sqrt(wte.shape[-1]) + p.weights("wpe.weight", dtype)[call.position_ids])
+
+    T = problem.call.input_ids.shape[1]
+    if T > 1:
+        yield Guess("positions", "embed", "every position is 0", runs={"embed": at(np.zeros(T, int))})
+        yield Guess("positions", "embed", "positions run backwards", runs={"embed": at(np.arange(T)[::-1])})
+    yield Guess("scaled_embedding", "embed", "the token vectors are multiplied by sqrt(C)", runs={"embed": scaled})
     for by in (1, -1, 2, -2):
         yield Guess("position_offset", "embed", f"positions are off by {abs(by)}", runs={"embed": moved(by)})
     start = problem.call.start
@@ -298,6 +394,27 @@ def _layer_norm(problem: Problem, tap: str, forward: bool) -> Iterator[Guess]:
     for eps in sorted({now, 1e-5, *candidates[1:]}):
         yield Guess("epsilon_outside", tap, f"epsilon {eps:g} outside the root", runs={tap: form(eps, outside=True)})
     yield Guess("ddof", tap, "variance divided by C - 1 instead of C (ddof 1)", runs={tap: form(now, ddof=1)})
+
+    def other(combine: Callable[[Array, Array, Array], Array], axis: Any = -1, root: bool = True) -> Run:
+        def run(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+            weight, bias, eps = p.norm(tap, dtype)
+            centred = x[0] - x[0].mean(axis=axis, keepdims=True)
+            variance = (centred * centred).mean(axis=axis, keepdims=True) + eps
+            return np.asarray(combine(centred / (np.sqrt(variance) if root else variance), weight, bias))
+
+        return run
+
+    for text, run in {
+        "weight and bias change places": other(lambda y, w, b: y * b + w),
+        "the bias is added before the weight is multiplied": other(lambda y, w, b: (y + b) * w),
+        "1 + weight in place of weight": other(lambda y, w, b: y * (1 + w) + b),
+        "divided by the variance, not by its root": other(lambda y, w, b: y * w + b, root=False),
+        "mean and variance over the positions": other(lambda y, w, b: y * w + b, axis=-2),
+        "mean and variance over positions and width together": other(lambda y, w, b: y * w + b, axis=(-1, -2)),
+        "neither weight nor bias is applied": other(lambda y, w, b: y),
+    }.items():
+        yield Guess("norm_form", tap, f"{tap}: {text}", runs={tap: run})
+    yield Guess("missing_norm", tap, f"{tap} is not applied", runs={tap: lambda p, call, name, x, dtype: x[0]})
     yield Guess("no_centring", tap, "the mean is not taken off (RMS norm)", runs={tap: form(now, centre=False)})
     yield Guess(
         "missing_weight", tap, f"{tap}.weight is not applied",
@@ -323,38 +440,80 @@ def _other_weights(problem: Problem, tap: str, name: str, others: list[str], for
     bias = w(f"{name}.bias", F64)
     if bias.any():
         yield Guess("missing_bias", tap, f"{name}.bias is missing", weights={f"{name}.bias": np.zeros_like(bias)})
+        yield Guess("bias_twice", tap, f"{name}.bias is added twice", weights={f"{name}.bias": 2 * bias})
+
+
+SIXTEEN_BITS = ("bf16", "fp16")
+ROUNDINGS = (*SIXTEEN_BITS, "tf32", "fp8_e4m3", "fp8_e5m2")
 
 
 def rounded(x: Array, kind: str) -> Array:
-    """x as a 16-bit float can hold it, in float64."""
+    """x as a narrower float can hold it, in float64."""
     import ml_dtypes
 
-    with np.errstate(over="ignore"):
-        return x.astype(np.float32).astype(ml_dtypes.bfloat16 if kind == "bf16" else np.float16).astype(np.float64)
+    x = x.astype(np.float32)
+    if kind == "tf32":  # float32 with 10 of its 23 bits of significand
+        return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
+    narrow = {
+        "bf16": ml_dtypes.bfloat16, "fp16": np.float16,
+        "fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2,
+    }[kind]  # fmt: skip
+    with np.errstate(all="ignore"):
+        return x.astype(narrow).astype(np.float64)
+
+
+def quantised(x: Array, by_column: bool) -> Array:
+    """A matrix as 8-bit integers with one scale, or one for each column, hold it."""
+    scale = np.abs(x).max(axis=0 if by_column else None, keepdims=True) / 127
+    return np.rint(x / np.where(scale > 0, scale, 1)) * scale
 
 
 def _rounded(problem: Problem, tap: str) -> Iterator[Guess]:
-    """Weights, result or inputs of an operation in a 16-bit float."""
+    """Weights, result or inputs of an operation in a narrower float, or all of them; weights in 8-bit integers."""
     p = problem.program
-    names = list(dict.fromkeys(name for name, of in weight_names(problem) if of == tap))
+    part = split_tap(tap)[1]
+    group = [t for t in problem.taps if t.startswith(tap[:-1])] if part in ("attn.q", "attn.k", "attn.v") else [tap]
+    if tap != group[0]:
+        return
+    names = list(dict.fromkeys(name for name, of in weight_names(problem) if of in group))
     inputs = tap_inputs(tap, p.config)
-    for kind in ("bf16", "fp16"):
+    subject = " and ".join(group)
+    matrices = [n for n in names if p.weights(n, F64).ndim == 2 and not n.startswith(("wte", "lm_head"))]
+    local = group[0] in problem.observed
+    for name in matrices if local else ():
+        value = p.weights(name, F64).astype(np.float64)
+        for by_column, words in ((False, "one scale"), (True, "a scale for each column")):
+            text = f"{name} is quantised to int8 with {words}"
+            yield Guess("quantised", group[0], text, weights={name: quantised(value, by_column)})
+    for kind in ROUNDINGS if local else SIXTEEN_BITS:
         both = {name: rounded(p.weights(name, F64).astype(np.float64), kind) for name in names}
         for name, value in both.items():
-            yield Guess("rounding", tap, f"{name} is rounded to {kind}", weights={name: value})
+            yield Guess("rounding", group[0], f"{name} is rounded to {kind}", weights={name: value})
         if len(both) > 1:
-            yield Guess("rounding", tap, f"{' and '.join(both)} are rounded to {kind}", weights=both)
-        yield Guess("rounding", tap, f"{tap} is rounded to {kind}", runs={tap: _rounded_run(p, kind, result=True)})
+            yield Guess("rounding", group[0], f"{' and '.join(both)} are rounded to {kind}", weights=both)
+        every = set(range(len(inputs)))
+        if kind != "tf32":  # what tensor cores read, not what they write
+            runs = {t: _rounded_run(p, kind, set(), True) for t in group}
+            text = f"{subject} {'is' if len(group) == 1 else 'are'} rounded to {kind}"
+            yield Guess("rounding", group[0], text, runs=runs)
         for i, name in enumerate(inputs):
-            text = f"{name} is rounded to {kind} before {tap} reads it"
-            guess = Guess("rounding", tap, text, runs={tap: _rounded_run(p, kind, which=i)})
+            text = f"{name} is rounded to {kind} before {subject} read{'s' if len(group) == 1 else ''} it"
+            guess = Guess("rounding", group[0], text, runs={t: _rounded_run(p, kind, {i}, False) for t in group})
             guess.named = name
             yield guess
+        if local and (both or len(inputs) > 1):
+            for result in (False, True):
+                text = f"everything that {subject} read{'s' if len(group) == 1 else ''} is rounded to {kind}"
+                text += ", and the result" if result else ""
+                runs = {t: _rounded_run(p, kind, every, result) for t in group}
+                some = {name: value for name, value in both.items() if result or name in matrices}
+                yield Guess("rounding", group[0], text, weights=some, runs=runs)
 
 
-def _rounded_run(p: Program, kind: str, which: int = -1, result: bool = False) -> Run:
+def _rounded_run(p: Program, kind: str, which: set[int], result: bool) -> Run:
     def run(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
-        value = p.run(tap, call, [rounded(v, kind) if i == which else v for i, v in enumerate(x)], dtype)
+        base = q.with_(runs={tap: RUNS[split_tap(tap)[1]]})
+        value = base.run(tap, call, [rounded(v, kind) if i in which else v for i, v in enumerate(x)], dtype)
         return rounded(value, kind) if result else value
 
     return run
@@ -444,6 +603,14 @@ def _c_attn(problem: Problem, layer: int, forward: bool) -> Iterator[Guess]:
             f"{name}.weight is read as ({3 * H * D}, {C}) transposed",
             weights={f"{name}.weight": flipped},
         )
+
+    def unmoved(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+        value = p.run(tap, call, x, dtype)  # (B, H, T, D)
+        return value.transpose(0, 2, 1, 3).reshape(value.shape)
+
+    if forward and problem.call.input_ids.shape[1] > 1:
+        text = "(B, T, HD) reshaped to (B, H, T, D) without transposing"
+        yield Guess("head_split", taps[0], text, runs=dict.fromkeys(taps, unmoved))
     for heads, which, first in _head_orders(problem, layer):
         swapped = grid.copy()
         for w in which:
@@ -546,12 +713,46 @@ def _mask(problem: Problem, tap: str) -> Iterator[Guess]:
             yield Guess(cause, tap, text, runs={tap: masked(causal_shift=shift, **change)})
     yield Guess("mask_missing", tap, "no causal mask at all", runs={tap: masked(mask_kind="none", causal_shift=S)})
     values: list[tuple[float, str]] = [
-        (v, k) for v in (-1e4, -1.0, -2.0, -5.0, -10.0, -20.0, -50.0, -100.0, -1e3, 0.0) for k in ("replaced", "added")
+        (v, k) for v in (-1e4, -1.0, -2.0, -5.0, -10.0, -20.0, -50.0, -100.0, -1e3) for k in ("replaced", "added")
     ]
-    for value, kind in [*values, *_fitted_mask(problem, tap)]:
+    for value, kind in [*values, (0.0, "replaced"), *_fitted_mask(problem, tap)]:
         if (value, kind) != (now.mask_value, now.mask_kind):
             text = f"mask value: {now.mask_value:.5g} {now.mask_kind}, not {value:.5g} {kind}"
             yield Guess("mask_value", tap, text, runs={tap: masked(mask_value=value, mask_kind=kind)})
+
+
+def _other_softmax(problem: Problem, tap: str) -> Iterator[Guess]:
+    """Softmaxes that are none, and masks that GPT2Config has no words for: the probabilities show both."""
+    scores = problem.values.get(source := tap_inputs(tap, problem.program.config)[0], problem.given.get(source))
+    probs = problem.observed[tap]
+    if scores is None or not np.isfinite(scores).all():
+        return
+    T, S = scores.shape[-2:]
+    causal = np.arange(S) <= np.arange(S - T, S)[:, None]
+    allowed = np.where(causal, scores, -np.inf)
+    exps = np.exp(allowed - allowed.max(axis=-1, keepdims=True))
+    columns = np.exp(allowed - np.maximum(allowed.max(axis=-2, keepdims=True), np.finfo(np.float64).min))
+    unmasked = np.exp(scores - scores.max(axis=-1, keepdims=True))
+
+    def instead(value: Array) -> dict[str, Run]:
+        return {tap: lambda p, call, name, x, dtype: value}
+
+    yield Guess("softmax_form", tap, "exp without the division by the sum", runs=instead(exps))
+    yield Guess("softmax_form", tap, "softmax over the queries, not over the keys",
+                runs=instead(columns / np.maximum(columns.sum(axis=-2, keepdims=True), 1e-300)))  # fmt: skip
+    yield Guess("softmax_form", tap, "masked after the softmax: the rows do not sum to 1",
+                runs=instead(np.where(causal, unmasked / unmasked.sum(axis=-1, keepdims=True), 0)))  # fmt: skip
+    seen = np.asarray(np.greater(probs, 0).any(axis=(0, 1)))  # (T, S): keys that some head looks at
+    different = np.flatnonzero(np.not_equal(seen, causal).any(axis=-1))
+    if len(different) and seen.any(axis=-1).all():
+        rows = []
+        for row in sorted({int(different[0]), int(different[-1])}):
+            keys = np.flatnonzero(seen[row])
+            some = "some of " if len(keys) <= keys[-1] - keys[0] else ""
+            rows.append(f"query {row} sees {some}keys {keys[0]} to {keys[-1]}, not 0 to {row + S - T}")
+        exps = np.where(seen, np.exp(scores - np.where(seen, scores, -np.inf).max(axis=-1, keepdims=True)), 0)
+        text = f"another mask: {'; '.join(rows)}"
+        yield Guess("mask_shape", tap, text, runs=instead(exps / exps.sum(axis=-1, keepdims=True)))
 
 
 def _fitted_mask(problem: Problem, tap: str) -> list[tuple[float, str]]:
@@ -570,11 +771,19 @@ def _fitted_mask(problem: Problem, tap: str) -> list[tuple[float, str]]:
     own = np.take_along_axis(log - scores, np.broadcast_to(diagonal, (*probs.shape[:3], 1)), axis=-1)
     effective = (log - own)[forbidden]
     added = effective - scores[forbidden]
-    return [(float(np.median(effective)), "replaced"), (float(np.median(added)), "added")]
+    fitted = [(float(np.median(effective)), "replaced"), (float(np.median(added)), "added")]
+    return [(value, kind) for value, kind in fitted if abs(value) > 1e-3]
 
 
 def _merge(problem: Problem, tap: str) -> Iterator[Guess]:
     H, D = problem.program.config.n_head, problem.program.config.head_size
+
+    def unmoved(p: Program, call: Call, name: str, x: list[Array], dtype: Any) -> Array:
+        merged = problem.program.run(name, call, x, dtype)  # (B, T, HD)
+        B, T, _ = merged.shape
+        return merged.reshape(B, T, H, D).transpose(0, 2, 1, 3).reshape(B, T, H * D)
+
+    yield Guess("head_split", tap, "(B, H, T, D) reshaped to (B, T, HD) without transposing", runs={tap: unmoved})
 
     def ordered(order: Array) -> Run:
         return lambda p, call, name, x, dtype: problem.program.run(name, call, x, dtype)[..., order]
@@ -612,7 +821,7 @@ def tap_of_element(program: Program, call: Call, name: str, index: tuple[int, ..
     return f"h.{layer}.{stem.replace('c_proj', 'out')}"
 
 
-def single_elements(problem: Problem, probes: int = 16) -> list[Guess]:
+def single_elements(problem: Problem) -> list[Guess]:
     """The single weight element whose change would explain the error best.
 
     To first order, changing element j by d changes the outputs by J_j d. The error that the best d removes is
@@ -621,6 +830,7 @@ def single_elements(problem: Problem, probes: int = 16) -> list[Guess]:
     of every weight are then solved exactly.
     """
     program = problem.program
+    probes = 256 if len(problem.taps) <= 3 else 16
     back = Gradients(program, problem.call, problem.values, problem.taps)
     numerator = back(problem.weighted(problem.residuals()))
     rng = np.random.default_rng(0)
@@ -766,6 +976,55 @@ def solve_bias(problem: Problem, name: str, tap: str, rounds: int = 3, steps: in
     return problem.judge(Guess("missing_bias", tap, text, weights={name: base + delta}))
 
 
+# ---------------------------------------------------------------- what the error itself shows
+
+
+def shape_of_the_error(problem: Problem) -> Iterator[Guess]:
+    """Where no mistake of the catalogue fits: a copy, a constant factor, a clipped range, or plain imprecision."""
+    noise: list[tuple[float, bool]] = []  # error by value of each tap, and whether it is without direction
+    for tap, value in problem.observed.items():
+        expected = problem.values[tap]
+        if not value.any():
+            yield Guess("never_written", tap, f"{tap} is all zeros", removed=1.0, evidence="in what it gave")
+            continue
+        for other, twin in problem.given.items():
+            if other != tap and twin.shape == value.shape and np.array_equal(twin, value):
+                text = f"{tap} is {other} over again"
+                yield Guess("copied", tap, text, removed=1.0, evidence="equal in what it gave")
+        bad = ~np.isfinite(value)
+        if bad.any() and np.isfinite(expected).all():
+            at = tuple(int(i) for i in np.argwhere(bad)[0])
+            text = f"{tap}{list(at)} is {value[at]:g}, where {expected[at]:.6g} belongs"
+            if np.abs(expected).max() > 65504:
+                text += "; float16 ends at 65504"
+            yield Guess("not_finite", tap, text, removed=1.0, evidence=f"{int(bad.sum())} of {bad.size} numbers")
+        if bad.any() or not np.isfinite(expected).all():
+            continue
+        error = value - expected
+        size, rms = float(np.sqrt(np.mean(error**2))), float(np.sqrt(np.mean(expected**2)))
+        if size == 0 or rms == 0:
+            continue
+        factor = float((value * expected).sum() / (expected * expected).sum())
+        low, high = float(value.min()), float(value.max())
+        multiplied = {tap: _afterwards(problem, partial(np.multiply, factor))}
+        clipped = {tap: _afterwards(problem, partial(np.clip, min=low, max=high))}
+        yield problem.judge(Guess("factor", tap, f"{tap} is multiplied by {factor:.6g}", runs=multiplied))
+        yield problem.judge(Guess("clipped", tap, f"{tap} is clipped to {low:.6g} ... {high:.6g}", runs=clipped))
+        sizes = np.linalg.svd(error.reshape(-1, error.shape[-1]), compute_uv=False) ** 2
+        along = abs(float((error * expected).mean())) / (size * rms)
+        noise.append((size / rms, along < 0.1 and sizes[0] < 0.5 * sizes.sum()))
+    largest = max((share for share, _ in noise), default=0.0)
+    if 2**-20 < largest < 1 / 32 and all(free for share, free in noise if share > largest / 16):
+        text = f"arithmetic of about {math.floor(-math.log2(largest))} bits: sums, an approximation or intermediate "
+        evidence = f"the error has no direction; it is {largest:.1e} of the value"
+        tap = next(iter(problem.observed))
+        yield Guess("imprecise", tap, text + "results in a narrow type", removed=0.3, evidence=evidence)
+
+
+def _afterwards(problem: Problem, change: Callable[[Array], Array]) -> Run:
+    return lambda p, call, tap, x, dtype: change(problem.program.run(tap, call, x, dtype))
+
+
 # ---------------------------------------------------------------- what the file itself shows
 
 
@@ -821,7 +1080,7 @@ def representable_in_16_bits(problem: Problem) -> list[Guess]:
     """Weights that a 16-bit float holds exactly, in a file whose other weights it does not."""
     p = problem.program
     found = []
-    for kind in ("bf16", "fp16"):
+    for kind in SIXTEEN_BITS:
         exact = {}
         for name, tap in weight_names(problem):
             value = p.weights(name, F64).astype(np.float64)

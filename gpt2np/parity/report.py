@@ -192,7 +192,8 @@ def summary_lines(report: Report) -> list[Line]:
         text += f"; {len(made)} checks"
     lines: list[Line] = [(line, "") for line in wrap(text, "  ")]
     missing = [*report.not_compared, *(f"{c.name} ({c.text})" for c in report.checks if c.ok is None)]
-    lines += [(line, "") for line in wrap("not compared: " + ("; ".join(missing) or "nothing was left out"), "  ")]
+    nothing = "nothing was left out" if measured or made else "anything"
+    lines += [(line, "") for line in wrap("not compared: " + ("; ".join(missing) or nothing), "  ")]
     code = report.exit_code
     failed = [c for c in report.comparisons if not c.ok]
     if code == 3:
@@ -200,7 +201,8 @@ def summary_lines(report: Report) -> list[Line]:
     elif code == 0:
         lines.append(("verdict: PASS", "bold green"))
     else:
-        names = list(dict.fromkeys([*(c.output for c in failed), *(c.name for c in report.checks if c.ok is False)]))
+        outputs = [f"the run of {c.actual}" if c.output == "(run)" else c.output for c in failed]
+        names = list(dict.fromkeys([*outputs, *(c.name for c in report.checks if c.ok is False)]))
         shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
         text = f"verdict: FAIL in {shown}"
         if report.headline:

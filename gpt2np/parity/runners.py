@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,11 @@ from ..config import GPT2Config
 from ..errors import ComparisonError, Gpt2npError, InputError, TraceError, UnsupportedModelError
 from ..weights import Array
 from .data import DataSet
-from .operations import Call, Program, tap_names
+from .operations import Call, Program, tap_names, tap_shape
 
 if TYPE_CHECKING:
     from ..model import GPT2, Output
-    from ..onnx.recognise import Recognised
+    from ..onnx.recognise import Port, Recognised
     from ..reference import Tap
     from ..session import InferenceSession
 
@@ -99,29 +100,43 @@ class Model:
         return names if self.has_logits() else names[:-1]
 
     def outputs_as_taps(self, outputs: Mapping[str, Array], call: Call) -> dict[str, Array]:
-        """The taps that the file's own outputs hold: keys and values of the new positions, and the last one."""
-        B, T = call.input_ids.shape
+        """The taps that the file's own outputs hold: keys and values of the new positions, and the last one.
+
+        An output of another shape holds none: comparing it says so.
+        """
         taps: dict[str, Array] = {}
         for port in self.recognised.outputs:
-            if port.name not in outputs:
+            value, names = outputs.get(port.name), taps_of(port)
+            if value is None or not names:
                 continue
-            value = outputs[port.name]
-            if port.role in ("last_hidden_state", "logits"):
-                taps["ln_f" if port.role == "last_hidden_state" else "logits"] = value.reshape(B, T, value.shape[-1])
-            elif port.role == "present":
-                taps[f"h.{port.layer}.attn.k"], taps[f"h.{port.layer}.attn.v"] = value[:, :, :, call.start :]
-            elif port.role in ("present_key", "present_value"):
-                taps[f"h.{port.layer}.attn.{'k' if port.role == 'present_key' else 'v'}"] = value[:, :, call.start :]
+            if names[0].endswith(("attn.k", "attn.v")) and value.ndim > 1:
+                value = value[..., call.start :, :]
+            parts = value if port.role == "present" and value.ndim else [value]
+            if len(parts) == len(names):
+                shaped = {name: as_tap(part, name, self.config, call) for name, part in zip(names, parts, strict=True)}
+                taps |= {name: part for name, part in shaped.items() if part is not None}
         return taps
 
-    def tap_of_output(self, output: str) -> str:
-        """The (first) tap that an output holds."""
-        for port in self.recognised.outputs:
-            if port.name == output:
-                if port.role in ("last_hidden_state", "logits"):
-                    return "ln_f" if port.role == "last_hidden_state" else "logits"
-                return f"h.{port.layer}.attn.{'v' if port.role == 'present_value' else 'k'}"
-        raise ComparisonError(f"{self.path} has no output {output!r}")
+
+def taps_of(port: Port) -> tuple[str, ...]:
+    """The taps that an output of the file holds."""
+    key, value = f"h.{port.layer}.attn.k", f"h.{port.layer}.attn.v"
+    held = {
+        "last_hidden_state": ("ln_f",), "logits": ("logits",),
+        "present": (key, value), "present_key": (key,), "present_value": (value,),
+    }  # fmt: skip
+    return held.get(port.role, ())
+
+
+def as_tap(value: Array, tap: str, config: GPT2Config, call: Call) -> Array | None:
+    """A party's array in its tap's shape, or None if it cannot be: leading dimensions may be split or left out."""
+    shape = tap_shape(tap, config, call)
+    inner = shape[1:] if len(shape) == 4 else shape[2:]  # what follows the batch, or batch and positions
+    if value.dtype.kind in "cOSUM" or value.size != math.prod(shape):
+        return None
+    if value.ndim < len(inner) or value.shape[value.ndim - len(inner) :] != inner:
+        return None
+    return value.reshape(shape)
 
 
 def call_of(recognised: Recognised, feeds: Feeds) -> Call:
@@ -351,7 +366,7 @@ class Recorded:
 
 
 class TraceRunner:
-    """A saved trace: it gives what it holds, for the inputs that it was recorded on."""
+    """A saved trace, or plain arrays in an .npz: it gives what it holds, for the inputs that it was recorded on."""
 
     def __init__(self, model: Model, path: Path) -> None:
         from .trace import load
@@ -363,12 +378,15 @@ class TraceRunner:
 
     def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
         for name, value in feeds.items():
-            if name not in self.trace.inputs or not np.array_equal(value, self.trace.inputs[name]):
+            if not self.trace.plain and (
+                name not in self.trace.inputs or not np.array_equal(value, self.trace.inputs[name])
+            ):
                 raise TraceError(f"{self.path}: recorded on other inputs ({name!r} differs)")
-        held = dict(self.trace.taps)
-        if taps:
-            held = {**self.model.outputs_as_taps(self.trace.outputs, self.model.call(feeds)), **held}
-        return Run(dict(self.trace.outputs) if outputs else {}, {t: held[t] for t in taps if t in held})
+        call = self.model.call(feeds)
+        given = {**self.trace.outputs, **self.trace.taps}
+        made, found = sort_arrays(self.model, call, given, f"{self.path} holds")
+        held = {**self.model.outputs_as_taps(made, call), **found} if taps else {}
+        return Run(made if outputs else {}, {t: held[t] for t in taps if t in held})
 
 
 class Function:
@@ -401,23 +419,36 @@ class Function:
     def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Run:
         try:
             given = self.function({name: np.array(value) for name, value in feeds.items()})
-        except Exception as error:  # whatever a user's code raises is its failure, not ours
+        except (Exception, SystemExit) as error:  # whatever a user's code raises is its failure, not ours
             raise ComparisonError(f"{self.name} raised {type(error).__name__}: {error}") from error
         names = output_names(self.model)
         if not isinstance(given, Mapping):
             given = {names[0]: given}
-        known = set(tap_names(self.model.config))
-        made: dict[str, Array] = {}
-        found: dict[str, Array] = {}
-        for name, value in given.items():
-            if name in names:
-                made[name] = np.asarray(value)
-            elif name in known:
-                found[name] = np.asarray(value)
-            else:
-                raise ComparisonError(
-                    f"{self.name} returned {name!r}, which is neither an output of {self.model.path} nor a tap"
-                )
         call = self.model.call(feeds)
+        made, found = sort_arrays(self.model, call, given, f"{self.name} returned")
         held = {**self.model.outputs_as_taps(made, call), **found}
         return Run(made if outputs else {}, {t: held[t] for t in taps if t in held})
+
+
+def sort_arrays(
+    model: Model, call: Call, given: Mapping[Any, Any], who: str
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Arrays under the file's output names and under tap names, told apart and checked. `who` begins a complaint."""
+    names, known = output_names(model), set(tap_names(model.config))
+    made: dict[str, Array] = {}
+    found: dict[str, Array] = {}
+    for name, value in given.items():
+        array = np.asarray(value)
+        if array.dtype.kind in "cOSUM":
+            raise ComparisonError(f"{who} {name!r} as {type(value).__name__}, which is no array of real numbers")
+        if name in names:
+            made[name] = array
+        elif name in known:
+            tap = as_tap(array, name, model.config, call)
+            if tap is None:
+                expected = tap_shape(name, model.config, call)
+                raise ComparisonError(f"{who} tap {name!r} with shape {array.shape}, expected {expected}")
+            found[name] = tap
+        else:
+            raise ComparisonError(f"{who} {name!r}, which is neither an output of {model.path} nor a tap")
+    return made, found

@@ -2,6 +2,9 @@
 
 The arrays lie in the file as `input/NAME`, `output/NAME` and `tap/NAME`; `manifest` is JSON. With statistics
 only, each tap is replaced by its rms, largest value, and a few elements at fixed places.
+
+What a port writes with `np.savez("port.npz", **arrays)` under the names of taps and outputs is read as well: a
+trace without a manifest, of which nobody can say what input it was recorded on.
 """
 
 from __future__ import annotations
@@ -35,6 +38,11 @@ class Trace:
     @property
     def runner(self) -> str:
         return str(self.manifest.get("runner", "trace"))
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is an .npz of plain arrays, all of them in `taps`, without inputs and provenance."""
+        return self.manifest.get("kind") != KIND
 
 
 def statistics(value: Array) -> Array:
@@ -90,6 +98,8 @@ def load(path: Path, sha256: str | None = None) -> Trace:
     except Exception as error:  # zlib.error and others from inside a damaged member
         raise TraceError(f"{path}: damaged: {error}") from error
     text = arrays.pop("manifest", None)
+    if text is None and sha256 is None and not any("/" in name for name in arrays):
+        return Trace({}, {}, arrays, {"kind": "arrays", "runner": "plain arrays", "stats_only": False})
     try:
         manifest = json.loads(bytes(np.asarray(text, np.uint8)).decode())
         if manifest.get("kind") != KIND:
