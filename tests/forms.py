@@ -26,6 +26,7 @@ class Form:
         self.outputs: list[onnx.ValueInfoProto] = []
         self.rng = np.random.default_rng(seed)
         self.opset = opset
+        self.norm: Callable[[Form, str, str], str] | None = None  # another spelling of layer norms
 
     def op(self, op: str, *inputs: str, out: str | Sequence[str] = "", domain: str = "", **attributes: Any) -> str:
         names = [out] if isinstance(out, str) else list(out)
@@ -66,6 +67,8 @@ class Form:
         return self.op("Shape", value, start=axis, end=axis + 1)
 
     def layer_norm(self, x: str, name: str) -> str:
+        if self.norm is not None:
+            return self.norm(self, x, name)
         return self.op("LayerNormalization", x, self.weight(f"{name}.weight", C), self.weight(f"{name}.bias", C))
 
     def linear(self, x: str, name: str, inputs: int, outputs: int) -> str:
@@ -259,3 +262,24 @@ def ellipsis_attention(form: Form, i: int, x: str) -> str:
     probs = form.op("Softmax", causal(form, scores), axis=-1)
     heads = form.op("Einsum", probs, v, equation="...ts,...sd->...td")
     return form.op("Reshape", form.op("Transpose", heads, perm=[0, 2, 1, 3]), form.ints(0, 0, C))
+
+
+def rearranged_norm(form: Form, x: str, name: str) -> str:
+    """x * (gain / root) + (bias - mean * (gain / root)), as TensorFlow has it."""
+    gain, bias = form.weight(f"{name}.weight", C), form.weight(f"{name}.bias", C)
+    mean = form.op("ReduceMean", x, form.ints(-1))
+    off = form.op("Sub", x, mean)
+    variance = form.op("ReduceMean", form.op("Mul", off, off), form.ints(-1))
+    root = form.op("Reciprocal", form.op("Sqrt", form.op("Add", variance, form.constant(1e-3, np.float32))))
+    factor = form.op("Mul", root, gain)
+    return form.op("Add", form.op("Mul", x, factor), form.op("Sub", bias, form.op("Mul", mean, factor)))
+
+
+def norm_with_its_gain_in_the_root(form: Form, x: str, name: str) -> str:
+    """(x - mean) * (gain / root) + bias, the variance from squares, as JAX has it."""
+    gain, bias = form.weight(f"{name}.weight", C), form.weight(f"{name}.bias", C)
+    mean = form.op("ReduceMean", x, form.ints(-1))
+    squares = form.op("ReduceMean", form.op("Mul", x, x), form.ints(-1))
+    variance = form.op("Sub", squares, form.op("Mul", mean, mean))
+    root = form.op("Reciprocal", form.op("Sqrt", form.op("Add", variance, form.constant(1e-3, np.float32))))
+    return form.op("Add", form.op("Mul", form.op("Sub", x, mean), form.op("Mul", root, gain)), bias)

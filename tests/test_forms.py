@@ -24,6 +24,8 @@ from forms import (
     ellipsis_attention,
     group_query_attention,
     multi_head_attention,
+    norm_with_its_gain_in_the_root,
+    rearranged_norm,
     written_out,
 )
 from gpt2np.errors import InputError, ModelFileError, UnsupportedModelError
@@ -445,6 +447,31 @@ def test_einsum(tmp_path, attention):
     session = agree(path)
     assert session.model.recognised.notes == ()
     assert session.model.config.attn_scale == 8**-0.5
+
+
+@pytest.mark.parametrize("norm", [rearranged_norm, norm_with_its_gain_in_the_root], ids=lambda n: n.__name__)
+def test_layer_norms_in_another_order(tmp_path, norm):
+    form = Form()
+    form.norm = norm
+    form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), written_out(causal)))
+    session = agree(form.save(tmp_path / "model.onnx"))
+    assert session.model.config.layer_norm_epsilon == 1e-3
+    assert session.model.config.overrides == ()
+    assert session.model.recognised.sources["h.1.ln_2.bias"].origin == ("h.1.ln_2.bias",)
+
+
+def test_what_only_looks_like_a_layer_norm_is_named(tmp_path):
+    def cubed(form: Form, x: str, name: str) -> str:
+        normed = rearranged_norm(form, x, name)
+        at = next(k for k, n in enumerate(form.nodes) if n.op_type == "Sqrt" and k > len(form.nodes) - 9)
+        form.nodes[at].op_type = "Tanh"
+        return normed
+
+    form = Form()
+    form.norm = cubed
+    form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), written_out(causal)))
+    with pytest.raises(UnsupportedModelError, match=r"none of the outputs logits is a layer norm"):
+        InferenceSession(form.save(tmp_path / "model.onnx"))
 
 
 # ------------------------------------------------------------------------------------------------------------ storage
