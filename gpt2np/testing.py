@@ -58,7 +58,7 @@ def assert_parity(
 
     a, b = _arrays(actual), _arrays(expected)
     c = {} if oracle is None else _arrays(oracle)
-    if not a and not b:
+    if not any(array.size for array in (*a.values(), *b.values())):
         raise ComparisonError("nothing to compare: both sides are empty")
     results: list[Comparison] = []
     for name in [*b, *(n for n in a if n not in b)]:
@@ -103,7 +103,10 @@ def _arrays(value: Any) -> dict[str, np.ndarray]:
         return {**value.outputs, **value.taps}
     if isinstance(value, Mapping):
         return {str(name): np.asarray(array) for name, array in value.items()}
-    array = np.asarray(value)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of unequal lengths
+        array = np.empty(0, object)
     if array.dtype == object:
         raise InputError(f"expected an array, a mapping of arrays, or a trace, got {type(value).__name__}")
     return {"array": array}

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from gpt2np.errors import ComparisonError
+from gpt2np.errors import ComparisonError, InputError
 from gpt2np.parity.metrics import PRESETS, Budget, difference, measure, rms, top_k
+from gpt2np.testing import assert_parity
 
 ZOO = PRESETS["zoo"]
 floats = arrays(np.float32, array_shapes(min_dims=1, max_dims=3, max_side=5), elements=st.floats(width=32))
@@ -105,3 +106,18 @@ def test_top_1_counts_only_beyond_what_the_budget_allows() -> None:
     same = top_k(b, b, ZOO)
     assert (same.top1_changed, same.kl_max) == (0, 0)
     assert top_k(np.full((1, 3), np.nan), b[:1], ZOO).top1_real == 1
+
+
+@pytest.mark.parametrize("numbers", [(math.nan, 0.0), (0.0, math.nan), (math.inf, 0.0), (-1.0, 0.0)])
+def test_a_budget_that_would_let_everything_pass_is_refused(numbers: tuple[float, float]) -> None:
+    with pytest.raises(InputError):
+        Budget(*numbers)
+    with pytest.raises(InputError):
+        assert_parity(np.ones(2), np.zeros(2), budget=numbers)
+
+
+def test_empty_or_ragged_arrays_are_no_comparison() -> None:
+    with pytest.raises(ComparisonError):
+        assert_parity(np.zeros((0, 3)), np.zeros((0, 3)))
+    with pytest.raises(InputError):
+        assert_parity([[1.0], [1.0, 2.0]], np.zeros(2))

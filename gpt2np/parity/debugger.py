@@ -83,7 +83,7 @@ def parse_budgets(preset: str, rtol: Sequence[str], atol: Sequence[str]) -> Budg
                 value = float(digits)
             except ValueError:
                 value = -1.0
-            if not value >= 0:
+            if not 0 <= value < math.inf:
                 raise InputError(f"--{kind} takes V or NAME:V with a number V >= 0, got {text!r}")
             values[kind][name] = value
     if "" in values["rtol"] or "" in values["atol"]:
@@ -262,8 +262,11 @@ def measure_floor(model: Model, cases: Sequence[Case], budgets: Budgets, report:
             for name, value in outputs.items():
                 floors[name] = max(floors.get(name, 0.0), measure(value, expected[name], budgets.default).max_abs)
     for name, floor in floors.items():
-        scale = max(float(np.abs(base.run(c.feeds).outputs[name]).max()) for c in cases)
+        values = [base.run(c.feeds).outputs[name] for c in cases]
+        scale = max(float(np.abs(v[np.isfinite(v)]).max(initial=0)) for v in values)
         floor = max(floor, float(np.spacing(np.float32(scale))))
+        if not math.isfinite(floor):  # ONNX Runtime is finite in one run and not in another: no noise
+            raise ComparisonError(f"no noise floor: {name} is finite in some runs of ONNX Runtime and not in others")
         budgets.measured[name] = Budget(0.0, NOISE_FACTOR * floor, f"{NOISE_FACTOR:g} x the noise floor {floor:.2g}")
     report.budget = f"{NOISE_FACTOR:g} x ONNX Runtime's largest difference from itself (threads, optimisations, batch)"
     body = [(columns((n, number(f), number(budgets.measured[n].atol)), (-40, 12, 12)), "") for n, f in floors.items()]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ComparisonError
+from ..errors import ComparisonError, InputError
 from ..weights import Array
 
 BLOCK = 1 << 22  # elements compared at a time: bounds the float64 temporaries
@@ -21,11 +21,21 @@ BLOCK = 1 << 22  # elements compared at a time: bounds the float64 temporaries
 
 @dataclass(frozen=True)
 class Budget:
-    """An element passes if |actual - expected| <= atol + rtol * |expected|."""
+    """An element passes if |actual - expected| <= atol + rtol * |expected|.
+
+    Raises
+    ------
+    InputError
+        If rtol or atol is not a finite number from 0 up: NaN would let everything pass.
+    """
 
     rtol: float
     atol: float
     source: str = "given"
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rtol < math.inf and 0 <= self.atol < math.inf):
+            raise InputError(f"a budget's rtol and atol are finite numbers from 0 up, got {self.rtol} and {self.atol}")
 
     def __str__(self) -> str:
         return f"rtol {self.rtol:g}, atol {self.atol:g} ({self.source})"

@@ -49,7 +49,8 @@ class Report:
         """0 pass, 1 a comparison failed, 3 nothing was compared."""
         if any(not c.ok for c in self.comparisons) or any(c.ok is False for c in self.checks):
             return 1
-        return 0 if self.comparisons or any(c.ok for c in self.checks) else 3
+        measured = any(c.metrics is not None and c.metrics.elements for c in self.comparisons)
+        return 0 if measured or any(c.ok for c in self.checks) else 3
 
     def as_dict(self) -> dict[str, Any]:
         """Strict JSON: infinities as strings."""
