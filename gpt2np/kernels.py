@@ -254,14 +254,14 @@ def pack(sources: WeightSources, dtype: Any) -> dict[str, Any]:
 
     def read(name: str) -> Any:
         source, place = sources[name], places[name]
-        if not _is_matrix(name):
-            place[...] = source.load()
-            return place
         at, transposed = 0, name in TABLES
         for rows in _rows_of(source):
-            _put(place, at, rows, transposed)
+            if _is_matrix(name):
+                _put(place, at, rows, transposed)
+            else:
+                place[at : at + len(rows)] = rows
             at += len(rows)
-        return Panels(place, source.shape[0 if transposed else 1])
+        return Panels(place, source.shape[0 if transposed else 1]) if _is_matrix(name) else place
 
     with ThreadPoolExecutor(_threads) as pool:  # other threads go on while a file is read or an array copied
         return dict(zip(sources, pool.map(read, sources), strict=True))
@@ -282,10 +282,11 @@ def _packed_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _rows_of(source: Any) -> Iterable[Array]:
-    """A matrix as blocks of rows that stay in the caches, from a source that can read so, else as a whole."""
+    """A weight as blocks of rows that stay in the caches, from a source that can read so, else as a whole."""
     if not hasattr(source, "blocks"):
         return [source.load()]
-    blocks: Iterable[Array] = source.blocks(max(1, READ_BYTES // (4 * source.shape[1] * PANEL)) * PANEL)
+    row = 4 * math.prod(source.shape[1:])  # bytes
+    blocks: Iterable[Array] = source.blocks(max(1, READ_BYTES // (row * PANEL)) * PANEL)
     return blocks
 
 

@@ -143,16 +143,11 @@ def constant_source(graph: Graph, name: str) -> Source:
     direct = graph.strip(name, frozenset({"Identity"}))
     if direct in graph.constants:
         value = graph.constants[direct]
-        tensor = value if isinstance(value, Tensor) and value.dtype.kind == "f" else None
-        return Source(graph.shape(direct), (direct,), (), lambda: _fresh(graph, direct), tensor)
+        if not isinstance(value, Tensor):
+            return Source(graph.shape(direct), (direct,), (), lambda: np.array(value))
+        return Source(value.shape, (direct,), (), value.load, value if value.dtype.kind == "f" else None)
     origin.sort(key=lambda o: -int(np.prod(graph.shape(o))))  # the weight itself before its scales
     return Source(constant_shape(graph, name), tuple(origin), tuple(steps), lambda: Evaluator(graph, {})(name))
-
-
-def _fresh(graph: Graph, name: str) -> Array:
-    """An array that nobody else holds."""
-    value = graph.constants[name]
-    return value.load() if isinstance(value, Tensor) else np.array(value)
 
 
 def constant_shape(graph: Graph, name: str) -> tuple[int, ...]:
