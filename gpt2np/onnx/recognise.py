@@ -11,8 +11,8 @@ scores; the activation is the function whose values come out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,104 +20,25 @@ import numpy as np
 
 from .. import reference
 from ..config import Activation, GPT2Config
-from ..errors import InputError, UnsupportedModelError, WeightError
+from ..errors import UnsupportedModelError, WeightError
 from ..weights import weight_shapes
-from . import patterns
+from . import patterns, structure
 from .evaluate import Evaluator, is_float
+from .found import LENGTHS, Port, Recognised, TapLocation
 from .graph import VIEWS, Graph, search_decoder
 from .masks import Mask, mask_shapes, read_mask
-from .patterns import Addend, AttentionCore, LayerNorm, Linear, Lookup
+from .patterns import AttentionCore, LayerNorm, Linear, Lookup
+from .probe import Probe, declared_shape, element_type, unknown
 from .reader import ModelFile
 from .sources import Source, joined, ones, zeros
+from .structure import Branch, Roles
 
 if TYPE_CHECKING:
     import onnx
 
+__all__ = ["LENGTHS", "Port", "Recognised", "TapLocation", "merged_condition", "recognise"]
+
 Array = np.ndarray
-
-
-@dataclass(frozen=True)
-class Port:
-    """One input or output of the file."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int | str | None, ...]  # as declared: a size, a symbol, or unknown
-    # "input_ids", "attention_mask", "attention_bias" (added to the scores), "position_ids", "token_type_ids", "past",
-    # "past_key", ..., lengths of the past (see `past_length`), "beam_width", "cache_indirection"; "logits",
-    # "last_hidden_state", "present", ..., or for any other output the name of its tap
-    role: str
-    layer: int | None = None
-
-
-@dataclass(frozen=True)
-class TapLocation:
-    """Where a tap lives in the graph, and how its array becomes ours."""
-
-    tensor: str
-    convert: Callable[[Array, int], Array] = field(repr=False)
-
-    def to_tap(self, array: Array, config: GPT2Config, batch: int = 1) -> Array:
-        """The graph's array in the tap's own shape; `batch` is B, for graphs that merge batch and time."""
-        return self.convert(array, batch)
-
-
-# What graphs make of the positions of padding: mask (B, S) of bools -> (B, S).
-POSITIONS_FROM_MASK: dict[str, Callable[[Array], Array]] = {
-    "mask": lambda keep: np.maximum(np.cumsum(keep, axis=-1) - 1, 0),
-    "mask, padding at 1": lambda keep: np.where(keep, np.cumsum(keep, axis=-1) - 1, 1),
-    "mask, padding at 0": lambda keep: np.where(keep, np.cumsum(keep, axis=-1) - 1, 0),
-}
-
-
-@dataclass(frozen=True)
-class Recognised:
-    """What `recognise` found."""
-
-    config: GPT2Config
-    sources: dict[str, Source]  # under the names of weights.weight_shapes, plus "lm_head.bias" if there is one
-    taps: dict[str, TapLocation]  # absent where the graph does not hold the value
-    inputs: tuple[Port, ...]
-    outputs: tuple[Port, ...]
-    ignored: tuple[tuple[str, str], ...]  # (initializer, why it is no weight)
-    notes: tuple[str, ...]  # anything odd
-    # How rows of wpe are chosen where the caller does not: "range", or counted in attention_mask ("mask...").
-    positions: str = "range"
-    mask_cut: bool = False  # attention_mask has a row for every key, and the graph takes those of the new positions
-    head_padding: Source | None = None  # rows of the head beyond the vocabulary, (E, C): logits (B, T, V + E)
-    # How many positions of the past inputs count, and which values of the graph tell; none: all of them.
-    lengths: Mapping[str, str] = field(default_factory=dict)
-    graph: Graph | None = field(default=None, repr=False, compare=False)  # kept where `lengths` need it
-    graph_size: int = 0  # nodes, after fused and quantised ones are taken apart
-
-    def positions_from_mask(self, attention_mask: Array) -> Array:
-        """Position of every key, (B, S), as graphs count them that do not take position_ids."""
-        return POSITIONS_FROM_MASK[self.positions](attention_mask != 0)
-
-    def past_length(self, feeds: Mapping[str, Array], T: int) -> int | None:
-        """P, where the past inputs are buffers of which so many positions count; None where all of them do.
-
-        Raises
-        ------
-        InputError
-            If the inputs tell several lengths: sequences of different lengths are not served.
-        """
-        if self.graph is None or not self.lengths:
-            return None
-        values = Evaluator(self.graph, feeds)
-        found = {int(n) + LENGTHS[role](T) for value, role in self.lengths.items() for n in values(value).ravel()}
-        if len(found) != 1 or min(found) < 0:
-            given = ", ".join(f"{value!r}: {values(value).ravel().tolist()}" for value in self.lengths)
-            raise InputError(f"for {T} new positions these are lengths of no one past: {given}")
-        return found.pop()
-
-
-# What takes the values to the length of the past, for T new positions.
-LENGTHS: dict[str, Callable[[int], int]] = {
-    "cached_length": lambda T: 0,
-    "total_sequence_length": lambda T: -T,
-    "seqlens_k": lambda T: 1 - T,  # the index of the last key
-}
 
 
 def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = None) -> Recognised:
@@ -170,36 +91,13 @@ def _origins(found: Recognised) -> dict[str, tuple[str, ...]]:
     return {name: source.origin for name, source in found.sources.items()}
 
 
-# What a probe runs on: no two sizes equal, so that an axis is known by its size.
-BATCH, NEW, PAST = 2, 4, 3
-
-
-@dataclass
-class _Branch:
-    """One term of the residual stream: an attention or an MLP."""
-
-    addend: Addend
-    out: Linear  # c_proj
-    norm: LayerNorm
-    before: list[Addend]  # the residual stream that it reads
-    core: AttentionCore | None = None  # of an attention
-    maps: tuple[Linear, ...] = ()  # c_attn (or three maps), or c_fc
-
-
-class _Recogniser:
+class _Recogniser(Probe):
     def __init__(self, graph: Graph, condition: str = "") -> None:
-        self.graph = graph
-        self.condition = condition
+        super().__init__(graph, condition)
+        self.output_roles: Roles = {}
         self.sources: dict[str, Source] = {}
         self.taps: dict[str, TapLocation] = {}
-        self.notes: list[str] = []
         self.moved: set[int] = set()  # layers where a bias is added to q, k and v apart from their maps
-        self.mask = ""  # the input that masks scores
-        self.known: dict[str, Array] = {}  # values of the probe at the borders of parts
-        self.touched: set[str] = set()  # constants that were read
-        self.base = Evaluator(graph, {}, self.touched)  # what follows from them, kept
-        self.roles: dict[str, tuple[str, int | None]] = {}
-        self.output_roles: dict[str, tuple[str, int | None]] = {}
         self.epsilons: dict[str, float] = {}
         self.activations: dict[int, Activation] = {}
         self.unmasked: dict[int, float] = {}  # what q·k is multiplied by before the product's output
@@ -207,17 +105,15 @@ class _Recogniser:
         self.masks: dict[int, Mask] = {}
         self.heads: dict[int, tuple[int, int]] = {}
         self.float16 = False
-        self.lengths = {value: role for value, role in graph.lengths.items() if role in LENGTHS}
         self.mask_cut = False
         self.head_padding: Source | None = None
 
-    # ------------------------------------------------------------------------------------ structure
     def run(self) -> Recognised:
         graph = self.graph
-        head, final = self.find_top()
-        lookups, branches = self.find_branches(final)
-        layers = self.pair(lookups, branches, final)
-        words, places, types = self.tell_lookups(lookups)
+        head, final, self.output_roles = structure.find_top(graph)
+        lookups, branches = structure.find_branches(graph, final)
+        layers = structure.pair(graph, lookups, branches, final)
+        words, places, types = structure.tell_lookups(graph, lookups)
         self.find_inputs(words, places, types, layers)
         self.feed_inputs()
         self.check_ids(words)
@@ -264,319 +160,6 @@ class _Recogniser:
             len(graph.nodes),
         )
 
-    def find_top(self) -> tuple[Linear | None, LayerNorm]:
-        """The head (if there is one) and the last layer norm, from the outputs."""
-        graph = self.graph
-        head: Linear | None = None
-        final: LayerNorm | None = None
-        for output in graph.outputs:
-            value = graph.strip(output.name)
-            norm, linear = patterns.match_layer_norm(graph, value), None
-            role = "last_hidden_state"
-            if norm is None and (linear := patterns.match_linear(graph, value)) is not None:
-                read = graph.strip(linear.x)
-                role = "logits"
-                if (all_positions := patterns.match_last_position(graph, read)) is not None:
-                    read, role = graph.strip(all_positions), "last_logits"
-                norm = patterns.match_layer_norm(graph, read)
-            if norm is None:
-                continue
-            if final is not None and final.out != norm.out:
-                longer = len(patterns.addends(graph, norm.x)) > len(patterns.addends(graph, final.x))
-                final = norm if longer else final
-            final = final or norm
-            head = linear or head
-            self.output_roles[output.name] = role, None
-        if final is None:
-            names = ", ".join(o.name for o in graph.outputs)
-            raise UnsupportedModelError(
-                f"none of the outputs {names} is a layer norm, or a linear map behind one: no GPT-2 ends like this"
-            )
-        return head, final
-
-    def find_branches(self, final: LayerNorm) -> tuple[list[Lookup], list[_Branch]]:
-        """The terms of the residual stream: embeddings, attentions and MLPs."""
-        graph = self.graph
-        lookups: list[Lookup] = []
-        branches: list[_Branch] = []
-        for addend in patterns.addends(graph, final.x):
-            if (lookup := patterns.match_lookup(graph, addend.value)) is not None:
-                lookups.append(lookup)
-            elif graph.is_constant(addend.value):
-                continue  # zero, or a bias that a fused node adds to the stream; `pair` finds out whose
-            elif (linear := patterns.match_linear(graph, addend.value)) is not None:
-                branches.append(self.find_branch(addend, linear))
-            else:
-                node = graph.producer(addend.value)
-                where = node.describe() if node else f"the value {addend.value!r}"
-                raise UnsupportedModelError(
-                    f"{where} adds to the residual stream, but is no embedding, attention or MLP"
-                )
-        return lookups, branches
-
-    def find_branch(self, addend: Addend, out: Linear) -> _Branch:
-        """Is this map the end of an attention or of an MLP?"""
-        graph = self.graph
-        core: AttentionCore | None = None
-        maps: list[Linear] = []
-        for value in graph.ancestors(out.x):
-            if (linear := patterns.match_linear(graph, value)) is not None:
-                maps = [linear]
-                break
-            if patterns.match_product(graph, value) is not None:
-                core = patterns.match_attention(graph, out.x)
-                break
-        if core is not None:
-            found = [patterns.nearest_linears(graph, v)[0] for v in (core.scores.a, core.scores.b, core.heads.b)]
-            maps = list({m.out: m for part in found for m in part}.values())
-        if not maps:
-            raise UnsupportedModelError(
-                f"{out.node.describe()} adds to the residual stream, but what it reads is no attention and no MLP"
-            )
-        norms = {graph.strip(m.x): patterns.match_layer_norm(graph, graph.strip(m.x)) for m in maps}
-        norm = next(iter(norms.values()))
-        if len(norms) != 1 or norm is None:
-            raise UnsupportedModelError(f"{maps[0].node.describe()} does not read a layer norm")
-        return _Branch(addend, out, norm, patterns.addends(graph, norm.x), core, tuple(maps))
-
-    def pair(self, lookups: list[Lookup], branches: list[_Branch], final: LayerNorm) -> list[tuple[_Branch, _Branch]]:
-        """Order the branches: each must read the embeddings and all branches before it, in turns."""
-        graph = self.graph
-        branches = sorted(branches, key=lambda b: len(b.before))
-        terms = Counter(lookup.out for lookup in lookups)
-        biases: Counter[str] = Counter()
-        for n, branch in enumerate(branches):
-            if Counter(a.value for a in branch.before) != terms + biases:
-                raise UnsupportedModelError(
-                    f"{branch.norm.node.describe()} (layer norm {n + 1}) does not read the residual stream: "
-                    "the embeddings plus every attention and MLP before it"
-                )
-            if (branch.core is None) != bool(n % 2):
-                kind = "an MLP" if branch.core is None else "an attention"
-                raise UnsupportedModelError(f"{branch.out.node.describe()} ends {kind} where the other is due")
-            terms[branch.addend.value] += 1
-            after = branches[n + 1].before if n + 1 < len(branches) else patterns.addends(graph, final.x)
-            added = Counter(a.value for a in after if graph.is_constant(a.value)) - biases - terms
-            biases += added
-            for name in added:
-                bias = patterns.vector(graph, name, branch.out.weight.shape[1])
-                if bias is None or branch.out.bias is not None:
-                    raise UnsupportedModelError(
-                        f"{branch.out.node.describe()}: {name!r} is added behind it, but is no bias"
-                    )
-                branch.out = replace(branch.out, bias=bias, bias_later=name)
-        if len(branches) % 2 or not branches:
-            raise UnsupportedModelError(f"{len(branches)} attentions and MLPs do not make whole blocks")
-        return list(zip(branches[::2], branches[1::2], strict=True))
-
-    def tell_lookups(self, lookups: list[Lookup]) -> tuple[Lookup, Lookup, Lookup | None]:
-        """Which table is wte, which is wpe, and whether wte is looked up once more, by token types."""
-        tables = ", ".join(lookup.table.describe() for lookup in lookups) or "none"
-        if len(lookups) not in (2, 3):
-            raise UnsupportedModelError(f"GPT-2 starts with two embeddings, tokens and positions; here are: {tables}")
-        order = [port.name for port in self.graph.inputs]
-
-        def likely_words(lookup: Lookup) -> tuple[bool, bool, bool, bool, int, int]:
-            source = self.graph.strip(lookup.rows) if lookup.rows else ""
-            name = " ".join(lookup.table.origin)
-            return (
-                "wte" in name and "wpe" not in name,
-                self.graph.is_input(source),
-                "position" not in source,
-                "type" not in source,
-                lookup.table.shape[0],
-                -order.index(source) if source in order else 0,
-            )
-
-        words, *others = sorted(lookups, key=likely_words, reverse=True)
-        if len(self.inputs_behind(words)) != 1:
-            raise UnsupportedModelError(f"{words.node.describe()} does not look up the ids of an input")
-        types = next((o for o in others if o.table.origin == words.table.origin), None)
-        if (types is None) != (len(others) == 1) or (types and not self.graph.is_input(self.graph.strip(types.rows))):
-            raise UnsupportedModelError(
-                f"GPT-2 starts with two embeddings, tokens and positions (and may look up token types in that of "
-                f"the tokens); here are: {tables}"
-            )
-        return words, next(o for o in others if o is not types), types
-
-    def inputs_behind(self, lookup: Lookup) -> list[str]:
-        """The inputs whose values choose the rows."""
-        return [v for v in self.graph.ancestors(lookup.rows) if self.graph.is_input(v)] if lookup.rows else []
-
-    # ------------------------------------------------------------------------------------ inputs
-    def find_inputs(
-        self, words: Lookup, places: Lookup, types: Lookup | None, layers: list[tuple[_Branch, _Branch]]
-    ) -> None:
-        graph = self.graph
-        self.roles[self.inputs_behind(words)[0]] = "input_ids", None
-        if types is not None:
-            self.roles[graph.strip(types.rows)] = "token_type_ids", None
-        if places.rows and graph.is_input(place := graph.strip(places.rows)):
-            self.roles[place] = "position_ids", None
-        for i, (branch, _) in enumerate(layers):
-            core = branch.core
-            assert core is not None
-            for value, kind in ((core.scores.b, "past_key"), (core.heads.b, "past_value")):
-                for name in patterns.nearest_linears(graph, value)[1]:
-                    if name not in self.roles:
-                        self.roles[name] = kind, i
-                    elif self.roles[name] == ("past_key", i):
-                        self.roles[name] = "past", i  # one tensor with both
-            stop = {core.scores.out, *self.roles}
-            for value in graph.ancestors(core.masked, stop):
-                if graph.is_input(value) and value not in self.roles:
-                    self.roles[value] = "attention_mask", None
-        for value in graph.ancestors(places.rows, set(self.roles)) if places.rows else ():
-            if graph.is_input(value) and value not in self.roles:
-                masked = ("attention_mask", None) in self.roles.values() or "position" in value
-                self.roles[value] = "position_ids" if masked else "attention_mask", None
-        if not any(role.startswith("past") for role, _ in self.roles.values()):
-            self.lengths = {}
-        masks = [name for name, (role, _) in self.roles.items() if role == "attention_mask"]
-        self.mask = masks[0] if masks else ""
-        for length, role in graph.lengths.items():
-            if graph.is_input(source := graph.strip(length)):
-                self.roles[source] = role, None
-            for value in graph.ancestors(length, set(self.roles)):
-                if graph.is_input(value) and value not in self.roles:
-                    self.roles[value] = "attention_mask", None  # whose sum is the length
-        if len(masks) > 1:
-            raise UnsupportedModelError(f"the scores are masked by several inputs: {', '.join(masks)}")
-        for port in graph.inputs:
-            if port.name == self.condition:
-                self.roles[port.name] = "use_cache_branch", None
-            if port.name not in self.roles:
-                self.roles[port.name] = "unused", None
-                if any(True for _ in graph.consumers(port.name)):
-                    self.notes.append(f"input {port.name!r} has no part in what the outputs are")
-
-    def feed_inputs(self) -> None:
-        """The probe's inputs, of the sizes that the file declares where it declares any."""
-        declared = {p.name: _declared(p) for p in self.graph.inputs}
-        ids = next(n for n, (role, _) in self.roles.items() if role == "input_ids")
-        shape = declared[ids]
-        if len(shape) not in (1, 2, 3):
-            raise UnsupportedModelError(f"input {ids!r} has {len(shape)} axes; token ids have 1 to 3")
-        sizes = [1] * (len(shape) - 2) + [BATCH, NEW][-len(shape) :]
-        sizes = [s if isinstance(s, int) and s > 0 else size for s, size in zip(shape, sizes, strict=True)]
-        self.B, self.T = int(np.prod(sizes[:-1])), sizes[-1]
-        pasts = [declared[name] for name, (role, _) in self.roles.items() if role.startswith("past")]
-        length = pasts[0][-2] if pasts and len(pasts[0]) > 1 else None
-        self.P = (length if isinstance(length, int) and not self.lengths else PAST) if pasts else 0
-        if self.graph.one_token:
-            self.T = 1
-            sizes = [*sizes[:-1], 1]
-        for port in self.graph.inputs:
-            role, shape = self.roles[port.name][0], declared[port.name]
-            dtype = _dtype(port)
-            if role == "input_ids":
-                self.know(port.name, np.arange(np.prod(sizes)).reshape(sizes).astype(dtype))
-            elif role == "token_type_ids":
-                self.know(port.name, np.zeros(sizes, dtype))
-            elif role == "position_ids":
-                steps = np.arange(self.B * self.T)[::-1] % 7  # no run of positions
-                self.know(port.name, steps.reshape([-1, self.T][-len(shape) :]).astype(dtype))
-            elif role == "attention_mask":
-                try:
-                    size, _ = next(mask_shapes(shape, self.B, self.T, self.P + self.T))
-                except ValueError as error:
-                    raise UnsupportedModelError(f"input {port.name!r}: {error}") from error
-                self.know(port.name, np.ones(size, dtype))
-            elif role.startswith("past"):
-                sizes_past = [s if isinstance(s, int) and s > 0 else 0 for s in shape]
-                if len(shape) not in (4, 5) or not sizes_past[-1] or not sizes_past[-3]:
-                    raise UnsupportedModelError(
-                        f"input {port.name!r} is a cache of shape {shape}, "
-                        f"expected ([2,] batch, heads, past, head size)"
-                    )
-                sizes_past[-4] = self.B
-                sizes_past[-2] = max(sizes_past[-2], self.P) if self.lengths else self.P
-                if len(shape) == 5:
-                    sizes_past[0] = 2
-                self.know(port.name, unknown(sizes_past))
-            elif role in (*LENGTHS, "beam_width", "cache_indirection"):
-                number = 1 if role == "beam_width" else 0
-                if role in LENGTHS:
-                    number = self.P - LENGTHS[role](self.T)
-                free = [self.B, 1, self.P + self.T] if role == "cache_indirection" else [self.B]
-                sizes_here = [s if isinstance(s, int) and s > 0 else n for s, n in zip(shape, free, strict=False)]
-                self.know(port.name, np.full(sizes_here, number, dtype))
-
-    def check_ids(self, words: Lookup) -> None:
-        """Each token's row of wte must be looked up, in the order given."""
-        given = self.known[next(n for n, (role, _) in self.roles.items() if role == "input_ids")]
-        rows = self.rows(words)
-        if rows.size != given.size or (rows.ravel() != given.ravel()).any():
-            raise UnsupportedModelError(
-                f"{words.node.describe()} looks up the tokens {rows.ravel().tolist()} where {given.ravel().tolist()} "
-                "are given"
-            )
-
-    def know(self, name: str, value: Array) -> None:
-        """Give the probe the value at a border."""
-        self.known[name] = self.base.values[name] = value
-
-    def forget(self) -> None:
-        """Drop what was computed inside a layer, apart from sizes, positions and masks, which all layers share."""
-        self.base.values = {n: v for n, v in self.base.values.items() if n in self.known or np.size(v) <= 1024}
-
-    def evaluate(self, name: str) -> Array:
-        """A value of the probe; activations are NaN, only their shape counts."""
-        return self.base(name)
-
-    def run_with(self, feeds: dict[str, Array], *names: str) -> list[Array]:
-        """Values of the probe, with some values replaced."""
-        evaluator = self.evaluator(feeds)
-        return [evaluator(name) for name in names]
-
-    def evaluator(self, feeds: dict[str, Array]) -> Evaluator:
-        """The probe, with some values replaced."""
-        return Evaluator(self.graph, {**self.known, **feeds}, self.touched)
-
-    def feed_linear(self, linear: Linear) -> tuple[int, ...]:
-        """Let the probe know the shape of a linear map's output."""
-        shape = self.evaluate(linear.x).shape[: -linear.summed] + (linear.sizes or linear.weight.shape[1:])
-        self.know(linear.out, unknown(shape))
-        return shape
-
-    def rows(self, lookup: Lookup, feeds: dict[str, Array] | None = None) -> Array:
-        """Which rows of its table a lookup takes."""
-        if lookup.rows:
-            return self.run_with(feeds or {}, lookup.rows)[0]
-        numbered = np.arange(lookup.table.shape[0], dtype=np.float64)[:, None]
-        known = {n: v for n, v in self.known.items() if n != lookup.out}
-        evaluator = Evaluator(self.graph, {**known, **(feeds or {}), lookup.node.inputs[0]: numbered})
-        taken = evaluator(lookup.node.outputs[0])
-        return taken[..., 0].astype(np.int64)
-
-    def find_positions(self, places: Lookup) -> tuple[int, str]:
-        """The offset of the first row of wpe, and how rows are chosen."""
-        B, T, P = self.B, self.T, self.P
-        rows = np.broadcast_to(self.rows(places).reshape(-1, T), (B, T))
-        given = [n for n, (role, _) in self.roles.items() if role == "position_ids"]
-        expected = self.known[given[0]].reshape(-1, T) if given else np.arange(P, P + T)
-        offset = rows - expected
-        if (offset != offset.flat[0]).any():
-            raise UnsupportedModelError(
-                f"{places.node.describe()} takes the rows {rows[0].tolist()} of wpe for positions {P}..{P + T - 1}"
-            )
-        how = "input" if given else "range"
-        masks = [n for n, (role, _) in self.roles.items() if role == "attention_mask" and self.known[n].ndim == 2]
-        if how == "range" and masks:
-            mask = np.ones_like(self.known[masks[0]])
-            mask[0, : P + 2] = mask[-1, P + 1] = mask[-1, 0] = 0  # padding on the left, and holes
-            moved = np.broadcast_to(self.rows(places, {masks[0]: mask}).reshape(-1, T), (B, T)) - offset
-            counts = {name: count(mask != 0)[:, P:] for name, count in POSITIONS_FROM_MASK.items()}
-            if (moved != expected).any():
-                how = next((name for name, count in counts.items() if (moved == count).all()), "")
-                if not how:
-                    raise UnsupportedModelError(
-                        f"{places.node.describe()} derives positions from {masks[0]!r} in an unknown way"
-                    )
-        if offset.flat[0]:
-            self.notes.append(f"the first token takes row {int(offset.flat[0])} of wpe")
-        return int(offset.flat[0]), how
-
     # ------------------------------------------------------------------------------------ parts
     def stream(self, name: str) -> TapLocation:
         """A value (B, T, width), or with batch and time merged."""
@@ -596,7 +179,7 @@ class _Recogniser:
         """Outputs of nodes that only reshape a value."""
         return [n.outputs[0] for n in self.graph.consumers(name) if n.op in VIEWS and n.inputs[0] == name]
 
-    def embed_tap(self, first: _Branch | None, final: LayerNorm) -> None:
+    def embed_tap(self, first: Branch | None, final: LayerNorm) -> None:
         self.taps["embed"] = self.stream((first.norm if first else final).x)
 
     def layer_norm(self, name: str, norm: LayerNorm) -> None:
@@ -613,7 +196,7 @@ class _Recogniser:
         self.sources[f"{name}.weight"] = linear.weight
         self.sources[f"{name}.bias"] = linear.bias or zeros(linear.weight.shape[1:], "no bias in the file")
 
-    def mlp(self, i: int, branch: _Branch) -> None:
+    def mlp(self, i: int, branch: Branch) -> None:
         (fc,) = branch.maps
         name = f"h.{i}.mlp"
         shape = self.feed_linear(fc)
@@ -644,7 +227,7 @@ class _Recogniser:
             self.notes.append(f"{fc.node.describe()}: the {best} behind it is off by up to {errors[best]:.1e}")
         return best
 
-    def attention(self, i: int, branch: _Branch) -> None:
+    def attention(self, i: int, branch: Branch) -> None:
         core, name = branch.core, f"h.{i}.attn"
         assert core is not None
         B, T, P = self.B, self.T, self.P
@@ -803,7 +386,7 @@ class _Recogniser:
         name = self.mask
         B, T, S = self.B, self.T, self.P + self.T
         port = next((p for p in self.graph.inputs if p.name == name), None)
-        dtype = np.dtype(np.int64) if port is None else _dtype(port)
+        dtype = np.dtype(np.int64) if port is None else element_type(port)
         floating = is_float(np.empty(0, dtype))
         rng = np.random.default_rng(0)
         shapes = {core.scores.out: self.known[core.scores.out].shape for core in cores}
@@ -830,7 +413,7 @@ class _Recogniser:
 
         given: list[tuple[tuple[int, ...] | None, bool]] = [(None, False)]
         if port is not None:
-            given = list(mask_shapes(_declared(port), B, T, S))
+            given = list(mask_shapes(declared_shape(port), B, T, S))
         for i, core in enumerate(cores):
             H, D = self.heads[i]
             after, mask, error = 1.0, Mask("replaced", -1e4, 0), None
@@ -874,7 +457,7 @@ class _Recogniser:
     def attention_taps(
         self,
         name: str,
-        branch: _Branch,
+        branch: Branch,
         probes: tuple[Evaluator, Evaluator],
         expected: tuple[Array, Array, Array],
         row_order: Array,
@@ -1037,7 +620,7 @@ class _Recogniser:
                 ignored.append((name, "constant of the graph"))
         return tuple(ignored)
 
-    def find_presents(self, layers: list[tuple[_Branch, _Branch]], config: GPT2Config) -> None:
+    def find_presents(self, layers: list[tuple[Branch, Branch]], config: GPT2Config) -> None:
         """Outputs that hold keys and values."""
         graph = self.graph
         for output in graph.outputs:
@@ -1063,7 +646,7 @@ class _Recogniser:
                     return name, None
         return None
 
-    def present(self, output: str, layers: list[tuple[_Branch, _Branch]]) -> tuple[str, int] | None:
+    def present(self, output: str, layers: list[tuple[Branch, Branch]]) -> tuple[str, int] | None:
         graph = self.graph
         linears, pasts = patterns.nearest_linears(graph, output)
         for i, (branch, _) in enumerate(layers):
@@ -1104,33 +687,15 @@ class _Recogniser:
                     return role, i
         return None
 
-    def ports(
-        self, protos: Iterable[onnx.ValueInfoProto], roles: dict[str, tuple[str, int | None]]
-    ) -> tuple[Port, ...]:
-        return tuple(Port(p.name, _dtype(p), _declared(p), *roles[p.name]) for p in protos)
+    def ports(self, protos: Iterable[onnx.ValueInfoProto], roles: Roles) -> tuple[Port, ...]:
+        return tuple(Port(p.name, element_type(p), declared_shape(p), *roles[p.name]) for p in protos)
 
 
 # -------------------------------------------------------------------------------------------------- helpers
-def unknown(shape: Sequence[int]) -> Array:
-    """An activation of the probe: NaN in any shape, without memory for each."""
-    return np.broadcast_to(np.float64(np.nan), tuple(shape))
-
-
 def _usual(found: Mapping[Any, Any], gpt2: Any) -> Any:
     """What most layers have; GPT-2's own where two are equally frequent."""
     counts = Counter(found.values())
     return max(counts, key=lambda value: (counts[value], value == gpt2))
-
-
-def _declared(port: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
-    dims = port.type.tensor_type.shape.dim
-    return tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in dims)
-
-
-def _dtype(port: onnx.ValueInfoProto) -> np.dtype[Any]:
-    from onnx import helper
-
-    return np.dtype(helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type))
 
 
 def _moved(axes: tuple[int, ...], factor: float) -> Callable[[Array, int], Array]:

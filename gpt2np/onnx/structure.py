@@ -1,0 +1,165 @@
+"""The borders of GPT-2's parts, found from the outputs backwards: which nodes are an attention, which an MLP."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from ..errors import UnsupportedModelError
+from . import patterns
+from .graph import Graph
+from .patterns import Addend, AttentionCore, LayerNorm, Linear, Lookup
+
+Roles = dict[str, tuple[str, int | None]]  # of inputs or outputs: a role, and the layer
+
+
+@dataclass
+class Branch:
+    """One term of the residual stream: an attention or an MLP."""
+
+    addend: Addend
+    out: Linear  # c_proj
+    norm: LayerNorm
+    before: list[Addend]  # the residual stream that it reads
+    core: AttentionCore | None = None  # of an attention
+    maps: tuple[Linear, ...] = ()  # c_attn (or three maps), or c_fc
+
+
+def find_top(graph: Graph) -> tuple[Linear | None, LayerNorm, Roles]:
+    """The head (if there is one), the last layer norm, and the outputs' roles."""
+    roles: Roles = {}
+    head: Linear | None = None
+    final: LayerNorm | None = None
+    for output in graph.outputs:
+        value = graph.strip(output.name)
+        norm, linear = patterns.match_layer_norm(graph, value), None
+        role = "last_hidden_state"
+        if norm is None and (linear := patterns.match_linear(graph, value)) is not None:
+            read = graph.strip(linear.x)
+            role = "logits"
+            if (all_positions := patterns.match_last_position(graph, read)) is not None:
+                read, role = graph.strip(all_positions), "last_logits"
+            norm = patterns.match_layer_norm(graph, read)
+        if norm is None:
+            continue
+        if final is not None and final.out != norm.out:
+            longer = len(patterns.addends(graph, norm.x)) > len(patterns.addends(graph, final.x))
+            final = norm if longer else final
+        final = final or norm
+        head = linear or head
+        roles[output.name] = role, None
+    if final is None:
+        names = ", ".join(o.name for o in graph.outputs)
+        raise UnsupportedModelError(
+            f"none of the outputs {names} is a layer norm, or a linear map behind one: no GPT-2 ends like this"
+        )
+    return head, final, roles
+
+
+def find_branches(graph: Graph, final: LayerNorm) -> tuple[list[Lookup], list[Branch]]:
+    """The terms of the residual stream: embeddings, attentions and MLPs."""
+    lookups: list[Lookup] = []
+    branches: list[Branch] = []
+    for addend in patterns.addends(graph, final.x):
+        if (lookup := patterns.match_lookup(graph, addend.value)) is not None:
+            lookups.append(lookup)
+        elif graph.is_constant(addend.value):
+            continue  # zero, or a bias that a fused node adds to the stream; `pair` finds out whose
+        elif (linear := patterns.match_linear(graph, addend.value)) is not None:
+            branches.append(find_branch(graph, addend, linear))
+        else:
+            node = graph.producer(addend.value)
+            where = node.describe() if node else f"the value {addend.value!r}"
+            raise UnsupportedModelError(f"{where} adds to the residual stream, but is no embedding, attention or MLP")
+    return lookups, branches
+
+
+def find_branch(graph: Graph, addend: Addend, out: Linear) -> Branch:
+    """Is this map the end of an attention or of an MLP?"""
+    core: AttentionCore | None = None
+    maps: list[Linear] = []
+    for value in graph.ancestors(out.x):
+        if (linear := patterns.match_linear(graph, value)) is not None:
+            maps = [linear]
+            break
+        if patterns.match_product(graph, value) is not None:
+            core = patterns.match_attention(graph, out.x)
+            break
+    if core is not None:
+        found = [patterns.nearest_linears(graph, v)[0] for v in (core.scores.a, core.scores.b, core.heads.b)]
+        maps = list({m.out: m for part in found for m in part}.values())
+    if not maps:
+        raise UnsupportedModelError(
+            f"{out.node.describe()} adds to the residual stream, but what it reads is no attention and no MLP"
+        )
+    norms = {graph.strip(m.x): patterns.match_layer_norm(graph, graph.strip(m.x)) for m in maps}
+    norm = next(iter(norms.values()))
+    if len(norms) != 1 or norm is None:
+        raise UnsupportedModelError(f"{maps[0].node.describe()} does not read a layer norm")
+    return Branch(addend, out, norm, patterns.addends(graph, norm.x), core, tuple(maps))
+
+
+def pair(graph: Graph, lookups: list[Lookup], branches: list[Branch], final: LayerNorm) -> list[tuple[Branch, Branch]]:
+    """Order the branches: each must read the embeddings and all branches before it, in turns."""
+    branches = sorted(branches, key=lambda b: len(b.before))
+    terms = Counter(lookup.out for lookup in lookups)
+    biases: Counter[str] = Counter()
+    for n, branch in enumerate(branches):
+        if Counter(a.value for a in branch.before) != terms + biases:
+            raise UnsupportedModelError(
+                f"{branch.norm.node.describe()} (layer norm {n + 1}) does not read the residual stream: "
+                "the embeddings plus every attention and MLP before it"
+            )
+        if (branch.core is None) != bool(n % 2):
+            kind = "an MLP" if branch.core is None else "an attention"
+            raise UnsupportedModelError(f"{branch.out.node.describe()} ends {kind} where the other is due")
+        terms[branch.addend.value] += 1
+        after = branches[n + 1].before if n + 1 < len(branches) else patterns.addends(graph, final.x)
+        added = Counter(a.value for a in after if graph.is_constant(a.value)) - biases - terms
+        biases += added
+        for name in added:
+            bias = patterns.vector(graph, name, branch.out.weight.shape[1])
+            if bias is None or branch.out.bias is not None:
+                raise UnsupportedModelError(
+                    f"{branch.out.node.describe()}: {name!r} is added behind it, but is no bias"
+                )
+            branch.out = replace(branch.out, bias=bias, bias_later=name)
+    if len(branches) % 2 or not branches:
+        raise UnsupportedModelError(f"{len(branches)} attentions and MLPs do not make whole blocks")
+    return list(zip(branches[::2], branches[1::2], strict=True))
+
+
+def tell_lookups(graph: Graph, lookups: list[Lookup]) -> tuple[Lookup, Lookup, Lookup | None]:
+    """Which table is wte, which is wpe, and whether wte is looked up once more, by token types."""
+    tables = ", ".join(lookup.table.describe() for lookup in lookups) or "none"
+    if len(lookups) not in (2, 3):
+        raise UnsupportedModelError(f"GPT-2 starts with two embeddings, tokens and positions; here are: {tables}")
+    order = [port.name for port in graph.inputs]
+
+    def likely_words(lookup: Lookup) -> tuple[bool, bool, bool, bool, int, int]:
+        source = graph.strip(lookup.rows) if lookup.rows else ""
+        name = " ".join(lookup.table.origin)
+        return (
+            "wte" in name and "wpe" not in name,
+            graph.is_input(source),
+            "position" not in source,
+            "type" not in source,
+            lookup.table.shape[0],
+            -order.index(source) if source in order else 0,
+        )
+
+    words, *others = sorted(lookups, key=likely_words, reverse=True)
+    if len(inputs_behind(graph, words)) != 1:
+        raise UnsupportedModelError(f"{words.node.describe()} does not look up the ids of an input")
+    types = next((o for o in others if o.table.origin == words.table.origin), None)
+    if (types is None) != (len(others) == 1) or (types and not graph.is_input(graph.strip(types.rows))):
+        raise UnsupportedModelError(
+            f"GPT-2 starts with two embeddings, tokens and positions (and may look up token types in that of "
+            f"the tokens); here are: {tables}"
+        )
+    return words, next(o for o in others if o is not types), types
+
+
+def inputs_behind(graph: Graph, lookup: Lookup) -> list[str]:
+    """The inputs whose values choose the rows."""
+    return [v for v in graph.ancestors(lookup.rows) if graph.is_input(v)] if lookup.rows else []
