@@ -1,13 +1,15 @@
 """The `gpt2np` command: one Typer app, one module in `commands/` for each of its commands.
 
 Exit codes: 0 pass, 1 a numerical comparison failed, 2 usage or unreadable input, 3 nothing or too little was
-compared, 130 stopped by Ctrl-C, 141 the reader of a pipe left.
+compared, 70 a bug (with its traceback), 130 stopped by Ctrl-C, 141 the reader of a pipe left.
 """
 
 from __future__ import annotations
 
 import sys
+import traceback
 from importlib import import_module
+from io import TextIOWrapper
 
 import typer
 
@@ -58,12 +60,23 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; a Gpt2npError becomes one line on standard error and exit code 2."""
+    """Run the command line; a Gpt2npError or OSError becomes one line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a locale without the characters of a text or a table shows "?"
+            stream.reconfigure(errors="replace")
     try:
         app(prog_name="gpt2np")
     except Gpt2npError as error:
         print(f"gpt2np: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except OSError as error:  # a full disk, a read-only folder ...; what commands expect has an error of its own
+        if error.filename is None:
+            raise
+        print(f"gpt2np: {error.filename}: {error.strerror}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except Exception:  # a bug: Python would say 1, which here is a failed comparison
+        traceback.print_exc()
+        raise SystemExit(70) from None
     except SystemExit as end:
         # The reader of a pipe left early, as in `gpt2np info | head`. Typer says 1, which here is a failed
         # comparison; 141 is what a shell shows for a program that died of a broken pipe.

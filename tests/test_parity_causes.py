@@ -255,3 +255,19 @@ def test_a_file_that_cannot_be_written_is_said_before_the_work(
     assert end.value.code == 2
     assert "nowhere is no folder" in err
     assert not out
+
+
+@pytest.mark.parametrize(("error", "code"), [(PermissionError(13, "Permission denied", "/x"), 2), (KeyError("x"), 70)])
+def test_a_crash_is_never_taken_for_a_failed_comparison(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gpt2np import cli
+
+    def fails(prog_name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == code
+    assert ("Traceback" in capsys.readouterr().err) == (code == 70)
