@@ -69,13 +69,11 @@ def main() -> None:
     except Gpt2npError as error:
         print(f"gpt2np: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except OSError as error:  # a full disk, a read-only folder ...; what commands expect has an error of its own
-        if error.filename is None:
-            raise
-        print(f"gpt2np: {error.filename}: {error.strerror}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Exception:  # a bug: Python would say 1, which here is a failed comparison
-        traceback.print_exc()
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # a full disk, a read-only folder ...
+            print(f"gpt2np: {error.filename}: {error.strerror}", file=sys.stderr)
+            raise SystemExit(2) from None
+        traceback.print_exc()  # a bug: Python would say 1, which here is a failed comparison
         raise SystemExit(70) from None
     except SystemExit as end:
         # The reader of a pipe left early, as in `gpt2np info | head`. Typer says 1, which here is a failed
