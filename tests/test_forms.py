@@ -28,7 +28,7 @@ from forms import (
     rearranged_norm,
     written_out,
 )
-from gpt2np.errors import InputError, ModelFileError, UnsupportedModelError
+from gpt2np.errors import InputError, ModelFileError, UnsupportedModelError, WeightError
 from gpt2np.model import additive_mask
 from gpt2np.session import InferenceSession
 from runtime import assert_close, feeds_for, runtime
@@ -472,6 +472,38 @@ def test_what_only_looks_like_a_layer_norm_is_named(tmp_path):
     form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), written_out(causal)))
     with pytest.raises(UnsupportedModelError, match=r"none of the outputs logits is a layer norm"):
         InferenceSession(form.save(tmp_path / "model.onnx"))
+
+
+@pytest.mark.parametrize("rows", [2, V - 1])
+def test_a_classifiers_head_is_named(tmp_path, rows):
+    form = Form()
+    x = form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), written_out(causal))
+    form.op("MatMul", x, form.weight("classes", C, rows), out=form.output("logits", "B", "T", rows))
+    with pytest.raises(WeightError, match=rf"MatMul node 'logits' gives {rows} numbers.*37 tokens.*classifier"):
+        InferenceSession(form.save(tmp_path / "model.onnx"))
+
+
+def test_rotary_positions_are_named(tmp_path):
+    def rotary(form: Form, i: int, x: str) -> str:
+        for part in ("q", "k"):
+            cache = form.constant(np.ones((N, 4)), np.float32)
+            form.op("RotaryEmbedding", x, form.ints(0), cache, cache, out=f"{part}{i}", domain="com.microsoft")
+        return written_out(causal)(form, i, f"q{i}")
+
+    form = Form()
+    form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), rotary))
+    with pytest.raises(UnsupportedModelError, match="RotaryEmbedding node 'q0' rotates.*wpe"):
+        InferenceSession(form.save(tmp_path / "model.onnx"))
+
+
+def test_attention_probabilities_are_outputs(tmp_path):
+    form = Form()
+    form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), written_out(causal)))
+    probs = [n.output[0] for n in form.nodes if n.op_type == "Softmax"]
+    for i, name in enumerate(probs):
+        form.op("Identity", name, out=form.output(f"attentions_{i}", "B", 3, "T", "T"))
+    session = agree(form.save(tmp_path / "model.onnx"))
+    assert [p.role for p in session.model.recognised.outputs][1:] == ["h.0.attn.probs", "h.1.attn.probs"]
 
 
 # ------------------------------------------------------------------------------------------------------------ storage

@@ -342,6 +342,10 @@ def _einsum(graph: Graph, node: Node) -> list[Node] | None:
     return p.nodes
 
 
+def _rotary(graph: Graph, node: Node) -> None:
+    raise UnsupportedModelError(f"{node.describe()} rotates queries or keys by their positions: GPT-2 adds wpe instead")
+
+
 RULES: dict[str, Callable[[Graph, Node], list[Node] | None]] = {
     "com.microsoft.SkipLayerNormalization": _skip_layer_norm,
     "com.microsoft.EmbedLayerNormalization": _embed_layer_norm,
@@ -355,4 +359,6 @@ RULES: dict[str, Callable[[Graph, Node], list[Node] | None]] = {
     "com.microsoft.GroupQueryAttention": _group_query_attention,
     "Attention": _onnx_attention,
     "Einsum": _einsum,
+    "RotaryEmbedding": _rotary,
+    "com.microsoft.RotaryEmbedding": _rotary,
 }

@@ -2,10 +2,10 @@
 
 The search runs from the outputs backwards: the head, the last layer norm, then the terms of the residual
 stream, each of them an attention or an MLP behind a layer norm of its own, down to the embeddings. Structure
-finds the borders of each part (patterns.py). What a part does inside its borders is found by running it on
-inputs that tell (evaluate.py): the columns of c_attn that become the query of head 3 are those whose numbers
-arrive there, whatever mixture of Split, Slice, Reshape and Transpose carries them; the mask is what it does to
-scores; the activation is the function whose values come out.
+finds the borders of each part (structure.py and patterns.py). What a part does inside its borders is found by
+running it on inputs that tell (probe.py and evaluate.py): the columns of c_attn that become the query of head 3
+are those whose numbers arrive there, whatever mixture of Split, Slice, Reshape and Transpose carries them; the
+mask is what it does to scores; the activation is the function whose values come out.
 """
 
 from __future__ import annotations
@@ -523,6 +523,11 @@ class _Recogniser(Probe):
         )
         self.head_source = weight
         V, C = words.table.shape
+        if weight.shape[0] < V:
+            raise WeightError(
+                f"{head.node.describe()} gives {weight.shape[0]} numbers, not one for each of {V} tokens: "
+                "the head of a classifier, not of a language model"
+            )
         if weight.shape[0] > V and weight.shape[1:] == (C,) and head.bias is None:
             more = weight.shape[0] - V
             self.notes.append(f"the head has {more} more rows than wte: logits of no token")

@@ -51,7 +51,8 @@ def find_top(graph: Graph) -> tuple[Linear | None, LayerNorm, Roles]:
     if final is None:
         names = ", ".join(o.name for o in graph.outputs)
         raise UnsupportedModelError(
-            f"none of the outputs {names} is a layer norm, or a linear map behind one: no GPT-2 ends like this"
+            f"none of the outputs {names} is a layer norm, or a linear map behind one, at all positions or the last: "
+            "no GPT-2 ends like this"
         )
     return head, final, roles
 
