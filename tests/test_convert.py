@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from gpt2np.commands.convert import convert, open_source, parse_size, samples
+from gpt2np.commands.convert import choose, convert, open_source, parse_size, samples, write_folder
 from gpt2np.commands.synth import parse_config, synth
 from gpt2np.errors import Gpt2npError, InputError, ModelFileError, UnsupportedModelError, WeightError
 from gpt2np.onnx.reader import open_model
@@ -407,3 +407,12 @@ def test_synth_names_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     synth("1,1,4,4,7", 3)
     assert (tmp_path / "gpt2np-synth-1-1-4-4-7-3" / "model.onnx").exists()
     shutil.rmtree(tmp_path / "gpt2np-synth-1-1-4-4-7-3")
+
+
+@pytest.mark.parametrize("mask", [{"mask_kind": "none"}, {"mask_value": -2.0}], ids=str)
+def test_a_graph_that_hides_nothing_is_not_converted(tmp_path: Path, mask: dict[str, Any]) -> None:
+    """The written graphs would give other numbers."""
+    config = tiny_config(**mask)
+    with pytest.raises(UnsupportedModelError, match="later keys"):
+        write_folder(tmp_path / "out", config, tiny_sources(config), choose(None, False, False, False, None), [])
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
+from gpt2np.errors import UnsupportedModelError
 from gpt2np.onnx import integers, mlas
 from gpt2np.onnx.evaluate import Evaluator
 from gpt2np.onnx.graph import Graph
@@ -341,6 +342,49 @@ def test_activations_of_accuracy_level_4_are_rounded_in_blocks(tmp_path, bits):
     got = Evaluator(Graph(open_model(tmp_path / "p.onnx"), literal=True), {"x": x})("y")
     np.testing.assert_allclose(got, expected, 1e-5, 1e-4 * np.abs(expected).max())
     assert np.abs(x @ weight_of(tmp_path / "p.onnx") - expected).max() > 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("op", "changes"),
+    [
+        ("MatMulNBits", {"K": 2**40}),
+        ("MatMulNBits", {"N": 2**31}),
+        ("MatMulNBits", {"block_size": 2}),
+        ("MatMulNBits", {"block_size": 0}),
+        ("MatMulNBits", {"bits": 3}),
+        ("MatMulNBits", {"bits": -4}),
+        ("MatMulBnb4", {"K": 2**40}),
+        ("MatMulBnb4", {"block_size": -1}),
+        ("MatMulBnb4", {"N": 7}),
+    ],
+    ids=str,
+)
+def test_packed_matrices_of_other_sizes_are_an_error_before_any_work(tmp_path, op, changes):
+    packed = np.zeros((5, 2, 8) if op == "MatMulNBits" else 80, np.uint8)
+    how: dict[str, Any] = {
+        "K": 32,
+        "N": 5,
+        "block_size": 16,
+        **({"bits": 4} if op == "MatMulNBits" else {"quant_type": 1}),
+    }
+    node = helper.make_node(op, ["x", "b", "s"], ["y"], domain="com.microsoft", **{**how, **changes})
+    graph = helper.make_graph(
+        [node],
+        "product",
+        [helper.make_tensor_value_info("x", 1, None)],
+        [helper.make_tensor_value_info("y", 1, None)],
+        [numpy_helper.from_array(packed, "b"), numpy_helper.from_array(np.ones(10, np.float32), "s")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("com.microsoft", 1)]), tmp_path / "p.onnx")
+    with pytest.raises(UnsupportedModelError, match=f"{op}.*'b' holds|{op}.*'s' holds"):
+        Graph(open_model(tmp_path / "p.onnx"))
+
+
+def test_blocks_of_any_size_take_no_memory():
+    scale = np.ones((1, 4), np.float32)
+    assert integers.spread(scale, (6, 4), 0, 2**40).shape == (6, 4)
+    with pytest.raises(ValueError, match="blocks of -1"):
+        integers.spread(scale, (6, 4), 0, -1)
 
 
 # --------------------------------------------------------------------------------------------- what parity makes of it

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -65,7 +65,8 @@ def convert(
     """Write a GPT-2 as model.onnx, in the ONNX Model Zoo's form or a modern one, with recorded sample data.
 
     The sample data (test_data_set_0 ...) is computed in float64 by the textbook. Tokenizer files beside the
-    source are copied.
+    source are copied. Weights become float32. Where a query sees padding alone the result is that of the written
+    graph, not of the source's: graphs differ there.
     """
     options = choose(opset, lm_head, with_past, external_data, max_file_size)
     check_output(output)
@@ -134,7 +135,10 @@ def write_folder(
     from ._terminal import console, note
 
     modern = options.opset >= writer.FIRST_MODERN_OPSET
-    # What a sound GPT-2 masks with makes no difference to its outputs: take what each kind of file customarily has.
+    # What a sound GPT-2 masks with makes no difference to its outputs, but for queries that see padding alone: take
+    # what each kind of file customarily has.
+    if config.mask_value > -1e3:
+        raise UnsupportedModelError(f"scores of later keys become {config.mask_value:g}, which does not hide them")
     config = replace(config, mask_value=float(np.finfo(np.float32).min) if modern else -1e4)
     arguments = options._asdict()
     graph = writer.build_graph(

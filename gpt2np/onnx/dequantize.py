@@ -8,11 +8,14 @@ names, weights become DequantizeLinear of what the file holds, and rounding an a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ..errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from .graph import Graph, Node
@@ -170,10 +173,28 @@ def _qattention(graph: Graph, node: Node) -> list[Node]:
     return [*made, Node("com.microsoft.Attention", "com.microsoft", node.name, inputs, node.outputs, attributes)]
 
 
+def _check_packed(graph: Graph, node: Node, name: str, bits: int, block: int, K: int, N: int, scales: str) -> None:
+    """Raise before any work unless a packed matrix and its scales have the sizes that the attributes tell."""
+    held = math.prod(graph.shape(name))
+    if graph.constants[name].dtype.name in ("uint8", "int8") and bits in (2, 4):
+        held *= 8 // bits
+    if bits not in (2, 4, 8) or block < 1 or K < 1 or N < 1 or held < K * N or held > 2 * N * (K + block):
+        raise UnsupportedModelError(
+            f"{node.describe()}: {name!r} holds {held} elements of {bits} bits, which is no {N} x {K} matrix"
+        )
+    count = math.prod(graph.shape(scales)) if scales in graph.constants else 0
+    if count * block < K * N:
+        raise UnsupportedModelError(
+            f"{node.describe()}: {scales!r} holds {count} scales, too few for blocks of {block} in {N} x {K} elements"
+        )
+
+
 def _matmul_nbits(graph: Graph, node: Node) -> list[Node] | None:
     a, b, scales, zeros, order, bias = (node.input(i) for i in range(6))
     if order or b not in graph.constants:
         return None
+    bits, block, K, N = (node.attributes.get(k, d) for k, d in (("bits", 4), ("block_size", 0), ("K", 0), ("N", 0)))
+    _check_packed(graph, node, b, bits, block, K, N, scales)
     made: list[Node] = []
     weight = _inner(graph, node, UNPACK, (b, scales, zeros), "unpacked", made, **node.attributes)
     if graph.literal and node.attributes.get("accuracy_level", 0) == 4:
@@ -204,6 +225,8 @@ def _matmul_bnb4(graph: Graph, node: Node) -> list[Node] | None:
     a, b, absmax = node.inputs
     if b not in graph.constants or not node.attributes.get("transB", 1):
         return None
+    block, K, N = (node.attributes.get(k, 0) for k in ("block_size", "K", "N"))
+    _check_packed(graph, node, b, 4, block, K, N, absmax)
     made: list[Node] = []
     weight = _inner(graph, node, UNPACK, (b, absmax), "unpacked", made, **node.attributes)
     return _with_bias(graph, node, made, a, weight, "")
@@ -213,18 +236,14 @@ def _gather_block_quantized(graph: Graph, node: Node) -> list[Node] | None:
     table, rows, scales, zeros = (node.input(i) for i in range(4))
     if table not in graph.constants or node.attributes.get("gather_axis", 0) != 0:
         return None
-    K = graph.shape(scales)[-1] * node.attributes.get("block_size", 128)
-    width = graph.shape(table)[-1]
-    packed = graph.constants[table].dtype.name in ("uint8", "int8")
-    bits = node.attributes.get("bits", 4)
-    K = min(K, width * (8 // bits) if packed else width)
-    attributes = {
-        "K": K,
-        "N": graph.shape(table)[0],
-        "bits": bits,
-        "rows_first": 1,
-        "block_size": node.attributes.get("block_size", 128),
-    }
+    bits, block = node.attributes.get("bits", 4), node.attributes.get("block_size", 128)
+    if scales not in graph.constants or not all(len(graph.shape(name)) == 2 for name in (table, scales)):
+        return None
+    N, width = graph.shape(table)
+    packed = bits in (2, 4) and graph.constants[table].dtype.name in ("uint8", "int8")
+    K = min(graph.shape(scales)[1] * block, width * (8 // bits) if packed else width)
+    _check_packed(graph, node, table, bits, block, K, N, scales)
+    attributes = {"K": K, "N": N, "bits": bits, "rows_first": 1, "block_size": block}
     made: list[Node] = []
     unpacked = _inner(graph, node, UNPACK, (table, scales, zeros), "unpacked", made, **attributes)
     return [*made, _node(node, "Gather", (unpacked, rows), node.outputs[0], axis=0)]

@@ -359,29 +359,27 @@ def _unpack_bits(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     if "quant_type" in node.attributes:  # MatMulBnb4: blocks go on from row to row; the first of a pair is the high one
         pairs = np.stack([packed >> 4, packed & 15], -1).reshape(-1)[: N * K]
         levels = np.array(BNB4[node.attributes["quant_type"]], np.float32)
-        return np.asarray((levels[pairs] * np.repeat(scales.astype(np.float32), block)[: N * K]).reshape(N, K).T)
-    bits, blocks = int(node.attributes["bits"]), -(-K // block)
+        spread = scales.astype(np.float32).reshape(-1)[np.arange(N * K) // block]
+        return np.asarray((levels[pairs] * spread).reshape(N, K).T)
+    bits = int(node.attributes["bits"])
+    of_block = np.arange(K) // block
 
-    def unpacked(array: Array, count: int) -> Array:
-        """(N, count) integers from whole numbers or from `bits` bits each, the lowest first; rows are padded."""
+    def unpacked(array: Array) -> Array:
+        """(N, more or less) integers from whole numbers or from `bits` bits each, the lowest first; rows are padded."""
         array = array.reshape(N, -1)
         if array.dtype.name in ("int4", "uint4", "int2", "uint2"):
-            return array.astype(np.int16)[:, :count]
+            return array.astype(np.int16)
         if bits == 8 or not array.dtype.name.startswith(("uint8", "int8")):
-            return array[:, :count]
+            return array
         shifts = np.arange(0, 8, bits, dtype=np.uint8)
-        return ((array.view(np.uint8)[:, :, None] >> shifts) & (2**bits - 1)).reshape(N, -1)[:, :count]
+        return ((array.view(np.uint8)[:, :, None] >> shifts) & (2**bits - 1)).reshape(N, -1)
 
-    values = unpacked(packed, blocks * block).astype(np.float32)
-    values = np.pad(values, ((0, 0), (0, blocks * block - values.shape[1])))
+    table = unpacked(packed)[:, :K].astype(np.float32)
     if zeros is not None:
-        offset: Any = unpacked(zeros, blocks).astype(np.float32)[:, :, None]
-    elif packed.dtype.name in ("int4", "int8"):
-        offset = np.float32(0)
-    else:
-        offset = np.float32(2 ** (bits - 1))
-    table = (values.reshape(N, blocks, block) - offset) * scales.astype(np.float32).reshape(N, blocks, 1)
-    table = table.reshape(N, -1)[:, :K]
+        table -= unpacked(zeros).astype(np.float32)[:, of_block]
+    elif packed.dtype.name not in ("int4", "int8"):
+        table -= np.float32(2 ** (bits - 1))
+    table *= scales.astype(np.float32).reshape(N, -1)[:, of_block]
     return np.asarray(table if node.attributes.get("rows_first", 0) else table.T)
 
 

@@ -28,8 +28,10 @@ def spread(a: Array, shape: tuple[int, ...], axis: int, block: int = 0) -> Array
     if a.size == 1:
         return a.reshape(())
     axis = axis + len(shape) if axis < 0 else axis
+    if block < 0:
+        raise ValueError(f"blocks of {block} elements")
     if block:
-        return np.asarray(np.repeat(a, block, axis)[tuple(slice(n) for n in shape)])
+        return np.take(a, np.arange(shape[axis]) // block, axis)
     return a.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
 
@@ -175,7 +177,8 @@ def _qgemm(node: Node, inputs: Sequence[Any], opset: int, product: Product = int
 
 def _round_blocks(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     """What MatMulNBits with accuracy_level 4 multiplies by its weights."""
-    x, block = inputs[0], int(node.attributes["block_size"])
+    x = inputs[0]
+    block = min(int(node.attributes["block_size"]), x.shape[-1])
     padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % block)])
     blocks = padded.reshape(*x.shape[:-1], -1, block)
     scale = np.abs(blocks).max(-1, keepdims=True) / np.float32(127)

@@ -91,6 +91,8 @@ class Source:
     def taken(self, index: Array, axis: int, step: str) -> Source:
         """Rows or columns in another order."""
         size = self.shape[axis]
+        if len(index) and index.max() >= size:
+            raise WeightError(f"{self.describe()} has shape {self.shape}: too small, {step} needs {index.max() + 1}")
         if len(index) == size and bool((index == np.arange(size)).all()):
             return self
         shape = tuple(len(index) if i == axis % len(self.shape) else n for i, n in enumerate(self.shape))
@@ -147,7 +149,15 @@ def constant_source(graph: Graph, name: str) -> Source:
             return Source(graph.shape(direct), (direct,), (), lambda: np.array(value))
         return Source(value.shape, (direct,), (), value.load, value if value.dtype.kind == "f" else None)
     origin.sort(key=lambda o: -int(np.prod(graph.shape(o))))  # the weight itself before its scales
-    return Source(constant_shape(graph, name), tuple(origin), tuple(steps), lambda: Evaluator(graph, {})(name))
+    shape = constant_shape(graph, name)
+
+    def read() -> Array:
+        array = Evaluator(graph, {})(name)
+        if array.shape != shape:
+            raise WeightError(f"{name!r} has shape {array.shape}, expected {shape}")
+        return array
+
+    return Source(shape, tuple(origin), tuple(steps), read)
 
 
 def constant_shape(graph: Graph, name: str) -> tuple[int, ...]:

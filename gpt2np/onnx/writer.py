@@ -194,6 +194,8 @@ def build_graph(
     if with_past and (opset < FIRST_MODERN_OPSET or not lm_head):
         raise InputError(f"past inputs need opset {FIRST_MODERN_OPSET} or newer, and the LM head")
     _check_weights(config, weights)
+    if config.mask_kind == "none":
+        raise UnsupportedModelError("its queries see later keys: the graphs that are written hide those")
     builder = _Modern if opset >= FIRST_MODERN_OPSET else _Zoo
     return builder(config, weights, opset, lm_head, with_past).build()
 
