@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -267,20 +268,6 @@ def test_hidden_states_of_each_layer_are_outputs(tmp_path):
     assert [p.role for p in session.model.recognised.outputs] == ["embed", "h.0.resid_post", "logits"]
     feeds = feeds_for(session.model.recognised, 2, 5)
     assert session.run(["hidden_1"], feeds)[0].shape == (2, 5, C)
-
-
-@pytest.mark.parametrize("kind", ["megatron", "bool", "added to keys"])
-def test_parity_feeds_masks_and_token_types(tmp_path, kind):
-    """The debugger runs such files too: its calls are the ones that a session makes of the same feeds."""
-    from gpt2np.parity.compare import case_from_ids
-    from gpt2np.parity.runners import Model, Ours
-
-    model = Model(masked(tmp_path, kind))
-    case = case_from_ids(model, "case", np.array([[1, 2, 3], [4, 5, 6]]))
-    run = Ours(model, "numpy").run(case.feeds, taps=["h.1.attn.probs"])
-    for name, expected in zip(run.outputs, runtime(model.path).run(list(run.outputs), case.feeds), strict=True):
-        assert_close(run.outputs[name], expected, name)
-    assert not np.triu(run.taps["h.1.attn.probs"], 1).any()
 
 
 # --------------------------------------------------------------------------------------------------- fused attention
@@ -579,3 +566,36 @@ def test_rows_without_a_key_in_a_float64_file():
     for dtype in (np.float32, np.float64):
         mask = additive_mask(np.array([[0, 1, 1]]), config, 1, 3, 3, np.dtype(dtype))
         assert np.asarray(mask)[0, 0, 0].tolist() == [np.finfo(dtype).min] * 3
+
+
+def parity_files() -> dict[str, Callable[[Path], Path]]:
+    def static(path: Path) -> Path:
+        form = Form()
+        ids = form.input("ids", np.int64, 2, 3)
+        x = form.embed(ids, "past_key_0")
+        form.head(form.blocks(x, written_out(causal, past=True, cached=lambda i: 4)))
+        return form.save(path / "model.onnx")
+
+    files: dict[str, Callable[[Path], Path]] = {
+        k: partial(masked, kind=k) for k in ("megatron", "bool", "added to keys")
+    }
+    for kind in ("MultiHeadAttention, buffer", "GroupQuery", "DecoderMasked, beams"):
+        attention, inputs, sizes = FUSED[kind]
+        files[kind] = partial(with_inputs, attention=attention, inputs=inputs, one=sizes is ONE)
+    return {**files, "sizes fixed": static}
+
+
+@pytest.mark.parametrize("kind", parity_files())
+def test_parity_runs_such_files(tmp_path, kind):
+    """The debugger makes calls of them, and takes apart the calls that a session makes of the same feeds."""
+    from gpt2np.parity.compare import random_cases
+    from gpt2np.parity.runners import Model, Ours
+
+    model = Model(parity_files()[kind](tmp_path))
+    case = random_cases(model, 1, seed=3, longest=12)[0]
+    run = Ours(model, "numpy").run(case.feeds, taps=["logits", "h.1.attn.probs"])
+    for name, expected in zip(run.outputs, runtime(model.path).run(list(run.outputs), case.feeds), strict=True):
+        assert_close(run.outputs[name], expected, name)
+    assert_close(run.taps["logits"].reshape(run.outputs["logits"].shape), run.outputs["logits"], "tap", 1e-6, 1e-6)
+    T, S = run.taps["h.1.attn.probs"].shape[-2:]
+    assert not np.triu(run.taps["h.1.attn.probs"], 1 + S - T).any()

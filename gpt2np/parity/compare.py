@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import ComparisonError, Gpt2npError, InputError
+from ..onnx.found import LENGTHS
 from ..weights import Array
 from .data import DataSet
 from .metrics import Budget, Metrics, TopK, measure, top_k
@@ -74,9 +76,12 @@ def cases_from_data(sets: Sequence[DataSet]) -> list[Case]:
 
 
 def case_from_ids(model: Model, name: str, ids: Array) -> Case:
-    """A call without a past on token ids (B, T), as the file declares its inputs."""
+    """A call on token ids (B, T), as the file declares its inputs: without a past, or with zeros if it needs one."""
     B, T = ids.shape
-    config = model.config
+    config, lengths = model.config, model.recognised.lengths
+    pasts = [port for port in model.recognised.inputs if port.role in ("past_key", "past_value", "past")]
+    held = next((length for port in pasts if isinstance(length := port.shape[-2], int)), 0)
+    P = 0 if lengths else held  # a buffer may be empty, a past of fixed length may not
     feeds: dict[str, Array] = {}
     for port in model.recognised.inputs:
         if port.role == "input_ids":
@@ -85,31 +90,40 @@ def case_from_ids(model: Model, name: str, ids: Array) -> Case:
                 raise InputError(f"{model.path} takes one sequence at a time, not {B}")
             feeds[port.name] = ids.reshape(*leading, T).astype(port.dtype)
         elif port.role == "position_ids":
-            rows = np.broadcast_to(np.arange(T), (B, T))
+            rows = np.broadcast_to(np.arange(P, P + T), (B, T))
             feeds[port.name] = (rows if len(port.shape) == 2 else rows[0]).astype(port.dtype)
         elif port.role in ("attention_mask", "attention_bias"):
-            feeds[port.name] = _mask(port, B, T)
+            feeds[port.name] = _mask(port, B, T, P + T)
         elif port.role == "token_type_ids":
             feeds[port.name] = np.zeros((B, T), port.dtype)
         elif port.role in ("past_key", "past_value", "past"):
-            shape = (B, config.n_head, 0, config.head_size)
+            shape = (B, config.n_head, held, config.head_size)
             feeds[port.name] = np.zeros((2, *shape) if port.role == "past" else shape, port.dtype)
         elif port.role == "use_cache_branch":
             feeds[port.name] = np.zeros(1, bool)
+        elif port.role in LENGTHS:
+            one = B if port.role == "seqlens_k" else 1
+            feeds[port.name] = np.full([one] * len(port.shape), -LENGTHS[port.role](T), port.dtype)
+        elif port.role == "beam_width":
+            feeds[port.name] = np.ones(1, port.dtype)
+        elif port.role == "cache_indirection":
+            feeds[port.name] = np.zeros((B, 1, held), port.dtype)
         else:
             raise InputError(f"do not know what to give the input {port.name!r} ({port.role}) of {model.path}")
     return Case(name, feeds, None)
 
 
-def _mask(port: Port, B: int, T: int) -> Array:
+def _mask(port: Port, B: int, T: int, S: int) -> Array:
     """Attention to all keys or, where the file takes a mask for each query, to those up to its own."""
     rank = len(port.shape)
     if rank == 2:
-        seen: Array = np.ones((B, T), bool)
+        seen: Array = np.ones((B, S), bool)
     else:
-        rows, columns = (d if isinstance(d, int) else T for d in list(port.shape)[-2:])
-        seen = np.broadcast_to(np.tri(T, dtype=bool) if rows > 1 else np.ones((1, T), bool), (B, 1, min(rows, T), T))
-        seen = np.pad(seen, [(0, 0), (0, 0), (0, rows - seen.shape[2]), (0, columns - T)])
+        sizes = (d if isinstance(d, int) else n for d, n in zip(port.shape[-2:], (T, S), strict=True))
+        rows, columns = sizes
+        seen = np.tri(T, S, S - T, dtype=bool) if rows > 1 else np.ones((1, S), bool)
+        seen = np.broadcast_to(seen, (B, 1, *seen.shape))
+        seen = np.pad(seen, [(0, 0), (0, 0), (0, rows - seen.shape[2]), (0, columns - S)])
         seen = seen[:, 0] if rank == 3 else seen
     if port.role == "attention_bias":
         return np.where(seen, 0, np.finfo(port.dtype).min).astype(port.dtype)
@@ -120,11 +134,15 @@ def random_cases(model: Model, count: int, seed: int, longest: int = 48) -> list
     """`count` prompts of random tokens, of random lengths and one or two sequences each."""
     rng = np.random.default_rng(seed)
     config = model.config
-    rank = next(len(p.shape) for p in model.recognised.inputs if p.role == "input_ids")
+    declared = next(p.shape for p in model.recognised.inputs if p.role == "input_ids")
+    fixed = [size if isinstance(size, int) else 0 for size in declared]
+    buffers = [p.shape[-2] for p in model.recognised.inputs if p.role.startswith("past") and model.recognised.lengths]
+    rows = [size for size in buffers if isinstance(size, int)]
+    room = min([longest, config.n_ctx - config.position_offset, *rows])
     cases = []
     for i in range(count):
-        B = 1 if rank == 1 else int(rng.integers(1, 3))
-        T = int(rng.integers(1, min(longest, config.n_ctx - config.position_offset) + 1))
+        B = math.prod(fixed[:-1]) if all(fixed[:-1]) else int(rng.integers(1, 3))
+        T = fixed[-1] or int(rng.integers(1, room + 1))
         cases.append(case_from_ids(model, f"random_{i}", rng.integers(0, config.vocab_size, (B, T))))
     return cases
 

@@ -167,8 +167,10 @@ def call_of(recognised: Recognised, feeds: Feeds) -> Call:
     past = None
     start = 0
     if keys:
-        past = [np.stack([keys[i], values[i]]).astype(np.float32) for i in range(config.n_layer)]
-        start = past[0].shape[3]
+        held = keys[0].shape[2]
+        count = recognised.past_length(feeds, T)
+        start = held if count is None else min(count, held)
+        past = [np.stack([keys[i], values[i]])[..., :start, :].astype(np.float32) for i in range(config.n_layer)]
     attention_mask = given_mask(recognised, feeds, B, T, start + T)
     rows = by_role.get("position_ids")
     if recognised.positions.startswith("mask") and attention_mask is not None:
