@@ -148,17 +148,16 @@ def _add(source, target):
 
 
 @_jit()
-def _share(turn, parts, pieces):
-    """The next share of all pieces, first..last-1, for whichever thread asks; first >= pieces: nothing is left.
+def _share(turn, parts, pieces, smallest):
+    """The next share of all pieces, first..last-1, for whichever thread asks; first = pieces: nothing is left.
 
-    Each round of `parts` shares is half of what was left: long runs of pieces first, which read memory as one
-    stream, and short ones at the end, so that all threads finish together even if one of them was held up.
+    A share is a fraction of what is left, and no smaller than `smallest`: long runs of pieces first, which read
+    memory as one stream, and short ones at the end, so that all threads finish together even if one was held up.
     """
-    number = take(turn)
-    rounds = number // parts
-    begin, end = pieces - (pieces >> rounds), pieces - (pieces >> (rounds + 1))
-    part = number % parts
-    return begin + (end - begin) * part // parts, begin + (end - begin) * (part + 1) // parts
+    first, last = 0, 0
+    for _ in range(take(turn) + 1):
+        first, last = last, min(pieces, last + max(smallest, -(-(pieces - last) // (2 * parts))))
+    return first, last
 
 
 @_jit()
@@ -394,7 +393,8 @@ def _deal(pieces: int, work: int, threads: int, alone: Any, parallel: Any, scrat
     """Run a kernel on its pieces, `work` multiply-adds in all, by as many threads as that is worth.
 
     alone(first, last, scratch of one thread, *arguments) does pieces first..last-1 on the caller's own thread;
-    parallel(turn, parts, pieces, scratch, *arguments) deals all pieces out to `parts` threads; turn is [0].
+    parallel(turn, parts, pieces, smallest, scratch, *arguments) deals them out to `parts` threads, `smallest` or more
+    at a time; turn is [0].
 
     Arrays are made and reshaped here, in Python: numba's own code for it would take longer to load than all kernels.
     """
@@ -402,7 +402,7 @@ def _deal(pieces: int, work: int, threads: int, alone: Any, parallel: Any, scrat
     if parts <= 1:
         alone(0, pieces, scratch[0], *arguments)
     else:
-        parallel(np.zeros(1, np.int64), parts, pieces, scratch, *arguments)
+        parallel(np.zeros(1, np.int64), parts, pieces, max(1, pieces * GRAIN // work), scratch, *arguments)
 
 
 # ------------------------------------------------------------------------------------- elementary functions
@@ -541,12 +541,12 @@ def _linear_range(first, last, scratch, x, weight, bias, activation, add, out):
 
 
 @_jit(parallel=True)
-def _linear(turn, parts, pieces, scratch, x, weight, bias, activation, add, out):
+def _linear(turn, parts, pieces, smallest, scratch, x, weight, bias, activation, add, out):
     for part in prange(parts):
-        first, last = _share(turn, parts, pieces)
+        first, last = _share(turn, parts, pieces, smallest)
         while first < pieces:
             _linear_range(first, last, scratch[part], x, weight, bias, activation, add, out)
-            first, last = _share(turn, parts, pieces)
+            first, last = _share(turn, parts, pieces, smallest)
 
 
 # --------------------------------------------------------------------------------------------- embedding, norm
@@ -561,12 +561,12 @@ def _embed_range(first, last, scratch, ids, positions, wte, wpe, out):
 
 
 @_jit(parallel=True)
-def _embed(turn, parts, pieces, scratch, ids, positions, wte, wpe, out):
+def _embed(turn, parts, pieces, smallest, scratch, ids, positions, wte, wpe, out):
     for part in prange(parts):
-        first, last = _share(turn, parts, pieces)
+        first, last = _share(turn, parts, pieces, smallest)
         while first < pieces:
             _embed_range(first, last, scratch[part], ids, positions, wte, wpe, out)
-            first, last = _share(turn, parts, pieces)
+            first, last = _share(turn, parts, pieces, smallest)
 
 
 @_jit()
@@ -588,12 +588,12 @@ def _layer_norm_range(first, last, scratch, x, weight, bias, epsilon, out):
 
 
 @_jit(parallel=True)
-def _layer_norm(turn, parts, pieces, scratch, x, weight, bias, epsilon, out):
+def _layer_norm(turn, parts, pieces, smallest, scratch, x, weight, bias, epsilon, out):
     for part in prange(parts):
-        first, last = _share(turn, parts, pieces)
+        first, last = _share(turn, parts, pieces, smallest)
         while first < pieces:
             _layer_norm_range(first, last, scratch[part], x, weight, bias, epsilon, out)
-            first, last = _share(turn, parts, pieces)
+            first, last = _share(turn, parts, pieces, smallest)
 
 
 # --------------------------------------------------------------------------------------------------- attention
@@ -759,12 +759,12 @@ def _attend_range(first, last, scratch, qkv, cache, cached, scale, mask, keys, l
 
 
 @_jit(parallel=True)
-def _attend(turn, parts, pieces, scratch, qkv, cache, cached, scale, mask, keys, limits, heads, probs):
+def _attend(turn, parts, pieces, smallest, scratch, qkv, cache, cached, scale, mask, keys, limits, heads, probs):
     for part in prange(parts):
-        first, last = _share(turn, parts, pieces)
+        first, last = _share(turn, parts, pieces, smallest)
         while first < pieces:
             _attend_range(first, last, scratch[part], qkv, cache, cached, scale, mask, keys, limits, heads, probs)
-            first, last = _share(turn, parts, pieces)
+            first, last = _share(turn, parts, pieces, smallest)
 
 
 @_jit()

@@ -468,12 +468,12 @@ def test_code_compiled_with_another_tile_is_not_used(tmp_path, monkeypatch):
     assert not kernels._jit()(double)._cache.holds(machine)
 
 
-@given(st.integers(1, 5000), st.integers(1, 70))
-def test_shares_hold_every_piece_once(pieces, parts):
+@given(st.integers(1, 5000), st.integers(1, 70), st.integers(1, 6000))
+def test_shares_hold_every_piece_once(pieces, parts, smallest):
     turn, dealt = np.zeros(1, np.int64), []
-    first, last = kernels._share(turn, parts, pieces)
+    first, last = kernels._share(turn, parts, pieces, smallest)
     while first < pieces:
+        assert last == pieces or last - first >= smallest
         dealt += range(first, last)
-        first, last = kernels._share(turn, parts, pieces)
+        first, last = kernels._share(turn, parts, pieces, smallest)
     assert dealt == list(range(pieces))
-    assert turn[0] <= 16 * parts
