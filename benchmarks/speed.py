@@ -236,8 +236,9 @@ def serve(party: str, file: str) -> None:
 
 
 def first_token(party: str, file: str) -> None:
-    """Load, and predict the token after 32: to be timed from outside, as a fresh process."""
+    """Load, predict the token after 32, and say so: to be timed from outside, as a fresh process."""
     PARTIES[party](file)["decode"](32, 1)
+    print("done", flush=True)
 
 
 def peak(file: str) -> None:
@@ -358,17 +359,27 @@ def measure_generate(files: dict[str, Path], torch: str | None, rounds: int) -> 
     return results
 
 
-def fresh(*arguments: str | Path) -> str:
-    """What a new Python process prints, which finds compiled kernels on disk, and bytecode as by default."""
+def fresh(*arguments: str | Path) -> tuple[str, float]:
+    """What a new Python process prints, and the seconds until its first line was there.
+
+    It finds compiled kernels on disk, and bytecode as by default.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, check=True, stdout=subprocess.PIPE, text=True
-    ).stdout
+    command = [sys.executable, *map(str, arguments)]
+    began = time.perf_counter()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - began
+        text = line + process.stdout.read()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return text, seconds
 
 
 def measure_first_token(files: dict[str, Path], torch: str | None, rounds: int) -> dict[str, Any]:
     def start(party: str) -> Callable[[], float]:
-        return lambda: timed(lambda: fresh(__file__, "--first-token", party, "--file", files["past"]))
+        return lambda: fresh(__file__, "--first-token", party, "--file", files["past"])[1]
 
     return in_turns({"gpt2np": start("gpt2np"), "onnxruntime": start("onnxruntime past")}, rounds)
 
@@ -376,13 +387,13 @@ def measure_first_token(files: dict[str, Path], torch: str | None, rounds: int) 
 def measure_first_answer(files: dict[str, Path], torch: str | None, rounds: int) -> dict[str, Any]:
     """The embedded model in a new process."""
     took = "import time; began = time.perf_counter(); import gpt2np; print(time.perf_counter() - began)"
-    answer = "import gpt2np; gpt2np.load()([[1, 2, 3]])"
+    answer = "import gpt2np; print(gpt2np.load()([[1, 2, 3]]).logits.argmax(), flush=True)"
     generate = ["-m", "gpt2np", "generate", "Once upon a time", "-n", "1"]
     return in_turns(
         {
-            "import": lambda: float(fresh("-c", took)),
-            "answer": lambda: timed(lambda: fresh("-c", answer)),
-            "generate": lambda: timed(lambda: fresh(*generate)),
+            "import": lambda: float(fresh("-c", took)[0]),
+            "answer": lambda: fresh("-c", answer)[1],
+            "generate": lambda: fresh(*generate)[1],
         },
         rounds,
     )
@@ -390,7 +401,7 @@ def measure_first_answer(files: dict[str, Path], torch: str | None, rounds: int)
 
 def measure_memory(files: dict[str, Path], torch: str | None, rounds: int) -> dict[str, Any]:
     for _ in range(2):  # the first time, kernels may have to be compiled
-        result: dict[str, Any] = json.loads(fresh(__file__, "--peak", "--file", files["zoo"]))
+        result: dict[str, Any] = json.loads(fresh(__file__, "--peak", "--file", files["zoo"])[0])
     from gpt2np.onnx.reader import open_model
     from gpt2np.onnx.recognise import recognise
     from gpt2np.weights import weight_shapes
