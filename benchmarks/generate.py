@@ -3,7 +3,7 @@
     python benchmarks/generate.py [MODEL] [--tokenizer PATH] [--tokens N]
 
 Each line is one way of choosing tokens. "kernels" is the time inside transformer() and logits(); "model" is the
-rest of the model's call (checks of its input, the cache); "loop" is what is left of a step: sampling,
+rest of the model's part (checks of its input, the cache); "loop" is what is left of a step: sampling,
 log-probabilities, detokenising, the generator itself. Lower quartiles over all tokens of interleaved runs, which
 other work on the machine disturbs least.
 """
@@ -69,6 +69,7 @@ def main() -> None:
     real = model._kernels
     model._kernels = SimpleNamespace(transformer=kernels(real.transformer), logits=kernels(real.logits))  # type: ignore
     type(model).__call__ = call(type(model).__call__)  # type: ignore
+    type(model).next_logits = call(type(model).next_logits)  # type: ignore
 
     prompt = np.random.default_rng(0).integers(0, model.config.vocab_size - 1, 8).tolist()
     parts: dict[str, list[tuple[float, float, float]]] = {name: [] for name in WAYS}

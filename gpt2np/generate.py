@@ -362,7 +362,8 @@ class _Apart:
     def _next(self, sequence: _Sequence) -> Array:
         cache = self._caches[sequence.row]
         if cache.length < cache.max_length or self._window is None:
-            return self._run(sequence, sequence.ids[-1:])
+            logits: Array = self._model.next_logits(sequence.ids[-1:], cache)[0]
+            return logits
         cache.crop(0)
         return self._run(sequence, sequence.ids[-self._window :])
 

@@ -157,6 +157,43 @@ def test_a_full_cache_raises_and_is_left_as_it_was():
         model.new_cache(batch_size=0)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("changes", [{}, {"mask_value": -100.0}, {"causal_shift": 1}, {"position_offset": 2}])
+def test_next_logits_are_those_of_a_call(engine, changes):
+    model = shared_model(engine, **changes)
+    ids = random_ids(model.config, 3, 6)
+    one, other = model.new_cache(3), model.new_cache(3)
+    for cache in (one, other):
+        model(ids[:, :4], cache=cache)
+    for column in ids[:, 4:].T:
+        expected = model(column[:, None], cache=one, logits="last").logits[:, 0]
+        np.testing.assert_array_equal(model.next_logits(column.tolist(), other), expected)
+    assert other.length == 6
+    np.testing.assert_array_equal(np.array(other.views()), np.array(one.views()))
+
+
+def test_next_logits_check_as_a_call_does():
+    model = shared_model("numpy")
+    with pytest.raises(TokenRangeError, match=r"37 at \(0, 1\).*0\.\.36"):
+        model.next_logits([3, 37], model.new_cache(2))
+    with pytest.raises(TokenRangeError, match="-1 at"):
+        model.next_logits([-1], model.new_cache())
+    with pytest.raises(InputError, match="made for batch 1.*needed: batch 2"):
+        model.next_logits([1, 2], model.new_cache())
+    full, all_positions = model.new_cache(max_length=4), model.new_cache()
+    full.advance(4)
+    all_positions.advance(20)
+    with pytest.raises(ContextOverflowError, match="max_length of 4"):
+        model.next_logits([1], full)
+    with pytest.raises(ContextOverflowError, match="n_ctx of 20"):
+        model.next_logits([1], all_positions)
+    shifted = shared_model("numpy", position_offset=2)
+    nearly = shifted.new_cache()
+    nearly.advance(18)
+    with pytest.raises(ContextOverflowError, match=r"positions 20\.\.20"):
+        shifted.next_logits([1], nearly)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
