@@ -103,13 +103,16 @@ class Sampling:
         weights /= self.temperature
         np.exp(weights, out=weights)
         if self.top_p not in (None, 1):
-            inside = top_p(weights, self.top_p)
-            kept, weights = inside if kept is None else kept[inside], weights[inside]
-        if self.min_p:
+            inside, running = _nucleus(weights, self.top_p)
+            if self.min_p:  # of weights in descending order the first ones, too; the largest of them is 1
+                running = running[: np.count_nonzero(weights[inside] >= self.min_p)]
+            drawn = inside[_first_above(running, rng.random() * running[-1])]
+        elif self.min_p:
             inside = min_p(weights, self.min_p)
-            kept, weights = inside if kept is None else kept[inside], weights[inside]
-        drawn = draw(weights, rng.random())
-        return drawn if kept is None else int(kept[drawn])
+            drawn = inside[draw(weights[inside], rng.random())]
+        else:
+            drawn = draw(weights, rng.random())
+        return int(drawn if kept is None else kept[drawn])
 
 
 def random_stream(seed: int, prompt: Sequence[int], copy: int = 0) -> np.random.Generator:
@@ -147,6 +150,11 @@ def top_p(weights: Array, p: float) -> Array:
 
     The weights (V,) are probabilities, or proportional to them. Of equal weights at the edge the first are kept.
     """
+    return _nucleus(weights, p)[0]
+
+
+def _nucleus(weights: Array, p: float) -> tuple[Array, Array]:
+    """What `top_p` keeps, and the running sum of their weights in float64."""
     whole = float(np.add.reduce(weights))
     wanted = p * whole
     # n weights below (1 - p) / n of the whole are less than 1 - p of it together: the rest holds p. Most often
@@ -157,8 +165,8 @@ def top_p(weights: Array, p: float) -> Array:
         held = weights[order].cumsum(dtype=np.float64)
         if held.size and held[-1] >= wanted:
             break
-    found: Array = order[: 1 + int(held[:-1].searchsorted(wanted))]
-    return found
+    n = 1 + int(held[:-1].searchsorted(wanted))
+    return order[:n], held[:n]
 
 
 def min_p(weights: Array, p: float) -> Array:
