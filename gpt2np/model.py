@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from .generate import Step
     from .onnx.recognise import Recognised
 
-Engine = Literal["numba", "numpy"]
-
 
 class Output(NamedTuple):
     """What one call of a model returns."""
