@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from .onnx.masks import per_query
 from .weights import Array
 
 if TYPE_CHECKING:
-    from .onnx.graph import Literally
+    from .onnx.graph import Graph, Literally
     from .onnx.recognise import Port, Recognised
 
 
@@ -50,7 +50,7 @@ class InferenceSession:
         The compiled kernels, or the textbook.
     dtype : "float32" or "float64"
         What is computed in; outputs have the file's own types.
-    emulate_rounding : bool, "saturating" or "optimised"
+    emulate_rounding : bool, "saturating", "optimised" or "unrounded"
         Instead of computing with the file's exact weights, run its nodes one by one in NumPy as ONNX Runtime does
         without optimisations, rounding included: activations to 8 bits where a quantised file asks for it, results
         to float16 in a float16 file. Slow; it shows how much of a difference to ONNX Runtime such rounding explains.
@@ -58,6 +58,7 @@ class InferenceSession:
         saturate at 16 bits: ONNX Runtime's outputs of int8 files differ by much more between CPUs than by rounding.
         "optimised": as with its optimisations, by which products with 4- and 8-bit weights behind DequantizeLinear
         round activations to 8 bits.
+        "unrounded": node by node, too, but nothing is rounded.
 
     Raises
     ------
@@ -89,7 +90,8 @@ class InferenceSession:
         file = open_model(path)
         self._recognised = recognise(file)
         self.model = GPT2(self._recognised.config, self._recognised.sources, engine, dtype, file.path, self._recognised)
-        self._literal = Graph(file, literal=emulate_rounding) if emulate_rounding else None
+        self._literally = partial(Graph, file, literal=emulate_rounding) if emulate_rounding else None
+        self._graphs: dict[str, Graph] = {}  # by the branch that is taken
 
     def get_inputs(self) -> list[NodeArg]:
         """The file's inputs, in its order."""
@@ -131,10 +133,14 @@ class InferenceSession:
         attention_mask = given_mask(self._recognised, feeds, B, T, P + T)
         position_ids = self._position_ids(feeds, attention_mask, B, T, P)
 
-        if self._literal is not None:
+        if self._literally is not None:
             from .onnx.evaluate import Evaluator
 
-            evaluator = Evaluator(self._literal, feeds)
+            switch = next((feeds[p.name] for p in self._recognised.inputs if p.role == "use_cache_branch"), None)
+            branch = "" if switch is None else "then" if switch.all() else "else"
+            if branch not in self._graphs:
+                self._graphs[branch] = self._literally(branch)
+            evaluator = Evaluator(self._graphs[branch], feeds)
             return [np.ascontiguousarray(evaluator(name), outputs[name].dtype) for name in wanted]
 
         roles = {outputs[name].role for name in wanted}

@@ -25,8 +25,10 @@ from gpt2np.onnx.sources import constant_source
 from gpt2np.onnx.writer import write_model
 from gpt2np.parity import debugger
 from gpt2np.parity.report import Report
+from gpt2np.parity.runners import Ours, Run
 from gpt2np.session import InferenceSession
 from runtime import DATA, Array, assert_close, feeds_for, runtime
+from test_session import merged_decoder
 from tiny import tiny_config, tiny_sources
 
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are the formulas for x86")
@@ -432,6 +434,32 @@ def test_parity_tells_what_onnx_runtimes_optimisations_round(tmp_path):
     assert found["left"]["ort"] < 1e-4
     assert found["left"]["ort-off"] < 1e-5
     assert any("by ONNX Runtime's optimisations" in title for title, _ in report.sections)
+
+
+def test_a_wide_rounding_hides_no_error_of_ours(monkeypatch):
+    """Ours is also compared with the file's nodes run without rounding, under the plain budget."""
+    right = Ours.run
+
+    def wrong(*arguments: Any) -> Run:
+        found = right(*arguments)
+        return Run({name: value * np.float32(1.005) for name, value in found.outputs.items()}, found.taps)
+
+    monkeypatch.setattr(Ours, "run", wrong)
+    report, _ = rounding_of(DATA / "int8.onnx")
+    failed = {(c.actual, c.expected) for c in report.comparisons if not c.ok}
+    assert failed == {("ours", "unrounded")}
+    assert report.exit_code == 1
+
+
+def test_merged_decoders_that_round(tmp_path):
+    onnx.save(merged_decoder(DATA / "int8.onnx"), tmp_path / "model.onnx")
+    for P in (0, 4):
+        session = InferenceSession(tmp_path, engine="numpy", emulate_rounding=True)
+        feeds = feeds_for(session.model.recognised, 2, 3, P)
+        assert outside(session.run(None, feeds), runtime(tmp_path / "model.onnx").run(None, feeds)) == 0
+    report, found = rounding_of(tmp_path / "model.onnx")
+    assert report.exit_code == 0
+    assert found["left"]["ort"] < 1e-5
 
 
 def test_parity_of_a_float_file_measures_no_rounding():

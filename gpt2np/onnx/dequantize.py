@@ -163,7 +163,7 @@ def _qattention(graph: Graph, node: Node) -> list[Node]:
 
     made: list[Node] = []
     inputs: tuple[str, ...]
-    if graph.literal:
+    if graph.rounding:
         operands = (a, weight, a_scale, w_scale, a_zero, w_zero, bias)
         qkv = _inner(graph, node, "com.microsoft.MatMulIntegerToFloat", operands, "projected", made)
         inputs = (qkv, "", "", mask, past)
@@ -197,7 +197,7 @@ def _matmul_nbits(graph: Graph, node: Node) -> list[Node] | None:
     _check_packed(graph, node, b, bits, block, K, N, scales)
     made: list[Node] = []
     weight = _inner(graph, node, UNPACK, (b, scales, zeros), "unpacked", made, **node.attributes)
-    if graph.literal and node.attributes.get("accuracy_level", 0) == 4:
+    if graph.rounding and node.attributes.get("accuracy_level", 0) == 4:
         a = _inner(graph, node, ROUND, (a,), "rounded", made, **node.attributes)
     return _with_bias(graph, node, made, a, weight, bias)
 

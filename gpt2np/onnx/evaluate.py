@@ -48,7 +48,7 @@ class Evaluator:
         self.values: dict[str, Any] = dict(feeds)
         self.read = set() if read is None else read
         self.operators = literal_operators(graph.literal == "saturating") if graph.literal else OPERATORS
-        self.float16, self.float16_nodes = graph.float16 if graph.literal else (set(), set())
+        self.float16, self.float16_nodes = graph.float16
 
     def __call__(self, name: str) -> Array:
         """The value of that name.

@@ -58,7 +58,7 @@ def _skip_layer_norm(graph: Graph, node: Node) -> list[Node]:
     total = node.outputs[3] if len(node.outputs) > 3 else ""
     if bias:
         x = p.add("Add", x, bias)
-    named = "" if graph.literal else total
+    named = "" if graph.rounding else total
     summed = p.add("Add", x, skip, out=named)
     if total != named:  # the norm reads the sum before it is rounded to float16
         p.add("Identity", summed, out=total)

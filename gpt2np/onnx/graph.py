@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnx
 
 Array = np.ndarray
-Literally = bool | Literal["saturating", "optimised"]
+Literally = bool | Literal["saturating", "optimised", "unrounded"]
 
 # What hands its first input on, with at most another shape or float type.
 RESHAPES = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})
@@ -166,7 +166,7 @@ class Graph:
     def _add_canonical(self, node: Node) -> None:
         """The nodes that a quantised or fused one stands for, or the node itself."""
         optimised = dequantize.OPTIMISED if self.literal == "optimised" else {}
-        exact = {} if self.literal and node.op not in dequantize.LITERAL else dequantize.RULES
+        exact = {} if self.rounding and node.op not in dequantize.LITERAL else dequantize.RULES
         for rules in (exact, expand.RULES, optimised):
             rule = rules.get(node.op)
             pieces = rule(self, node) if rule else None
@@ -236,10 +236,15 @@ class Graph:
         value = onnx.helper.get_attribute_value(proto)
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
+    @property
+    def rounding(self) -> bool:
+        """Whether nodes round as the file is run."""
+        return self.literal not in (False, "unrounded")
+
     @cached_property
     def float16(self) -> tuple[set[str], set[int]]:
-        """See `float16`."""
-        return float16(self)
+        """See `float16`; nothing where nothing is rounded."""
+        return float16(self) if self.rounding else (set(), set())
 
     def opset(self, domain: str = "") -> int:
         """Version of a domain's operators that the file asks for."""

@@ -214,7 +214,7 @@ def parity(options: Options) -> Report:
             report.comparisons += compare_case(case, model, runners, budgets, outputs)
             if rounding is not None:
                 recorded = {Recorded.name: case.data.outputs} if case.data is not None else {}
-                del outputs[ours.name]
+                report.comparisons += rounding.compare_ours(case, ours.name, outputs.pop(ours.name))
                 rounding.compare(case, {**recorded, **outputs, **run_case(case, plain)})
     if rounding is not None:
         rounding.show(report, budgets)

@@ -5,15 +5,15 @@ gpt2np computes in float32 with the file's exact weights; what runs a float16 or
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import Gpt2npError
 from ..weights import Array
-from .compare import Budgets, Case
+from .compare import Budgets, Case, Comparison
 from .metrics import Budget, measure
 from .report import WIDTH, Line, Report, columns, number, wrap
 from .runners import Model
@@ -21,6 +21,7 @@ from .runners import Model
 if TYPE_CHECKING:
     from ..onnx.graph import Literally
 
+UNROUNDED = "unrounded"
 FACTOR = 2.0  # the budget of a lossy file grows by so many times the change that its rounding makes
 VARIANTS: dict[Literally, str] = {
     True: "imitated as ONNX Runtime rounds without optimisations",
@@ -36,7 +37,7 @@ def rounds(model: Model) -> tuple[str, list[Literally]]:
     file = open_model(model.path)
     kinds = {t.dtype.name for t in file.tensors.values()}
     ways: list[Literally] = [True]
-    if any(node.op_type == "DequantizeLinear" for node in file.proto.graph.node):
+    if any("DequantizeLinear" in source.through for source in model.recognised.sources.values()):
         ways.append("optimised")
     if any("rounded" in note for note in model.recognised.notes):
         return "activations to 8 bits", [*ways, "saturating"] if "int8" in kinds else ways
@@ -50,6 +51,8 @@ class Rounding:
     """Outputs with the rounding imitated in each way, for every case, and their distance from the parties."""
 
     words: str
+    plain: Budgets  # before they are widened; for float16 after
+    unrounded: dict[str, dict[str, Array]]  # case -> output: the file's nodes one by one, without rounding
     changes: dict[str, float]  # of each output, by the way that changes it most
     imitated: dict[Literally, dict[str, dict[str, Array]]]  # way -> case -> output
     left: dict[str, dict[Literally, dict[str, float]]] = field(default_factory=dict)  # party -> way -> output
@@ -57,14 +60,15 @@ class Rounding:
     @classmethod
     def measure(cls, model: Model, cases: Sequence[Case], budgets: Budgets, report: Report) -> Rounding | None:
         """Widen the budget by what the rounding changes, ours with it against ours without; None if nothing rounds."""
+        from ..onnx.reader import open_model
         from ..session import InferenceSession
 
         words, ways = rounds(model)
         if not words:
             return None
-        exact = InferenceSession(model.path, "numpy")
+        exact = InferenceSession(model.path, "numpy", emulate_rounding="unrounded")
         names = [o.name for o in exact.get_outputs()]
-        without = {case.name: exact.run(names, case.feeds) for case in cases}
+        unrounded = {c.name: dict(zip(names, exact.run(names, c.feeds), strict=True)) for c in cases}
         changes = dict.fromkeys(names, 0.0)
         imitated: dict[Literally, dict[str, dict[str, Array]]] = {}
         for way in ways:
@@ -73,16 +77,29 @@ class Rounding:
             for case in cases:
                 outputs = dict(zip(names, session.run(names, case.feeds), strict=True))
                 imitated[way][case.name] = outputs
-                for name, a in zip(names, without[case.name], strict=True):
+                for name, a in unrounded[case.name].items():
                     changes[name] = max(changes[name], measure(a, outputs[name], budgets.default).max_abs)
-        base = budgets.default
+        plain, base = replace(budgets, measured={}), budgets.default
         if max(changes.values()) <= base.atol:
             return None
         for name, change in changes.items():
             source = f"{base.source}, plus {FACTOR:g} x the file's own rounding"
             budgets.measured[name] = Budget(base.rtol, base.atol + FACTOR * change, source)
         report.budget += f"; plus {FACTOR:g} x what the file's rounding of {words} changes"
-        return cls(words, changes, imitated)
+        half = any(t.dtype.name == "float16" for t in open_model(model.path).tensors.values())
+        if half:  # constants of GELU and the like are rounded, too, and ours are not
+            plain = budgets
+        text = f"the file's own nodes, run one by one in NumPy without rounding{'' if half else '; the plain budget'}"
+        report.parties[UNROUNDED] = text
+        return cls(words, plain, unrounded, changes, imitated)
+
+    def compare_ours(self, case: Case, ours: str, outputs: Mapping[str, Array] | Gpt2npError) -> Iterator[Comparison]:
+        """Ours against the file's nodes without rounding: what its rounding changes hides no error there."""
+        if not isinstance(outputs, Gpt2npError):
+            for name, expected in self.unrounded[case.name].items():
+                found = Comparison(case.name, name, ours, UNROUNDED, self.plain(name))
+                found.metrics = measure(outputs[name], expected, found.budget)
+                yield found
 
     def compare(self, case: Case, outputs: Mapping[str, Mapping[str, Array] | Gpt2npError]) -> None:
         """Note how far each party's outputs are from each imitation."""
