@@ -599,3 +599,20 @@ def test_parity_runs_such_files(tmp_path, kind):
     assert_close(run.taps["logits"].reshape(run.outputs["logits"].shape), run.outputs["logits"], "tap", 1e-6, 1e-6)
     T, S = run.taps["h.1.attn.probs"].shape[-2:]
     assert not np.triu(run.taps["h.1.attn.probs"], 1 + S - T).any()
+
+
+def test_a_fused_mask_is_cut_out_of_its_buffer(tmp_path):
+    """Attention's mask (B, 1, N, N), which ONNX Runtime runs on GPUs alone: the same as one of what is cut out."""
+    attention = contrib_attention(mask="attention_mask")
+    for name, shape in (("whole", ("B", 1, N, N)), ("cut", ("B", "T", "S"))):
+        (tmp_path / name).mkdir()
+        with_inputs(tmp_path / name, attention, (("attention_mask", np.int32, *shape),))
+    session, theirs = InferenceSession(tmp_path / "whole"), runtime(tmp_path / "cut" / "model.onnx")
+    for P, T in ((0, 5), (3, 4), (6, 1)):
+        feeds = feeds_for(session.model.recognised, 2, T, P)
+        feeds["attention_mask"][1, 0, :, 1] = 0
+        cut = {**feeds, "attention_mask": feeds["attention_mask"][:, 0, P : P + T, : P + T]}
+        for output, got, expected in zip(
+            session.get_outputs(), session.run(None, feeds), theirs.run(None, cut), strict=True
+        ):
+            assert_close(got, expected, f"{output.name} P={P}")
