@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import gpt2np
+import gpt2np.reference
 from gpt2np.errors import ComparisonError
 from gpt2np.parity import debugger, runners
 
@@ -190,6 +191,19 @@ def test_right_numbers_in_the_wrong_place(
     report = debugger.diff(str(mini), str(tmp_path / "port.npz"), cases)
     assert report.exit_code == 1
     assert said in report.headline
+
+
+def test_a_port_that_gives_outputs_alone(right: tuple[gpt2np.GPT2, Taps], mini: Path, tmp_path: Path) -> None:
+    model, _ = right
+    w = model.weights
+    blocks = list(w.h)
+    blocks[1] = blocks[1]._replace(attn=blocks[1].attn._replace(scale=1.0))
+    caches = [np.zeros((2, 1, 6, 16, 32), np.float32) for _ in blocks]
+    hidden = gpt2np.reference.transformer(IDS, np.arange(16)[None], w._replace(h=tuple(blocks)), caches)
+    np.savez(tmp_path / "port.npz", output1=hidden[None], **{f"output{i + 2}": c for i, c in enumerate(caches)})
+    report = debugger.diff(str(mini), str(tmp_path / "port.npz"), cases)
+    assert report.exit_code == 1
+    assert "first divergence h.1.attn.scores; most likely scale" in report.headline
 
 
 def test_an_output_that_is_not_its_tap_is_not_called_noise(

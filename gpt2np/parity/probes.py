@@ -268,6 +268,13 @@ OTHER_INPUTS: dict[str, tuple[tuple[int, str], ...]] = {
 }  # fmt: skip
 
 
+def together(problem: Problem, tap: str) -> list[str]:
+    """The taps that one matrix makes: q, k and v, or the tap alone."""
+    if split_tap(tap)[1] not in ("attn.q", "attn.k", "attn.v"):
+        return [tap]
+    return [f"{tap[:-1]}{x}" for x in "qkv" if f"{tap[:-1]}{x}" in problem.taps]
+
+
 def _other_input(problem: Problem, tap: str) -> Iterator[Guess]:
     """The operation is right and reads another tap: a norm left out, the residual taken from after the norm ..."""
     config = problem.program.config
@@ -287,7 +294,7 @@ def _other_input(problem: Problem, tap: str) -> Iterator[Guess]:
         def run(p: Program, c: Call, t: str, x: list[Array], dtype: Any, i: int = which, v: Array = value) -> Array:
             return problem.program.run(t, c, [v if j == i else old for j, old in enumerate(x)], dtype)
 
-        group = [t for t in problem.taps if t.startswith(tap[:-1])] if part in ("attn.q", "attn.k", "attn.v") else [tap]
+        group = together(problem, tap)
         text = f"{' and '.join(group)} read{'s' if len(group) == 1 else ''} {name} instead of {inputs[which]}"
         yield Guess("other_input", group[0], text, runs=dict.fromkeys(group, run))
 
@@ -471,8 +478,7 @@ def quantised(x: Array, by_column: bool) -> Array:
 def _rounded(problem: Problem, tap: str) -> Iterator[Guess]:
     """Weights, result or inputs of an operation in a narrower float, or all of them; weights in 8-bit integers."""
     p = problem.program
-    part = split_tap(tap)[1]
-    group = [t for t in problem.taps if t.startswith(tap[:-1])] if part in ("attn.q", "attn.k", "attn.v") else [tap]
+    group = together(problem, tap)
     if tap != group[0]:
         return
     names = list(dict.fromkeys(name for name, of in weight_names(problem) if of in group))
@@ -1006,10 +1012,14 @@ def shape_of_the_error(problem: Problem) -> Iterator[Guess]:
             continue
         factor = float((value * expected).sum() / (expected * expected).sum())
         low, high = float(value.min()), float(value.max())
-        multiplied = {tap: _afterwards(problem, partial(np.multiply, factor))}
-        clipped = {tap: _afterwards(problem, partial(np.clip, min=low, max=high))}
-        yield problem.judge(Guess("factor", tap, f"{tap} is multiplied by {factor:.6g}", runs=multiplied))
-        yield problem.judge(Guess("clipped", tap, f"{tap} is clipped to {low:.6g} ... {high:.6g}", runs=clipped))
+        for cause, text, change in (
+            ("factor", f"multiplied by {factor:.6g}", partial(np.multiply, factor)),
+            ("clipped", f"clipped to {low:.6g} ... {high:.6g}", partial(np.clip, min=low, max=high)),
+        ):
+            runs = {tap: _afterwards(problem, change)}
+            guess = problem.judge(Guess(cause, tap, f"{tap} is {text}", runs=runs))
+            if guess.removed > 0.5:
+                yield guess
         sizes = np.linalg.svd(error.reshape(-1, error.shape[-1]), compute_uv=False) ** 2
         along = abs(float((error * expected).mean())) / (size * rms)
         noise.append((size / rms, along < 0.1 and sizes[0] < 0.5 * sizes.sum()))
