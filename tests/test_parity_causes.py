@@ -285,3 +285,21 @@ def test_a_crash_is_never_taken_for_a_failed_comparison(
         cli.main()
     assert end.value.code == code
     assert ("Traceback" in capsys.readouterr().err) == (code == 70)
+
+
+def test_the_repro_of_a_mask_that_replaces_scores(mini: Path, tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    from gpt2np.parity.data import load_set
+    from gpt2np.parity.operations import Call, Program
+    from gpt2np.parity.repro import dump
+
+    program = runners.Model(mini / "model.onnx").program.with_(mask_value=-2.0)  # it shows: later keys keep a share
+    assert isinstance(program, Program)
+    scores = np.random.default_rng(0).standard_normal((1, 6, 16, 16))
+    dump(tmp_path, program, Call(IDS, np.arange(16)[None]), "h.1.attn.probs", [scores], None)
+    data = load_set(tmp_path / "test_data_set_0")
+    session = ort.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    (probs,) = session.run(None, data.inputs)
+    expected = softmax(np.where(LOWER, scores, -2.0), np.ones((16, 16), bool))
+    np.testing.assert_allclose(probs, expected, rtol=1e-5, atol=1e-7)

@@ -142,13 +142,17 @@ def _graph(
         ]  # fmt: skip
         return nodes, {"scale": np.array(c.layer_scale(layer), f32)}, past
     if part == "attn.probs":
-        from ..model import additive_mask
+        from ..model import ReplacingMask, additive_mask
         from ..reference import causal_mask
 
         S = call.start + T
         mask = additive_mask(call.attention_mask, c, B, T, S, f32)
-        mask = causal_mask(T, S, f32) if mask is None else np.asarray(mask)
-        return [node("Add", [x[0], "mask"], ["masked"]), node("Softmax", ["masked"], [y], axis=-1)], {"mask": mask}, {}
+        nodes = [node("Add", ["kept", "mask"], ["masked"]), node("Softmax", ["masked"], [y], axis=-1)]
+        if isinstance(mask, ReplacingMask):
+            hide = node("Where", ["keep", x[0], "zero"], ["kept"])
+            return [hide, *nodes], {"keep": mask.keep, "zero": np.zeros((), f32), "mask": mask.mask}, {}
+        nodes[0].input[0] = x[0]
+        return nodes, {"mask": causal_mask(T, S, f32) if mask is None else mask}, {}
     if part == "attn.heads":
         assert layer is not None
         nodes, values, past = _with_past(call, layer, 1, x[1])
