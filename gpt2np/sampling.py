@@ -189,12 +189,6 @@ def draw(weights: Array, uniform: float) -> int:
     return run * RUN + _first_above(inside, target - (runs[run - 1] if run else 0.0))
 
 
-def log_probabilities(logits: Array, ids: Array) -> Array:
-    """Natural logarithms of the softmax probabilities of the tokens `ids`: float64, of the shape of `ids`."""
-    logs: Array = logits[ids].astype(np.float64) - log_sum_exp(logits)
-    return logs
-
-
 def log_sum_exp(logits: Array) -> float:
     """log(sum(exp(logits))), from exponentials in the dtype of the logits."""
     largest = logits[logits.argmax()]  # several times as fast as max()

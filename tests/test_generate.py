@@ -367,7 +367,7 @@ def test_a_wide_beam_search_is_exhaustive(length_penalty):
     def all_hypotheses(ids, logprob):
         logits = model([*prompt, *ids]).logits[0, -1]
         for token in range(5):
-            total = logprob + sampling.log_probabilities(logits, np.array([token]))[0]
+            total = logprob + logits[token] - sampling.log_sum_exp(logits)
             longer = (*ids, token)
             if token == end or len(longer) == n:
                 yield longer, total / len(longer) ** length_penalty

@@ -69,7 +69,6 @@ class Recognised:
     # How many positions of the past inputs count, and which values of the graph tell; none: all of them.
     lengths: Mapping[str, str] = field(default_factory=dict)
     graph: Graph | None = field(default=None, repr=False, compare=False)  # kept where `lengths` need it
-    graph_size: int = 0  # nodes, after fused and quantised ones are taken apart
 
     def positions_from_mask(self, attention_mask: Array) -> Array:
         """Position of every key, (B, S), as graphs count them that do not take position_ids."""
