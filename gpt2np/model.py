@@ -188,18 +188,19 @@ class GPT2:
         TokenRangeError, InputError, ContextOverflowError
             As a call does.
         """
-        B, start = len(tokens), cache.length
-        if min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
-            check_ids([tokens], self.config)
+        ids = np.array(tokens)[:, None]
+        if ids.dtype.kind not in "iu" or min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
+            check_ids(ids, self.config)
+        B, start = len(ids), cache.length
         self._check_cache(cache, B, 1)
         positions = check_positions(None, self.config, B, 1, start)
         if additive_mask(None, self.config, B, 1, start + 1, self.dtype) is not None:  # an unusual graph
-            logits = self(np.array(tokens)[:, None], cache, logits="last").logits
+            logits = self(ids, cache, logits="last").logits
             assert logits is not None
             return logits[:, 0]
         w = self._weights
         with np.errstate(invalid="ignore", over="ignore"):
-            hidden = self._kernels.transformer(np.array(tokens)[:, None], positions, w, cache.layers, start)
+            hidden = self._kernels.transformer(ids, positions, w, cache.layers, start)
             cache.advance(1)
             scores: Array = self._kernels.logits(hidden, w.lm_head, w.lm_head_bias)
         return scores[:, 0]

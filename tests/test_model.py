@@ -174,10 +174,12 @@ def test_next_logits_are_those_of_a_call(engine, changes):
 
 def test_next_logits_check_as_a_call_does():
     model = shared_model("numpy")
-    with pytest.raises(TokenRangeError, match=r"37 at \(0, 1\).*0\.\.36"):
+    with pytest.raises(TokenRangeError, match=r"37 at \(1, 0\).*0\.\.36"):
         model.next_logits([3, 37], model.new_cache(2))
     with pytest.raises(TokenRangeError, match="-1 at"):
         model.next_logits([-1], model.new_cache())
+    with pytest.raises(InputError, match="must be integers, got dtype float64"):
+        model.next_logits([1.5], model.new_cache())
     with pytest.raises(InputError, match="made for batch 1.*needed: batch 2"):
         model.next_logits([1, 2], model.new_cache())
     full, all_positions = model.new_cache(max_length=4), model.new_cache()

@@ -157,7 +157,6 @@ class _Recogniser(Probe):
             self.head_padding,
             self.lengths,
             graph if self.lengths else None,
-            len(graph.nodes),
         )
 
     # ------------------------------------------------------------------------------------ parts
