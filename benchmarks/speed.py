@@ -5,9 +5,9 @@
 
 Every party is a process of its own with two threads; they take turns within each round, so that what disturbs the
 machine disturbs all of them. Numbers are medians, with the least and the greatest; a ratio is the median of the
-ratios within each round. "at least" is the time that no program can beat on this machine: the longer of reading all
-weights and the cache once, at the rate of a plain loop, and of doing all multiply-adds, at the rate that the tile
-reaches with its operands in the nearest cache: the best of the same rounds. The model files are made by
+ratios within each round. "at least" is what no program can beat on this machine: the longer of reading all weights
+and the cache once, at the rate of a plain loop, and of doing all multiply-adds, at the rate that the tile reaches with
+its operands in the nearest cache: the best rates of all rounds. The model files are made by
 `gpt2np synth` where no folder is given (--zoo: the zoo's graph, --past: one that takes keys and values). PyTorch is
 run by the interpreter that --torch names, and left out by name where it cannot be imported. Parts that were
 measured before are kept in the --json file, so that one part can be measured again alone.
@@ -431,13 +431,15 @@ def ratio(theirs: list[float], ours: list[float]) -> str:
     return f"{statistics.median(a / b for a, b in zip(theirs, ours, strict=True)):.2f}x"
 
 
-def at_least(row: dict[str, list[float]], positions: int, cached: int = 0, logits: bool = False) -> float:
-    """Seconds that reading everything once, or doing all multiply-adds, takes at the best rate of the same rounds."""
+def at_least(results: dict[str, Any], positions: int, cached: int = 0, logits: bool = False) -> float:
+    """Seconds for reading everything once, or for all multiply-adds, at the best rates of all rounds."""
+    rows = [row for part in ("prefill", "decode") for row in results.get(part, {}).values() if "fma" in row]
+    read, fma = (max(max(row[name]) for row in rows) for name in ("read", "fma"))
     weights = BLOCKS + V * C * logits
     reads = 4 * (weights + 2 * L * C * (cached + positions))
     keys = positions * cached + positions * (positions + 1) / 2  # that are looked at, all queries together
     flop = 2 * (positions * weights + 2 * L * C * keys)
-    return max(reads / max(row["read"]), flop / max(row["fma"])) / 1e9
+    return max(reads / read, flop / fma) / 1e9
 
 
 def table(results: dict[str, Any]) -> str:
@@ -457,14 +459,14 @@ def table(results: dict[str, Any]) -> str:
     if "prefill" in results:
         for length in LENGTHS:
             row = results["prefill"][str(length)]
-            add(f"{length} position{'s' if length > 1 else ''}, ms", row, at_least(row, length))
+            add(f"{length} position{'s' if length > 1 else ''}, ms", row, at_least(results, length))
     if "generate" in results:
         add(f"{NEW} tokens after 32, from the zoo's file, ms", results["generate"])
     if "decode" in results:
         for prompt in CACHED:
             measured = results["decode"][str(prompt)]
             row = {party: [v / NEW for v in measured[party]] for party in measured if party not in ("read", "fma")}
-            floor = at_least(measured, 1, prompt + NEW // 2, logits=True)
+            floor = at_least(results, 1, prompt + NEW // 2, logits=True)
             add(f"one token with a cache, after {prompt}, ms", row, floor)
     if "first token" in results:
         add("fresh process to first token, s", results["first token"], scale=1)
@@ -546,6 +548,8 @@ def plot(results: dict[str, Any], target: Path) -> None:
         if party in results["prefill"]["1"]:
             times = [1e3 * statistics.median(results["prefill"][str(length)][party]) for length in LENGTHS]
             axes.loglog(LENGTHS, times, marker="o", label=label)
+    floors = [1e3 * at_least(results, length) for length in LENGTHS]
+    axes.loglog(LENGTHS, floors, "k:", label="at least, on this machine")
     axes.set(xlabel="positions", ylabel="milliseconds", title="GPT-2 124M, float32, forward pass")
     axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
     axes.grid(alpha=0.3)
