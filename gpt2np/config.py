@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-Activation = Literal["gelu_tanh", "gelu_erf", "gelu_quick", "relu"]
+Activation = Literal["gelu_tanh", "gelu_erf", "gelu_quick", "relu", "silu", "tanh"]
 
 
 @dataclass(frozen=True)

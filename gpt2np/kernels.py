@@ -458,7 +458,7 @@ def _erfc32(x):
 exp = _by_dtype(_exp32, math.exp if not config.DISABLE_JIT else np.exp)
 erfc = _by_dtype(_erfc32, math.erfc)
 
-ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu_erf": 2, "gelu_quick": 3, "relu": 4}
+ACTIVATIONS = {"none": 0, "gelu_tanh": 1, "gelu_erf": 2, "gelu_quick": 3, "relu": 4, "silu": 5, "tanh": 6}
 
 
 @_jit()
@@ -479,13 +479,16 @@ def _activate(v, activation):
         half, root = number(0.5), number(-0.7071067811865476)
         for i in range(v.size):
             v[i] = half * v[i] * erfc(root * v[i])
-    elif activation == 3:
-        slope = number(-1.702)
+    elif activation == 3 or activation == 5:
+        slope = number(-1.702) if activation == 3 else number(-1)
         for i in range(v.size):
             v[i] = v[i] / (one + exp(slope * v[i]))
     elif activation == 4:
         for i in range(v.size):
             v[i] = number(0) if v[i] < number(0) else v[i]
+    elif activation == 6:
+        for i in range(v.size):
+            v[i] = number(math.tanh(np.float64(v[i])))
 
 
 # ------------------------------------------------------------------------------------------------ linear maps
@@ -933,6 +936,16 @@ def gelu_quick(x: Array) -> Array:
 def relu(x: Array) -> Array:
     """max(x, 0); a NaN stays a NaN."""
     return activate(x, "relu")
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x)."""
+    return activate(x, "silu")
+
+
+def tanh(x: Array) -> Array:
+    """The hyperbolic tangent."""
+    return activate(x, "tanh")
 
 
 def mlp(x: Array, w: MLP, tap: Tap, name: str) -> Array:

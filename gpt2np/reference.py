@@ -117,7 +117,26 @@ def relu(x: Array) -> Array:
     return np.maximum(x, 0)
 
 
-ACTIVATIONS = {"gelu_tanh": gelu_tanh, "gelu_erf": gelu_erf, "gelu_quick": gelu_quick, "relu": relu}
+def silu(x: Array) -> Array:
+    """x * sigmoid(x). Elfwing et al. 2017, "Sigmoid-weighted linear units", section 2."""
+    with np.errstate(over="ignore"):  # as in gelu_quick
+        return x / (1 + np.exp(-x))
+
+
+def tanh(x: Array) -> Array:
+    """The hyperbolic tangent."""
+    return np.tanh(x)
+
+
+# what Hugging Face's GPT2Config offers, and the quick form
+ACTIVATIONS = {
+    "gelu_tanh": gelu_tanh,
+    "gelu_erf": gelu_erf,
+    "gelu_quick": gelu_quick,
+    "relu": relu,
+    "silu": silu,
+    "tanh": tanh,
+}
 
 
 def mlp(x: Array, w: MLP, tap: Tap, name: str) -> Array:

@@ -39,7 +39,7 @@ class Attention(NamedTuple):
 class MLP(NamedTuple):
     c_fc: Linear  # (C, F)
     c_proj: Linear  # (F, C)
-    activation: str  # "gelu_tanh", "gelu_erf", "gelu_quick" or "relu"
+    activation: str  # a name in reference.ACTIVATIONS
 
 
 class BlockWeights(NamedTuple):

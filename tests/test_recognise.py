@@ -110,6 +110,8 @@ SIZES: list[dict[str, Any]] = [
     {"activation": "gelu_erf"},
     {"activation": "relu"},
     {"activation": "gelu_quick"},
+    {"activation": "silu"},
+    {"activation": "tanh"},
     {"tied": False},
     {"overrides": (("h.1.mlp.activation", "gelu_erf"), ("h.0.ln_2.epsilon", 0.01), ("h.1.attn.scale", 0.25))},
 ]

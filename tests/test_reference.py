@@ -100,6 +100,9 @@ def test_activations_at_known_points():
     np.testing.assert_allclose(reference.gelu_tanh(x), reference.gelu_erf(x), atol=5e-4)
     np.testing.assert_allclose(reference.gelu_quick(x), reference.gelu_erf(x), atol=2.1e-2)
     assert reference.gelu_quick(np.float32([-1e30]))[0] == 0
+    np.testing.assert_allclose(reference.silu(x), [0, -1 / (1 + math.e), 0, math.e / (1 + math.e), 40], atol=1e-15)
+    assert reference.silu(np.float32([-1e30]))[0] == 0
+    np.testing.assert_array_equal(reference.tanh(x), np.tanh(x))
     np.testing.assert_array_equal(reference.relu(np.array([-1.0, 2.0, np.nan])), [0, 2, np.nan])
 
 

@@ -28,6 +28,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "erf": {"activation": "gelu_erf"},
     "quick": {"activation": "gelu_quick", "n_inner": 31},
     "relu": {"activation": "relu", "layer_norm_epsilon": 1e-3},
+    "silu": {"activation": "silu"},
+    "tanh": {"activation": "tanh"},
     "head size": {"head_size": 5, "attn_scale": 5**-0.5},
     "no scale": {"attn_scale": 1.0},
     "odd scale": {"attn_scale": 0.3, "vocab_size": 12},  # V = C: the head's matrix is square

@@ -159,10 +159,17 @@ def print_info(file: ModelFile, found: Recognised) -> None:
         f"width {c.n_embd}, MLP {c.n_inner}, {c.vocab_size:,} tokens, {c.n_ctx:,} positions",
         style="bold",
     )
-    activation = {"gelu_tanh": "GELU by tanh", "gelu_erf": "GELU by erf", "gelu_quick": "GELU by sigmoid"}
+    activation = {
+        "gelu_tanh": "GELU by tanh",
+        "gelu_erf": "GELU by erf",
+        "gelu_quick": "GELU by sigmoid",
+        "relu": "ReLU",
+        "silu": "SiLU",
+        "tanh": "tanh",
+    }[c.activation]
     how = {"replaced": "become", "added": "have added", "none": "are not masked:"}[c.mask_kind]
     out.print(
-        f"{activation.get(c.activation, 'ReLU')}; layer norm epsilon {c.layer_norm_epsilon:g}; "
+        f"{activation}; layer norm epsilon {c.layer_norm_epsilon:g}; "
         f"scores times {c.attn_scale:g}; scores of later keys {how} {c.mask_value:g}"
     )
     for note in found.notes:

@@ -33,6 +33,9 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_python": "gelu_erf",
     "quick_gelu": "gelu_quick",
     "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
 }
 
 

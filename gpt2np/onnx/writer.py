@@ -256,6 +256,10 @@ class _Builder:
 
         if kind == "relu":
             return str(g.op(scope, "Relu", x))
+        if kind == "tanh":
+            return str(g.op(scope, "Tanh", x))
+        if kind == "silu":
+            return str(g.op(scope, "Mul", x, g.op(scope, "Sigmoid", x)))
         if kind == "gelu_quick":
             return str(g.op(scope, "Mul", x, g.op(scope, "Sigmoid", g.op(scope, "Mul", x, number(1.702)))))
         if g.opset >= 20 and kind in ("gelu_tanh", "gelu_erf"):

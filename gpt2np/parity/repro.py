@@ -187,6 +187,10 @@ def _activation(form: str, x: str, y: str) -> tuple[list[Any], dict[str, Array],
 
     if form == "relu":
         return [node("Relu", [x], [y])], {}, {}
+    if form == "tanh":
+        return [node("Tanh", [x], [y])], {}, {}
+    if form == "silu":
+        return [node("Sigmoid", [x], ["g"]), node("Mul", [x, "g"], [y])], {}, {}
     if form == "gelu_quick":
         nodes = [node("Mul", [x, "c"], ["s"]), node("Sigmoid", ["s"], ["g"]), node("Mul", [x, "g"], [y])]
         return nodes, numbers(c=1.702), {}
