@@ -452,7 +452,30 @@ def _exp32(x):
 
 @_jit()
 def _erfc32(x):
-    return np.float32(math.erfc(x))
+    """1 - erf(x) of a float32; at most 6 ulp from the true value, made for vectors like _exp32.
+
+    For a = |x|, erfc(a) = exp(-a ** 2) t p(t) with t = 1 / (1 + a / 2), as in Press et al., Numerical Recipes,
+    section 6.2; p is a polynomial fitted to it, within 4e-9. What a * a loses in rounding is made up for after exp.
+    """
+    a = abs(x)
+    a = np.float32(11.0) if a > np.float32(11.0) else a  # erfc is 0 there; a NaN is kept
+    square = a * a
+    lost = fma(a, a, -square)
+    t = np.float32(1.0) / fma(np.float32(0.5), a, np.float32(1.0))
+    p = np.float32(0.0355738988)
+    p = fma(p, t, np.float32(-0.189885916))
+    p = fma(p, t, np.float32(0.37843234))
+    p = fma(p, t, np.float32(-0.285112582))
+    p = fma(p, t, np.float32(-0.0262342674))
+    p = fma(p, t, np.float32(0.0381105448))
+    p = fma(p, t, np.float32(0.0537313576))
+    p = fma(p, t, np.float32(0.185915638))
+    p = fma(p, t, np.float32(0.245122665))
+    p = fma(p, t, np.float32(0.282258046))
+    p = fma(p, t, np.float32(0.282088278))
+    y = t * p * _exp32(-square)
+    y = fma(-lost, y, y)
+    return np.float32(2.0) - y if x < np.float32(0.0) else y
 
 
 exp = _by_dtype(_exp32, math.exp if not config.DISABLE_JIT else np.exp)

@@ -1,5 +1,6 @@
 """The kernels against their twins in reference.py, and the promises that they make about bits, NaN and threads."""
 
+import math
 import os
 import subprocess
 import sys
@@ -289,6 +290,28 @@ def exp_of(x):
 
     fill(x, out)
     return out
+
+
+@numba.njit(error_model="numpy")
+def erfc_of(x):
+    out = np.empty_like(x)
+    for i in range(x.size):
+        out[i] = kernels.erfc(x[i])
+    return out
+
+
+@pytest.mark.jit
+def test_erfc_over_a_dense_sweep():
+    x = np.arange(0, 2**32, 9973, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    x = np.concatenate([x[np.abs(x) < 12], np.linspace(-4, 10.5, 200_000).astype(np.float32)])
+    expected = np.array([math.erfc(number) for number in x.tolist()])
+    error = np.abs(erfc_of(x) - expected) / np.spacing(expected.astype(np.float32)).astype(np.float64)
+    assert error.max() <= 6
+
+
+def test_erfc_of_special_values():
+    x = np.array([0, -0.0, np.inf, -np.inf, np.nan, 20, -20], np.float32)
+    np.testing.assert_array_equal(erfc_of(x), np.float32([1, 1, 0, 2, np.nan, 0, 2]))
 
 
 def check_exp(bits):
