@@ -1057,7 +1057,8 @@ def warmup(dtype: Any = np.float32) -> None:
     """
     if config.DISABLE_JIT:
         return
-    C, V, T, H = 64, 4096, 2048, 2
+    C, V, H = 64, 4096, 2
+    T = 2 * GRAIN // C  # tokens of which the embedding, the lightest kernel, is worth two threads
 
     def zeros(*shape: int) -> Array:
         return np.zeros(shape, dtype)

@@ -430,6 +430,17 @@ def test_other_machines_compute_the_same_product(machine, features, tmp_path):
 # --------------------------------------------------------------------------------------- compiled code on disk
 
 
+@pytest.mark.jit
+def test_after_warmup_nothing_is_left_to_compile():
+    code = """
+        from gpt2np import kernels
+        kernels.warmup()
+        names = [part + end for part in ("_embed", "_layer_norm", "_linear", "_attend") for end in ("", "_range")]
+        print([name for name in names if not getattr(kernels, name).signatures])
+    """
+    assert in_a_new_process(code, NUMBA_NUM_THREADS="2") == "[]\n"
+
+
 def double(x):
     return x + x
 
