@@ -125,7 +125,8 @@ class InferenceSession:
         feeds = self._checked_feeds(input_feed)
         config = self.model.config
 
-        given_ids = next(feeds[p.name] for p in self._recognised.inputs if p.role == "input_ids")
+        given_ids = self._fed(feeds, "input_ids")
+        assert given_ids is not None
         ids = check_ids(given_ids, config)
         B, T = ids.shape
         cache = self._cache(feeds, B, T)
@@ -136,7 +137,7 @@ class InferenceSession:
         if self._literally is not None:
             from .onnx.evaluate import Evaluator
 
-            switch = next((feeds[p.name] for p in self._recognised.inputs if p.role == "use_cache_branch"), None)
+            switch = self._fed(feeds, "use_cache_branch")
             branch = "" if switch is None else "then" if switch.all() else "else"
             if branch not in self._graphs:
                 self._graphs[branch] = self._literally(branch)
@@ -146,7 +147,7 @@ class InferenceSession:
         roles = {outputs[name].role for name in wanted}
         tapped: dict[str, Array] = {}  # further outputs: hidden states of the layers, attention probabilities
         tap = (lambda n, v: tapped.update({n: np.array(v)} if n in roles else {})) if roles - USUAL_OUTPUTS else None
-        types = next((feeds[p.name] for p in self._recognised.inputs if p.role == "token_type_ids"), None)
+        types = self._fed(feeds, "token_type_ids")
         out = self.model(ids, cache, tap, bool(roles & LOGITS), attention_mask, position_ids, types)
 
         def value(port: Port) -> Array:
@@ -205,11 +206,16 @@ class InferenceSession:
             feeds[name] = array
         return feeds
 
+    def _fed(self, feeds: Mapping[str, Array], role: str, layer: int | None = None) -> Array | None:
+        """The input of this role, or None where the file has none."""
+        return next((feeds[p.name] for p in self._recognised.inputs if (p.role, p.layer) == (role, layer)), None)
+
     def _cache(self, feeds: Mapping[str, Array], B: int, T: int) -> KVCache:
         """A cache with room for the new positions, filled with the past that was fed."""
         config = self.model.config
         pasts = [port for port in self._recognised.inputs if port.role.startswith("past")]
-        if any(p.role == "use_cache_branch" and not feeds[p.name].all() for p in self._recognised.inputs):
+        switch = self._fed(feeds, "use_cache_branch")
+        if switch is not None and not switch.all():
             pasts = []  # the branch of a merged decoder that looks at no past
         held = feeds[pasts[0].name].shape[-2] if pasts else 0
         count = self._recognised.past_length(feeds, T) if pasts else None
@@ -244,12 +250,10 @@ class InferenceSession:
 
         In a beam search cache_indirection (B / W, W, M) says in which of the W beams of its group a past token lies.
         """
-        given = {
-            p.role: feeds[p.name] for p in self._recognised.inputs if p.role in ("beam_width", "cache_indirection")
-        }
-        if "cache_indirection" not in given:
+        table, width = self._fed(feeds, "cache_indirection"), self._fed(feeds, "beam_width")
+        if table is None:
             return None
-        table, W = given["cache_indirection"], int(given.get("beam_width", np.ones(1)).ravel()[0])
+        W = 1 if width is None else int(width.ravel()[0])
         fits = W > 0 and table.shape[:2] == (B // W, W) and B % W == 0 and table.shape[2] >= P
         if not fits or (table < 0).any() or (table >= W).any():
             raise InputError(f"cache_indirection {table.shape} does not name beams of {B} sequences, {W} to a group")
@@ -259,7 +263,8 @@ class InferenceSession:
     def _in_buffer(self, port: Port, present: Array, feeds: Mapping[str, Array], P: int) -> Array:
         """The buffer of the past with the new positions' keys or values written into it."""
         role, S = port.role.replace("present", "past"), present.shape[-2]
-        past = next(feeds[p.name] for p in self._recognised.inputs if (p.role, p.layer) == (role, port.layer))
+        past = self._fed(feeds, role, port.layer)
+        assert past is not None
         if past.shape[-2] < S:
             return present
         buffer = np.array(past)
@@ -272,11 +277,10 @@ class InferenceSession:
         """Rows of wpe, where they do not simply follow the cached ones."""
         if self._recognised.positions.startswith("mask") and mask is not None:
             return self._recognised.positions_from_mask(mask)[:, P:]
-        for port in self._recognised.inputs:
-            if port.role == "position_ids":
-                check_positions(feeds[port.name], self.model.config, B, T, P)
-                return feeds[port.name]
-        return None
+        given = self._fed(feeds, "position_ids")
+        if given is not None:
+            check_positions(given, self.model.config, B, T, P)
+        return given
 
 
 def given_mask(recognised: Recognised, feeds: Mapping[str, Array], B: int, T: int, S: int) -> Array | None:
