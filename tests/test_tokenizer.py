@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import SHARED
 from gpt2np import tokenizer as tok
 from gpt2np.errors import InputError, TokenizerError
 from toy_tokenizer import save_as_gpt2_files, train

@@ -14,12 +14,12 @@ from google.protobuf.message import DecodeError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from test_reader import external, model_of, same
 
 from gpt2np.errors import Gpt2npError, ModelFileError
 from gpt2np.onnx.reader import open_model
 from gpt2np.onnx.safetensors import read_checkpoint
 from gpt2np.onnx.writer import write_model
-from test_reader import external, model_of, same
 from tiny import tiny_config, tiny_sources
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from conftest import ROOT, SHARED
 
 import gpt2np
-from conftest import ROOT, SHARED
 from gpt2np.generate import generate
 
 FILES = sorted((SHARED / "fixtures").glob("*/model.onnx"))

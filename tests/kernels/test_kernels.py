@@ -371,7 +371,7 @@ def in_a_new_process(code, **environment):
     """Run code in a fresh interpreter and return what it prints."""
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), **environment},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support"), **environment},
         capture_output=True,
         text=True,
     )

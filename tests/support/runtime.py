@@ -12,7 +12,7 @@ import onnxruntime
 from gpt2np.onnx.recognise import LENGTHS, Port, Recognised
 
 Array = np.ndarray
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 
 
 def feeds_for(

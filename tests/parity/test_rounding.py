@@ -15,6 +15,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from test_session import merged_decoder
 
 from gpt2np.errors import UnsupportedModelError
 from gpt2np.onnx import integers, mlas
@@ -28,7 +29,6 @@ from gpt2np.parity.report import Report
 from gpt2np.parity.runners import Ours, Run
 from gpt2np.session import InferenceSession
 from runtime import DATA, Array, assert_close, feeds_for, runtime
-from test_session import merged_decoder
 from tiny import tiny_config, tiny_sources
 
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are the formulas for x86")
