@@ -22,7 +22,7 @@ from typing import Any
 from gpt2np.commands._terminal import print_table
 
 WAYS = {
-    "reader": "gpt2np.onnx.reader: open, read every initializer",
+    "reader": "gpt2np.onnx.read.reader: open, read every initializer",
     "recognise": "gpt2np.onnx: open, recognise, read every weight",
     "numpy": 'gpt2np.load(engine="numpy")',
     "numba": 'gpt2np.load(engine="numba"): packed for the kernels',
@@ -35,7 +35,7 @@ def loader(way: str, path: str) -> Callable[[], Any]:
     """Import what a way needs, and return what is to be measured."""
     if way in ("reader", "recognise"):
         from gpt2np.model import embedded_model_path
-        from gpt2np.onnx.reader import open_model
+        from gpt2np.onnx.read.reader import open_model
         from gpt2np.onnx.recognise import recognise
 
         recognise(open_model(embedded_model_path()))  # imports
@@ -88,7 +88,7 @@ def main() -> None:
         measure(arguments.measure, str(path))
         return
 
-    from gpt2np.onnx.reader import open_model
+    from gpt2np.onnx.read.reader import open_model
     from gpt2np.onnx.recognise import recognise
     from gpt2np.weights import weight_shapes
 

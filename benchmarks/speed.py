@@ -87,7 +87,7 @@ def onnxruntime_zoo_party(file: str) -> dict[str, Callable[..., Any]]:
 
     session = onnxruntime_session(file)
     name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
-    from gpt2np.onnx.reader import open_model
+    from gpt2np.onnx.read.reader import open_model
     from gpt2np.onnx.recognise import recognise
 
     wte = recognise(open_model(file)).sources["wte.weight"].load()
@@ -247,7 +247,8 @@ def peak(file: str) -> None:
 
     import gpt2np
     from gpt2np import kernels  # noqa: F401
-    from gpt2np.onnx import reader, recognise  # noqa: F401
+    from gpt2np.onnx import recognise  # noqa: F401
+    from gpt2np.onnx.read import reader  # noqa: F401
 
     before = memory("VmRSS")
     model = gpt2np.load(file)
@@ -402,7 +403,7 @@ def measure_first_answer(files: dict[str, Path], torch: str | None, rounds: int)
 def measure_memory(files: dict[str, Path], torch: str | None, rounds: int) -> dict[str, Any]:
     for _ in range(2):  # the first time, kernels may have to be compiled
         result: dict[str, Any] = json.loads(fresh(__file__, "--peak", "--file", files["zoo"])[0])
-    from gpt2np.onnx.reader import open_model
+    from gpt2np.onnx.read.reader import open_model
     from gpt2np.onnx.recognise import recognise
     from gpt2np.weights import weight_shapes
 

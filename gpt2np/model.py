@@ -409,7 +409,7 @@ def load(path: str | Path | None = None, engine: str = "numba", dtype: str = "fl
     if not place.exists():
         raise ModelFileError(f"{place}: no such file or folder")
 
-    from .onnx.reader import open_model
+    from .onnx.read.reader import open_model
     from .onnx.recognise import recognise
 
     file = open_model(place)

@@ -84,7 +84,7 @@ class InferenceSession:
         emulate_rounding: Literally = False,
     ) -> None:
         from .onnx.graph import Graph
-        from .onnx.reader import open_model
+        from .onnx.read.reader import open_model
         from .onnx.recognise import recognise
 
         file = open_model(path)

@@ -10,7 +10,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from gpt2np.errors import ContextOverflowError, InputError, TokenRangeError
-from gpt2np.onnx.reader import open_model
+from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
 from gpt2np.onnx.writer import write_model
 from gpt2np.session import InferenceSession

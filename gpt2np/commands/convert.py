@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from ..errors import InputError, UnsupportedModelError
+from ..onnx.read.datasets import save_set
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -108,12 +109,12 @@ def check_output(output: Path) -> None:
 
 def open_source(source: Path) -> tuple[GPT2Config, Mapping[str, WeightSource], Path]:
     """Configuration, weights and folder of a model in any format."""
-    from ..onnx.safetensors import read_checkpoint
+    from ..convert.huggingface import read_checkpoint
 
     names = {p.suffix for p in source.iterdir()} if source.is_dir() else {source.suffix}
     if ".onnx" not in names and (source.is_dir() or names & {".safetensors", ".json"}):
         return (*read_checkpoint(source), source if source.is_dir() else source.parent)
-    from ..onnx.reader import open_model
+    from ..onnx.read.reader import open_model
     from ..onnx.recognise import recognise
 
     file = open_model(source)
@@ -309,13 +310,3 @@ def block_weights(config: GPT2Config, i: int, read: Callable[[str], Array]) -> B
         layer_norm("ln_2"),
         MLP(linear("mlp.c_fc"), linear("mlp.c_proj"), config.layer_activation(i)),
     )
-
-
-def save_set(folder: Path, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-    """Write one test_data_set in the zoo's layout."""
-    from onnx import numpy_helper
-
-    folder.mkdir()
-    for kind, arrays in (("input", inputs), ("output", outputs)):
-        for i, (name, array) in enumerate(arrays.items()):
-            (folder / f"{kind}_{i}.pb").write_bytes(numpy_helper.from_array(array, name).SerializeToString())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from ..onnx.reader import ModelFile
+    from ..onnx.read.reader import ModelFile
     from ..onnx.recognise import Port, Recognised
     from ..onnx.sources import Source
 
@@ -21,7 +21,7 @@ def info(
 ) -> None:
     """Explain a model file: configuration, inputs and outputs, and the source of every weight."""
     from ..model import embedded_model_path
-    from ..onnx.reader import open_model
+    from ..onnx.read.reader import open_model
     from ..onnx.recognise import recognise
     from ._terminal import print_json
 

@@ -1,1 +1,1 @@
-"""ONNX files: `reader` (file -> tensors), `recognise` (which tensor is which weight), `writer` (weights -> file)."""
+"""ONNX files: `read` (file -> tensors), `recognise` (which tensor is which weight), `writer` (weights -> file)."""

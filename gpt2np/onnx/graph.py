@@ -12,8 +12,9 @@ import numpy as np
 
 from ..errors import UnsupportedModelError
 from . import dequantize, expand
-from .reader import ModelFile, Tensor
-from .sparse import sparse_tensor
+from .read.reader import ModelFile
+from .read.sparse import sparse_tensor
+from .read.tensors import Tensor
 
 if TYPE_CHECKING:
     import onnx

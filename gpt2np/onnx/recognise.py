@@ -29,7 +29,7 @@ from .graph import VIEWS, Graph, search_decoder
 from .masks import Mask, mask_shapes, read_mask
 from .patterns import AttentionCore, LayerNorm, Linear, Lookup
 from .probe import Probe, declared_shape, element_type, unknown
-from .reader import ModelFile
+from .read.reader import ModelFile
 from .sources import Source, joined, ones, zeros
 from .structure import Branch, Roles
 

@@ -11,7 +11,7 @@ from ..errors import WeightError
 from .dequantize import UNPACK
 from .evaluate import Evaluator, is_float
 from .graph import Graph
-from .reader import Tensor, empty_aligned
+from .read.tensors import Tensor, empty_aligned
 
 Array = np.ndarray
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..config import GPT2Config
 from ..weights import Array, weight_shapes
-from .reader import empty_aligned
+from .read.tensors import empty_aligned
 
 BLOCK = 1 << 16  # weights drawn at once
 # L, H, C of OpenAI's four models; all have N = 1024, V = 50257, D = 64.

@@ -23,7 +23,7 @@ from .. import __version__
 from ..config import GPT2Config
 from ..errors import InputError, UnsupportedModelError, WeightError
 from ..weights import Array, WeightSource, weight_shapes
-from .reader import encode_varint
+from .read.wire import encode_varint
 
 if TYPE_CHECKING:
     import onnx

@@ -12,8 +12,8 @@ import numpy as np
 
 from ..errors import ComparisonError, Gpt2npError, InputError
 from ..onnx.found import LENGTHS
+from ..onnx.read.datasets import DataSet
 from ..weights import Array
-from .data import DataSet
 from .metrics import Budget, Metrics, TopK, measure, top_k
 from .runners import Model, Recorded, Runner
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ComparisonError, Gpt2npError, InputError, TokenizerError, TraceError
+from ..onnx.read.datasets import expand, find_sets, load_set
 from ..weights import Array
 from . import trace as traces
 from .arbiter import TapRow, compare_taps, first_divergence
@@ -27,7 +28,6 @@ from .compare import (
     run_case,
     versions,
 )
-from .data import expand, find_sets, load_set
 from .diagnose import Diagnosis, from_recorded, from_taps, misplaced, nonfinite, unplaced
 from .metrics import PRESETS, Budget, measure
 from .operations import Call, split_tap, tap_inputs, tap_names, tap_shape
@@ -135,7 +135,7 @@ def runner_of(model: Model, text: str, engine: str) -> Runner:
 
 def gather_cases(model: Model, data: Sequence[Path], prompts: Sequence[str], count: int, seed: int) -> list[Case]:
     """The inputs to compare on: data sets (by default those beside the model), prompts, random tokens."""
-    from ..onnx.reader import open_model
+    from ..onnx.read.reader import open_model
 
     folders = expand(data) if data else [] if prompts or count else find_sets(model.path)
     proto = open_model(model.path).proto
@@ -361,7 +361,7 @@ def explain(
 
 def spare_weights(model: Model) -> dict[str, Array]:
     """Floating-point initializers that the graph does not use."""
-    from ..onnx.reader import open_model
+    from ..onnx.read.reader import open_model
 
     names = [name for name, why in model.recognised.ignored if why == "left over"]
     file = open_model(model.path)
@@ -468,7 +468,7 @@ def record(
     """One call of a party as a trace, with those taps that match a pattern."""
     import os
 
-    from ..onnx.reader import open_model
+    from ..onnx.read.reader import open_model
 
     names = [t for t in model.taps() if any(fnmatchcase(t, pattern) for pattern in taps)]
     if not names:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnsupportedModelError
+from ..onnx.read.datasets import save_set
 from ..weights import Array
-from .data import save_set
 from .operations import Call, Program, split_tap, tap_inputs
 
 OPSET = 17  # the first with LayerNormalization

@@ -32,7 +32,7 @@ VARIANTS: dict[Literally, str] = {
 
 def rounds(model: Model) -> tuple[str, list[Literally]]:
     """How the file rounds on the way, in words ("" for a float32 file), and the ways to imitate it."""
-    from ..onnx.reader import open_model
+    from ..onnx.read.reader import open_model
 
     file = open_model(model.path)
     kinds = {t.dtype.name for t in file.tensors.values()}
@@ -60,7 +60,7 @@ class Rounding:
     @classmethod
     def measure(cls, model: Model, cases: Sequence[Case], budgets: Budgets, report: Report) -> Rounding | None:
         """Widen the budget by what the rounding changes, ours with it against ours without; None if nothing rounds."""
-        from ..onnx.reader import open_model
+        from ..onnx.read.reader import open_model
         from ..session import InferenceSession
 
         words, ways = rounds(model)

@@ -16,8 +16,8 @@ import numpy as np
 
 from ..config import GPT2Config
 from ..errors import ComparisonError, Gpt2npError, InputError, TraceError, UnsupportedModelError
+from ..onnx.read.datasets import DataSet
 from ..weights import Array
-from .data import DataSet
 from .operations import Call, Program, tap_names, tap_shape
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Model:
     @cached_property
     def found(self) -> Recognised | None:
         """The recognised GPT-2, or None (then `problem` says why)."""
-        from ..onnx.reader import open_model
+        from ..onnx.read.reader import open_model
         from ..onnx.recognise import recognise
 
         file = open_model(self.path)
@@ -346,7 +346,7 @@ class OnnxRef:
 
 def output_names(model: Model) -> list[str]:
     """The file's declared outputs."""
-    from ..onnx.reader import open_model
+    from ..onnx.read.reader import open_model
 
     return [o.name for o in open_model(model.path).proto.graph.output]
 

@@ -67,7 +67,7 @@ def verify(
     ModelFileError, UnsupportedModelError, WeightError
         If the file cannot be read, or is no GPT-2 at all.
     """
-    from ..onnx.reader import open_model
+    from ..onnx.read.reader import open_model
     from ..parity.runners import Model, Ours
 
     model = Model(open_model(path).path)
@@ -199,7 +199,7 @@ def fingerprint(weight: Array) -> dict[str, Any]:
 
 def check_against(recognised: Recognised, checkpoint: Path) -> Iterator[Check]:
     """Every weight, bit by bit, against a verified checkpoint."""
-    from ..onnx.safetensors import read_checkpoint
+    from ..convert.huggingface import read_checkpoint
 
     config, sources = read_checkpoint(checkpoint)
     what = "bit by bit"
@@ -333,8 +333,8 @@ def _greedy_text(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
 
 def check_runs(model: Model, ours: Ours) -> Iterator[Check]:
     """The data sets beside the file, or random tokens where there are none, against ONNX Runtime too."""
+    from ..onnx.read.datasets import find_sets, load_set
     from ..parity.compare import cases_from_data, random_cases, run_case
-    from ..parity.data import find_sets, load_set
     from ..parity.runners import Ort, output_names
 
     inputs = [port.name for port in model.recognised.inputs]

@@ -20,10 +20,10 @@ from onnx import numpy_helper
 
 from gpt2np.commands.convert import choose, convert, open_source, parse_size, samples, write_folder
 from gpt2np.commands.synth import parse_config, synth
+from gpt2np.convert.huggingface import read_checkpoint
 from gpt2np.errors import Gpt2npError, InputError, ModelFileError, UnsupportedModelError, WeightError
-from gpt2np.onnx.reader import open_model
+from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
-from gpt2np.onnx.safetensors import read_checkpoint
 from gpt2np.onnx.synthetic import make_config, random_weights
 from gpt2np.onnx.writer import write_model
 from tiny import tiny_config, tiny_sources

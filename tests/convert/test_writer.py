@@ -16,7 +16,7 @@ import pytest
 from gpt2np.commands.convert import Sample, run_textbook
 from gpt2np.config import GPT2Config
 from gpt2np.errors import InputError, UnsupportedModelError, WeightError
-from gpt2np.onnx.reader import open_model
+from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
 from gpt2np.onnx.synthetic import make_config, random_weights
 from gpt2np.onnx.writer import MAX_SINGLE_FILE, build_graph, graph_nbytes, write_model

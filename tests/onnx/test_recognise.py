@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from gpt2np.config import GPT2Config
 from gpt2np.errors import Gpt2npError, UnsupportedModelError, WeightError
 from gpt2np.model import GPT2
-from gpt2np.onnx.reader import open_model
+from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import Recognised, recognise
 from gpt2np.onnx.writer import write_model
 from runtime import DATA, feeds_for, runtime

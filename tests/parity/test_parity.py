@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from gpt2np.cli import app
 from gpt2np.errors import ComparisonError, InputError, TraceError
+from gpt2np.onnx.read.datasets import expand, find_sets, load_set, save_set
 from gpt2np.parity import trace
-from gpt2np.parity.data import expand, find_sets, load_set, save_set
 from gpt2np.parity.debugger import Options, diff, gather_cases, parity, record
 from gpt2np.parity.operations import Program, tap_inputs, tap_names
 from gpt2np.parity.report import lines_of

@@ -290,7 +290,7 @@ def test_a_crash_is_never_taken_for_a_failed_comparison(
 def test_the_repro_of_a_mask_that_replaces_scores(mini: Path, tmp_path: Path) -> None:
     import onnxruntime as ort
 
-    from gpt2np.parity.data import load_set
+    from gpt2np.onnx.read.datasets import load_set
     from gpt2np.parity.operations import Call, Program
     from gpt2np.parity.repro import dump
 

@@ -21,7 +21,7 @@ from gpt2np.errors import UnsupportedModelError
 from gpt2np.onnx import integers, mlas
 from gpt2np.onnx.evaluate import Evaluator
 from gpt2np.onnx.graph import Graph
-from gpt2np.onnx.reader import open_model
+from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.sources import constant_source
 from gpt2np.onnx.writer import write_model
 from gpt2np.parity import debugger

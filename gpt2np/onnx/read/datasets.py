@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ComparisonError, ModelFileError
-from ..weights import Array
+from ...errors import ComparisonError, ModelFileError
+from ...weights import Array
 
 
 class DataSet(NamedTuple):
@@ -85,7 +85,7 @@ def _load(folder: Path, kind: str, declared: Sequence[str]) -> dict[str, Array]:
     return arrays
 
 
-def save_set(folder: Path, inputs: dict[str, Array], outputs: dict[str, Array]) -> None:
+def save_set(folder: Path, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
     """Write one set; files count from 0 in the order of the dictionaries."""
     from onnx import numpy_helper
 

@@ -21,7 +21,7 @@ import json, sys
 from pathlib import Path
 import onnx
 import gpt2np.onnx.synthetic
-from gpt2np.onnx.reader import open_model
+from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
 
 def held(key):

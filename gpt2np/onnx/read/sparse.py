@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import ModelFileError
-from .reader import ModelFile, Tensor, empty_aligned
+from ...errors import ModelFileError
+from .reader import ModelFile
+from .tensors import Tensor, empty_aligned
 
 if TYPE_CHECKING:
     import onnx

@@ -17,8 +17,9 @@ import numpy as np
 
 from ..config import Activation, GPT2Config
 from ..errors import ModelFileError, UnsupportedModelError, WeightError
+from ..files import File
+from ..onnx.read.tensors import Tensor
 from ..weights import Array, WeightSource, weight_shapes
-from .reader import File, Tensor
 
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 # Types that a weight may have. ml_dtypes' bfloat16 is float32 without its lower half.

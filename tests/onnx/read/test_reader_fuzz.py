@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from test_reader import external, model_of, same
 
+from gpt2np.convert.huggingface import read_checkpoint
 from gpt2np.errors import Gpt2npError, ModelFileError
-from gpt2np.onnx.reader import open_model
-from gpt2np.onnx.safetensors import read_checkpoint
+from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.writer import write_model
 from tiny import tiny_config, tiny_sources
 

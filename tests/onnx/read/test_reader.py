@@ -14,7 +14,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from gpt2np.errors import ModelFileError
-from gpt2np.onnx.reader import ModelFile, bytes_field, encode_varint, open_model
+from gpt2np.onnx.read.reader import ModelFile, open_model
+from gpt2np.onnx.read.wire import bytes_field, encode_varint
 
 INTEGERS = ["UINT2", "INT2", "UINT4", "INT4", "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "UINT64", "INT64"]
 FLOATS = ["FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ"]

@@ -1,0 +1,298 @@
+"""Read an ONNX file: its structure now, each tensor's bytes later, straight into one aligned array.
+
+`onnx.load` copies every payload into protobuf messages first, and so needs twice the weights' memory. Here
+the file is walked on the level of protobuf's wire format (https://protobuf.dev/programming-guides/encoding):
+what is small is copied into a skeleton that protobuf parses; of a large tensor's payload only the place is
+noted. Everything that a file claims (lengths, dims, types, offsets, other files) is checked before memory is
+asked for, because model files come from strangers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+import numpy as np
+
+from ...errors import ModelFileError
+from ...files import File
+from .tensors import Tensor
+from .wire import PAYLOADS, VARINT, Walker
+
+if TYPE_CHECKING:
+    import onnx
+
+# Types of which several elements share a byte, lowest bits first.
+_BITS = {"UINT2": 2, "INT2": 2, "UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
+
+
+@dataclass
+class ModelFile:
+    """An ONNX file whose structure has been read and checked; its tensors are read on demand.
+
+    `proto` is the model without the payloads of large tensors: a TensorProto in it may lack its data, so pass
+    it to `tensor` instead of onnx.numpy_helper.
+    """
+
+    path: Path
+    proto: onnx.ModelProto
+    files: tuple[Path, ...]  # the file itself, then those with external data
+    nbytes: int  # of all files together
+    _file: File
+    _marker: str
+    _payloads: list[dict[int, list[tuple[int, int]]]]
+    _external: dict[str, File]
+    # Every initializer by name, then large values of Constant nodes under the name of their output. Bodies of
+    # If and Loop come after the main graph; where two of them use one name, `tensor` tells them apart.
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of model.onnx itself, in hexadecimal."""
+        with self._file.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def tensor(self, proto: onnx.TensorProto, name: str = "") -> Tensor:
+        """The tensor of any TensorProto of `proto`, checked: initializer, node attribute, or inside a body.
+
+        Raises
+        ------
+        ModelFileError
+            If its type, dims, payload or external file contradict each other.
+        """
+        fields = {descriptor.number: value for descriptor, value in proto.ListFields()}  # those that are set
+        name = name or proto.name
+        try:
+            kind = _element_type(proto.data_type)
+        except (KeyError, ValueError):
+            raise ModelFileError(f"tensor {name!r} has the unknown element type {proto.data_type}") from None
+        shape = _shape(fields.get(1, ()), name)
+        count = math.prod(shape)
+        dtype, bits = kind.dtype, kind.bits
+        nbytes = (count * (bits or 8 * dtype.itemsize) + 7) // 8
+        if dtype.kind == "O":
+            return Tensor(name, dtype, shape, 0, "string_data")
+
+        def wrong(what: str) -> NoReturn:
+            raise ModelFileError(f"{self.path}: tensor {name!r}, {kind.name} {list(shape)}: {what}")
+
+        marks = [entry.value for entry in fields.get(13, ()) if entry.key == self._marker]
+        if len(marks) > 1:
+            wrong("it is given twice")
+        payload = self._payloads[int(marks[0])] if marks else {}
+        stripped = {n: tuple(p) for n, p in payload.items() if sum(length for _, length in p)}
+        inline = [n for n, value in fields.items() if n in PAYLOADS and len(value)]
+        if len(stripped) + len(inline) > 1 or 3 in fields:  # 3: segment
+            wrong("its values are given in more than one place")
+
+        if proto.data_location == proto.EXTERNAL:
+            if stripped or inline:
+                wrong("its values are given both here and in another file")
+            file, offset, origin = self._locate(proto, nbytes, wrong)
+            return Tensor(name, dtype, shape, nbytes, origin, bits, False, file, ((offset, nbytes),))
+        if not stripped and not inline:
+            if count:
+                wrong("it has no values")
+            return Tensor(name, dtype, shape, 0, "raw_data")
+
+        number = inline[0] if inline else next(iter(stripped))
+        origin, wire = PAYLOADS[number]
+        if origin not in ("raw_data", kind.field):
+            wrong(f"its values are in {origin}, not in {kind.field}")
+        entries = nbytes if bits in (2, 4) else count * (2 if dtype.kind == "c" else 1)
+        if inline:
+            values = np.frombuffer(fields[9], np.uint8) if origin == "raw_data" else np.array(fields[number])
+            needed = nbytes if origin == "raw_data" else entries
+            if len(values) != needed:
+                wrong(f"its {origin} holds {len(values)} values, not {needed}")
+            return Tensor(name, dtype, shape, nbytes, origin, bits, _inline=values)
+        pieces = stripped[number]
+        if origin == "raw_data":
+            pieces = pieces[-1:]  # of a field that is not repeated, the last one counts
+        given = sum(length for _, length in pieces)
+        # a varint takes 1 to 10 bytes; `load` counts them
+        if not (entries <= given <= 10 * entries if wire == VARINT else given == nbytes):
+            wrong(f"its {origin} holds {given} bytes, not {entries if wire == VARINT else nbytes}")
+        return Tensor(name, dtype, shape, nbytes, origin, bits, wire == VARINT, self._file, pieces)
+
+    def _locate(self, proto: onnx.TensorProto, nbytes: int, wrong: Callable[[str], NoReturn]) -> tuple[File, int, str]:
+        """The file with a tensor's external data, and the offset, both checked."""
+        entries = {entry.key: entry.value for entry in proto.external_data}
+        _check_text(self.path, *entries.values())
+        location = entries.get("location", "")
+        if not location:
+            wrong("its external data has no location")
+        numbers = {}
+        for key in ("offset", "length"):
+            text = entries.get(key, "")
+            if text and not (text.isascii() and text.isdecimal() and len(text) < 19):
+                wrong(f"its external data's {key} {text[:40]!r} is not a size")
+            numbers[key] = int(text) if text else None
+        offset, length = numbers["offset"] or 0, numbers["length"]
+        if length not in (None, nbytes):
+            wrong(f"its external data's length is {length} bytes, not {nbytes}")
+        if location not in self._external:
+            for parts in (PurePosixPath(location), PureWindowsPath(location)):
+                if parts.anchor or ".." in parts.parts:
+                    wrong(f"its external data {location!r} lies outside of the model's folder")
+            try:
+                real = (self.path.parent / location).resolve(strict=True)
+            except (OSError, RuntimeError, ValueError) as error:
+                wrong(f"its external data {location!r} cannot be read: {getattr(error, 'strerror', '') or error}")
+            # Download caches hold a folder of links to files in one other folder: then that is the model's too.
+            homes = {self.path.parent.resolve(), self.path.resolve().parent}
+            if not any(real.is_relative_to(home) for home in homes):
+                wrong(f"its external data {location!r} is a link to outside of the model's folder")
+            self._external[location] = File(real)
+        file = self._external[location]
+        if offset + nbytes > file.size:
+            wrong(f"{location!r} has only {file.size} of the {nbytes} bytes from byte {offset} that it needs")
+        return file, offset, f"external {location}@{offset}"
+
+
+class _ElementType(NamedTuple):
+    """One of onnx.TensorProto.DataType."""
+
+    name: str
+    dtype: np.dtype[Any]
+    bits: int  # of an element in a packed stream, or 0
+    field: str  # of TensorProto, that holds values of this type when raw_data does not
+
+
+@cache
+def _element_type(data_type: int) -> _ElementType:
+    from onnx import TensorProto, helper
+
+    name = TensorProto.DataType.Name(data_type)
+    dtype = helper.tensor_dtype_to_np_dtype(data_type)
+    return _ElementType(name, dtype, _BITS.get(name, 0), helper.tensor_dtype_to_field(data_type))
+
+
+def _shape(dims: Sequence[int], name: str) -> tuple[int, ...]:
+    """Dims, if NumPy could have them."""
+    shape = tuple(dims)
+    if len(shape) > 32:
+        raise ModelFileError(f"tensor {name!r} has {len(shape)} dims")
+    if any(d < 0 for d in shape) or math.prod(max(d, 1) for d in shape) > 1 << 58:
+        raise ModelFileError(f"tensor {name!r} has the impossible shape {shape}")
+    return shape
+
+
+def open_model(path: str | os.PathLike[str]) -> ModelFile:
+    """Read and check the structure of an ONNX file; payloads stay in the file until `Tensor.load`.
+
+    Parameters
+    ----------
+    path : str or path
+        An ONNX file, or a folder that holds model.onnx or just one other *.onnx file.
+
+    Raises
+    ------
+    ModelFileError
+        If there is no such file; if it is truncated, malformed or no ONNX at all; if a tensor's type, dims
+        and payload contradict each other; if external data is missing, too short, or outside of the model's
+        folder.
+    """
+    path = _find(Path(path))
+    file = File(path)
+    marker = "gpt2np." + secrets.token_hex(8)  # so that no file can hold it
+    with file.open() as opened:
+        _check_magic(path, opened.read(256))
+        walker = Walker(file, opened, marker)
+        skeleton = walker.strip(0, file.size, "model", "model")
+    proto = _parse(path, skeleton)
+    model = ModelFile(path, proto, (), 0, file, marker, walker.payloads, {})
+    _check_text(path, proto.producer_name, proto.producer_version, *(opset.domain for opset in proto.opset_import))
+    _collect(model, proto.graph, model.tensors)
+    model.files = (path, *dict.fromkeys(f.path for f in model._external.values()))
+    model.nbytes = file.size + sum({f.path: f.size for f in model._external.values()}.values())
+    return model
+
+
+def _find(path: Path) -> Path:
+    """The ONNX file that a path means."""
+    try:
+        if not path.is_dir():
+            return path
+        if (path / "model.onnx").exists():
+            return path / "model.onnx"
+        found = sorted(path.glob("*.onnx"))
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        raise ModelFileError(f"cannot read {str(path)!r}: {error}") from None
+    if len(found) != 1:
+        names = ", ".join(f.name for f in found) or "nothing else that ends in .onnx"
+        raise ModelFileError(f"{path} has no model.onnx (but {names}); name the file that is meant")
+    return found[0]
+
+
+def _check_magic(path: Path, head: bytes) -> None:
+    """Give files that often end up under the name model.onnx an answer of their own."""
+    text = head.lstrip(b"\xef\xbb\xbf \r\n\t").lower()
+    if not head:
+        what = "is empty"
+    elif text.startswith(b"version https://git-lfs"):
+        what = "is a Git LFS pointer, not the model: run `git lfs pull`, or download the file behind it"
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        what = "is a web page, not a model: the download went to a page about the file or an error page"
+    elif head.startswith((b"\x1f\x8b", b"PK\x03\x04", b"\xfd7zXZ", b"BZh")):
+        what = "is an archive (or a PyTorch checkpoint): unpack it, and give the model.onnx inside"
+    elif head[8:10] == b'{"':
+        what = "is a safetensors file: `gpt2np convert` makes a model.onnx of it"
+    elif head[4:8] == b"ORTM":
+        what = "is in ONNX Runtime's own format (.ort): give the model.onnx that it was made of"
+    elif text.startswith((b'{"', b"{\n", b"{ ")):
+        what = "is JSON, not ONNX"
+    else:
+        return
+    raise ModelFileError(f"{path} {what}")
+
+
+def _parse(path: Path, skeleton: bytes) -> onnx.ModelProto:
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from onnx import ModelProto
+
+    try:
+        proto: onnx.ModelProto = ModelProto.FromString(skeleton)
+    except DecodeError as error:
+        raise ModelFileError(f"{path} is not a sound ONNX file: {error}") from None
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise ModelFileError(f"{path} is not an ONNX model: no graph with nodes was found in it")
+    return proto
+
+
+def _collect(model: ModelFile, graph: onnx.GraphProto, tensors: dict[str, Tensor]) -> None:
+    """Check the tensors and names of a graph and the graphs inside it, and list the tensors by name."""
+    own: set[str] = set()
+    for proto in graph.initializer:
+        _check_text(model.path, proto.name)
+        if not proto.name or proto.name in own:
+            raise ModelFileError(f"{model.path}: initializer {proto.name!r} is nameless or given twice")
+        own.add(proto.name)
+        tensors.setdefault(proto.name, model.tensor(proto))
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        _check_text(model.path, value.name, *(dim.dim_param for dim in value.type.tensor_type.shape.dim))
+    for node in graph.node:
+        _check_text(model.path, node.name, node.op_type, node.domain, *node.input, *node.output)
+        _check_text(model.path, *(attribute.name for attribute in node.attribute))
+        for attribute in node.attribute:
+            large = any(entry.key == model._marker for entry in attribute.t.external_data)
+            if large and attribute.name == "value" and node.op_type == "Constant" and node.output:
+                tensors.setdefault(node.output[0], model.tensor(attribute.t, node.output[0]))
+            if attribute.HasField("g"):
+                _collect(model, attribute.g, tensors)
+            for body in attribute.graphs:
+                _collect(model, body, tensors)
+
+
+def _check_text(path: Path, *names: object) -> None:
+    """Raise unless all names are strings: protobuf hands out bytes for what is not UTF-8."""
+    for name in names:
+        if not isinstance(name, str):
+            raise ModelFileError(f"{path} is not a sound ONNX file: the name {name!r} in it is not UTF-8")
