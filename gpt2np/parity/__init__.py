@@ -5,8 +5,7 @@ metrics.py      how far two arrays are apart, and whether that is within a budge
 operations.py   the forward pass as a list of operations, each under its tap name, in any float dtype
 runners.py      the parties: ours, ONNX Runtime, onnx.reference, recorded data, traces, a user's function
 arbiter.py      two parties tap by tap: total, local and inherited error, and who is closer to float64
-probes.py       "did you mean": the usual mistakes, ranked by how much of an error each explains
-diagnose.py     from failing recorded data back to the operation and the cause
+explain/        the cause of a difference: the usual mistakes, ranked by how much of an error each explains
 checks.py       cache, batch, causality, determinism, finiteness: checks that need no reference
 trace.py        golden traces: taps and outputs in one .npz with a manifest
 repro.py        one divergent operation as a model of its own

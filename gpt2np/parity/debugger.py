@@ -28,7 +28,7 @@ from .compare import (
     run_case,
     versions,
 )
-from .diagnose import Diagnosis, from_recorded, from_taps, misplaced, nonfinite, unplaced
+from .explain.diagnose import Diagnosis, from_recorded, from_taps, misplaced, nonfinite, unplaced
 from .metrics import PRESETS, Budget, measure
 from .operations import Call, split_tap, tap_inputs, tap_names, tap_shape
 from .report import Check, Line, Report, columns, number, wrap

@@ -19,12 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from ..weights import Array
-from .arbiter import F32, F64, LOCAL_FACTOR, TapRow
-from .compare import Comparison
-from .metrics import difference, measure
-from .operations import Call, Program, split_tap, tap_inputs, tap_names
-from .probes import Guess, Problem, rank, tap_of_element
+from ...weights import Array
+from ..arbiter import F32, F64, LOCAL_FACTOR, TapRow
+from ..compare import Comparison
+from ..metrics import difference, measure
+from ..operations import Call, Program, split_tap, tap_inputs, tap_names
+from .problem import Guess, Problem
+from .rank import rank
+from .solve import tap_of_element
 
 
 @dataclass
