@@ -5,8 +5,11 @@ Importing this package loads neither numba, onnx nor onnxruntime; each comes in 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .optional import needs
 
 __version__ = "0.1.0"
 
@@ -23,7 +26,7 @@ _PUBLIC = {
     "get_num_threads": "kernels",
     "Gpt2npError": "errors",
 }
-_MODULES = ("errors", "generate", "kernels", "parity", "reference", "sampling", "testing", "tokenizer", "zoo")
+_MODULES = ("bpe", "errors", "generate", "kernels", "parity", "reference", "sampling", "testing", "tokenizer", "zoo")
 
 if TYPE_CHECKING:
     from .cache import KVCache as KVCache
@@ -41,11 +44,17 @@ __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
-    if name in _MODULES:
-        return import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _PUBLIC and name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _PUBLIC.get(name, name)
+    # `from . import kernels` of any module comes through here, too
+    with (
+        needs("numba", "the compiled engine", 'or use engine="numpy", the textbook')
+        if module == "kernels"
+        else nullcontext()
+    ):
+        found = import_module(f".{module}", __name__)
+    return getattr(found, name) if name in _PUBLIC else found
 
 
 def __dir__() -> list[str]:

@@ -43,3 +43,7 @@ class TraceError(Gpt2npError):
 
 class DownloadError(Gpt2npError):
     """A file could not be fetched, or what arrived is not the file that was asked for."""
+
+
+class MissingPackageError(Gpt2npError):
+    """What was asked for needs a package that is not installed; the message names it and what does without."""

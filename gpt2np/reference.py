@@ -192,3 +192,22 @@ def logits(hidden: Array, lm_head: Array, lm_head_bias: Array, tap: Tap = no_tap
         scores = scores + lm_head_bias
     tap("logits", scores)
     return scores
+
+
+def greedy(input_ids: Array, w: GPT2Weights, steps: int) -> Array:
+    """Add the most probable next token, `steps` times: ids (B, T) -> (B, T + steps).
+
+    Only the new token runs through the model: the caches keep what the later ones need of those before.
+    """
+    B, T = input_ids.shape
+    caches = [
+        np.empty((2, B, h.attn.n_head, T + steps, len(h.attn.c_proj.weight) // h.attn.n_head), w.wte.dtype) for h in w.h
+    ]
+    ids, start = input_ids, 0
+    for _ in range(steps):
+        positions = np.arange(start, ids.shape[1])[None].repeat(B, axis=0)
+        hidden = transformer(ids[:, start:], positions, w, caches, start)
+        start = ids.shape[1]
+        best = logits(hidden[:, -1:], w.lm_head, w.lm_head_bias).argmax(axis=-1)  # (B, 1)
+        ids = np.concatenate([ids, best], axis=1)
+    return ids

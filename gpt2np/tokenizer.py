@@ -1,17 +1,19 @@
 """GPT-2's byte-level BPE: find it, load it, and turn tokens back into text one at a time.
 
-The merging itself is the `tokenizers` library's. Sennrich et al. 2016, "Neural Machine Translation of Rare
-Words with Subword Units"; Radford et al. 2019, section 2.2, for its byte-level form.
+The merging itself is the `tokenizers` library's, or `bpe.py`'s where that is not installed.
 """
 
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
+from .bpe import BPE, bytes_to_unicode
 from .errors import InputError, TokenizerError, TokenRangeError
 
 if TYPE_CHECKING:
@@ -48,17 +50,12 @@ def load(path: str | Path) -> tokenizers.Tokenizer:
     TokenizerError
         If nothing of the kind is there, or a file cannot be read.
     """
-    import tokenizers
-
     found = locate(path)
     if found is None:
         problem = "has no tokenizer in it" if Path(path).is_dir() else "is not a tokenizer.json or a folder with one"
         raise TokenizerError(f"{path} {problem}; {HOW_TO_GET_ONE}")
     try:
-        if len(found) == 1:
-            tokenizer = tokenizers.Tokenizer.from_file(str(found[0]))
-        else:
-            tokenizer = _from_vocabulary(*found)
+        tokenizer = _from_files(found)
     except Exception as error:  # the library raises bare Exceptions
         raise TokenizerError(f"cannot read {' and '.join(map(str, found))}: {error}") from error
     # A tokenizer.json may carry the limits of somebody's training run; they would cut texts in silence.
@@ -87,6 +84,14 @@ def find_beside(model_path: str | Path) -> tokenizers.Tokenizer | None:
     return None if locate(folder) is None else load(folder)
 
 
+def _from_files(found: tuple[Path, ...]) -> tokenizers.Tokenizer:
+    try:
+        import tokenizers
+    except ModuleNotFoundError:
+        return cast("tokenizers.Tokenizer", PlainTokenizer(_plain(found)))
+    return tokenizers.Tokenizer.from_file(str(found[0])) if len(found) == 1 else _from_vocabulary(*found)
+
+
 def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -97,6 +102,74 @@ def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     if tokenizer.token_to_id(END_OF_TEXT) is not None:
         tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
+
+
+def _plain(found: tuple[Path, ...]) -> BPE:
+    """The textbook's BPE from the same files; an error where a tokenizer.json is of another kind than GPT-2's."""
+    if len(found) == 2:
+        vocab = json.loads(found[0].read_text("utf-8"))
+        lines = [line for line in found[1].read_text("utf-8").split("\n") if line and not line.startswith("#version")]
+        return _sound(BPE(vocab, [line.split(" ") for line in lines], {END_OF_TEXT} & set(vocab)))
+    state = json.loads(found[0].read_text("utf-8"))
+    model, before, added = state["model"], state["pre_tokenizer"] or {}, state["added_tokens"]
+    unusual = [
+        key for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+        if model.get(key)
+    ]  # fmt: skip
+    unusual += [] if model.get("type", "BPE") == "BPE" and "merges" in model else ["model"]
+    unusual += ["normalizer"] if state.get("normalizer") else []
+    plain = before.get("type") == "ByteLevel" and not before.get("add_prefix_space") and before.get("use_regex", True)
+    unusual += [] if plain else ["pre_tokenizer"]
+    unusual += [
+        t["content"] for t in added if not t["special"] or any(t.get(k) for k in ("single_word", "lstrip", "rstrip"))
+    ]
+    if unusual:
+        raise TokenizerError(f"{', '.join(unusual)}: only the tokenizers package can do this; pip install tokenizers")
+    vocab = model["vocab"] | {t["content"]: t["id"] for t in added}
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    return _sound(BPE(vocab, merges, [t["content"] for t in added]))
+
+
+def _sound(made: BPE) -> BPE:
+    for pair in made.ranks:
+        if "".join(pair) not in made.vocab:
+            raise TokenizerError(
+                f"the merge of {pair[0]!r} and {pair[1]!r} gives a token that is not in the vocabulary"
+            )
+    return made
+
+
+class PlainTokenizer:
+    """`bpe.BPE` behind the methods of tokenizers.Tokenizer that gpt2np calls; see there."""
+
+    encode_special_tokens = True
+
+    def __init__(self, bpe: BPE) -> None:
+        self.bpe = bpe
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Any:
+        return SimpleNamespace(ids=self.bpe.encode(text, special=not self.encode_special_tokens))
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        special = {self.bpe.vocab[token] for token in self.bpe.special} if skip_special_tokens else set()
+        return self.bpe.decode(i for i in ids if i not in special)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.bpe.vocab.get(token)
+
+    def id_to_token(self, index: int) -> str | None:
+        return self.bpe.tokens.get(index)
+
+    def get_vocab_size(self) -> int:
+        return len(self.bpe.vocab)
+
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        return {self.bpe.vocab[token]: SimpleNamespace(content=token) for token in self.bpe.special}
+
+    def no_truncation(self) -> None:
+        """There are no limits to take off."""
+
+    no_padding = no_truncation
 
 
 def encode(tokenizer: tokenizers.Tokenizer, text: str, special: bool = False) -> list[int]:
@@ -113,15 +186,15 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str, special: bool = False) ->
         raw = text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"text is not valid Unicode: {error}") from None
+    missing = {byte for byte in set(raw) if tokenizer.token_to_id(bytes_to_unicode()[byte]) is None}
+    if missing:  # tokenizers would leave such bytes out
+        raise TokenizerError(f"the vocabulary has no token for the byte {min(missing):#04x}, which the text needs")
     before = tokenizer.encode_special_tokens
     tokenizer.encode_special_tokens = not special
     try:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     finally:
         tokenizer.encode_special_tokens = before
-    missing = {byte for byte in set(raw) if tokenizer.token_to_id(_bytes_to_unicode()[byte]) is None}
-    if missing:  # the library would leave such bytes out
-        raise TokenizerError(f"the vocabulary has no token for the byte {min(missing):#04x}, which the text needs")
     return ids
 
 
@@ -151,17 +224,8 @@ def end_of_text_id(tokenizer: tokenizers.Tokenizer | None) -> int | None:
 
 
 @cache
-def _bytes_to_unicode() -> dict[int, str]:
-    """GPT-2's printable stand-in for each byte, as in OpenAI's encoder.py: bytes that Latin-1 prints stand for
-    themselves, the other 68 are moved in order to 256 and up."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-@cache
 def _unicode_to_bytes() -> dict[str, int]:
-    return {character: byte for byte, character in _bytes_to_unicode().items()}
+    return {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 class StreamDecoder:

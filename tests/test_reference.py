@@ -122,3 +122,10 @@ def test_float32_stays_within_rounding_of_float64():
     single, double = (tiny_model("numpy", d)(ids).last_hidden_state for d in ("float32", "float64"))
     assert single.dtype == np.float32
     assert np.abs(single - double).max() < 1e-5
+
+
+def test_greedy_is_what_generate_does():
+    model = tiny_model("numpy")
+    ids = random_ids(model.config, 2, 5)
+    expected = [[step.token_id for step in model.generate(row, max_new_tokens=6)] for row in ids]
+    assert np.array_equal(reference.greedy(ids, model.weights, 6), np.concatenate([ids, expected], axis=1))

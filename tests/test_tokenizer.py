@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2np import tokenizer as tok
+from gpt2np.bpe import bytes_to_unicode
 from gpt2np.errors import InputError, TokenizerError
 from toy_tokenizer import save_as_gpt2_files, train
 
@@ -83,7 +84,7 @@ def test_a_piece_is_never_taken_back(token_ids):
 
 def test_an_incomplete_character_is_held_back():
     decoder = tok.StreamDecoder(TOY)
-    byte_tokens = [TOY.token_to_id(tok._bytes_to_unicode()[b]) for b in "é🙂".encode()]
+    byte_tokens = [TOY.token_to_id(bytes_to_unicode()[b]) for b in "é🙂".encode()]
     assert [decoder.push(i) for i in byte_tokens] == ["", "é", "", "", "", "🙂"]
     assert decoder.flush() == ""
     assert decoder.push(byte_tokens[2]) == ""
@@ -95,8 +96,8 @@ def test_an_incomplete_character_is_held_back():
 def test_the_byte_alphabet_is_the_librarys():
     from tokenizers.pre_tokenizers import ByteLevel
 
-    assert sorted(tok._bytes_to_unicode().values()) == sorted(ByteLevel.alphabet())
-    for byte, character in tok._bytes_to_unicode().items():
+    assert sorted(bytes_to_unicode().values()) == sorted(ByteLevel.alphabet())
+    for byte, character in bytes_to_unicode().items():
         assert tok.StreamDecoder(TOY).token_bytes(TOY.token_to_id(character)) == bytes([byte])
 
 

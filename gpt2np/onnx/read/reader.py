@@ -23,6 +23,7 @@ import numpy as np
 
 from ...errors import ModelFileError
 from ...files import File
+from ...optional import needs
 from .tensors import Tensor
 from .wire import PAYLOADS, VARINT, Walker
 
@@ -256,7 +257,9 @@ def _check_magic(path: Path, head: bytes) -> None:
 
 def _parse(path: Path, skeleton: bytes) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-    from onnx import ModelProto
+
+    with needs("onnx", "reading a model.onnx"):
+        from onnx import ModelProto
 
     try:
         proto: onnx.ModelProto = ModelProto.FromString(skeleton)
