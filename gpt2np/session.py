@@ -12,11 +12,11 @@ import numpy as np
 from .cache import KVCache
 from .errors import ContextOverflowError, InputError
 from .model import GPT2, check_ids, check_positions
-from .onnx.masks import per_query
+from .onnx.recognise.masks import per_query
 from .weights import Array
 
 if TYPE_CHECKING:
-    from .onnx.graph import Graph, Literally
+    from .onnx.emulate.literal import Emulation, Literally
     from .onnx.recognise import Port, Recognised
 
 
@@ -83,15 +83,15 @@ class InferenceSession:
         dtype: str = "float32",
         emulate_rounding: Literally = False,
     ) -> None:
-        from .onnx.graph import Graph
+        from .onnx.emulate.literal import Emulation
         from .onnx.read.reader import open_model
         from .onnx.recognise import recognise
 
         file = open_model(path)
         self._recognised = recognise(file)
         self.model = GPT2(self._recognised.config, self._recognised.sources, engine, dtype, file.path, self._recognised)
-        self._literally = partial(Graph, file, literal=emulate_rounding) if emulate_rounding else None
-        self._graphs: dict[str, Graph] = {}  # by the branch that is taken
+        self._literally = partial(Emulation, file, way=emulate_rounding) if emulate_rounding else None
+        self._emulations: dict[str, Emulation] = {}  # by the branch that is taken
 
     def get_inputs(self) -> list[NodeArg]:
         """The file's inputs, in its order."""
@@ -135,13 +135,11 @@ class InferenceSession:
         position_ids = self._position_ids(feeds, attention_mask, B, T, P)
 
         if self._literally is not None:
-            from .onnx.evaluate import Evaluator
-
             switch = self._fed(feeds, "use_cache_branch")
             branch = "" if switch is None else "then" if switch.all() else "else"
-            if branch not in self._graphs:
-                self._graphs[branch] = self._literally(branch)
-            evaluator = Evaluator(self._graphs[branch], feeds)
+            if branch not in self._emulations:
+                self._emulations[branch] = self._literally(branch)
+            evaluator = self._emulations[branch].evaluator(feeds)
             return [np.ascontiguousarray(evaluator(name), outputs[name].dtype) for name in wanted]
 
         roles = {outputs[name].role for name in wanted}

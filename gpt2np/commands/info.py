@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from ..onnx.read.reader import ModelFile
     from ..onnx.recognise import Port, Recognised
-    from ..onnx.sources import Source
+    from ..onnx.recognise.sources import Source
 
 
 def info(

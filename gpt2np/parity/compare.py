@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..errors import ComparisonError, Gpt2npError, InputError
-from ..onnx.found import LENGTHS
 from ..onnx.read.datasets import DataSet
+from ..onnx.recognise.recognised import LENGTHS
 from ..weights import Array
 from .metrics import Budget, Metrics, TopK, measure, top_k
 from .runners import Model, Recorded, Runner

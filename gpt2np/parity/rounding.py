@@ -19,7 +19,7 @@ from .report import WIDTH, Line, Report, columns, number, wrap
 from .runners import Model
 
 if TYPE_CHECKING:
-    from ..onnx.graph import Literally
+    from ..onnx.emulate.literal import Literally
 
 UNROUNDED = "unrounded"
 FACTOR = 2.0  # the budget of a lossy file grows by so many times the change that its rounding makes

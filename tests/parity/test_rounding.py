@@ -18,11 +18,12 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from test_session import merged_decoder
 
 from gpt2np.errors import UnsupportedModelError
-from gpt2np.onnx import integers, mlas
-from gpt2np.onnx.evaluate import Evaluator
-from gpt2np.onnx.graph import Graph
+from gpt2np.onnx.emulate import integers, mlas
+from gpt2np.onnx.emulate.literal import Emulation
+from gpt2np.onnx.evaluate.evaluator import Evaluator
+from gpt2np.onnx.normalise.build import build_graph
 from gpt2np.onnx.read.reader import open_model
-from gpt2np.onnx.sources import constant_source
+from gpt2np.onnx.recognise.sources import constant_source
 from gpt2np.onnx.writer import write_model
 from gpt2np.parity import debugger
 from gpt2np.parity.report import Report
@@ -238,7 +239,7 @@ def test_infinite_scales_round_as_onnx_runtime_does():
 # --------------------------------------------------------------------------------- weights of single nodes, exactly
 def weight_of(path: Path) -> Array:
     """The matrix that a file of one node multiplies by, as the node is seen through."""
-    graph = Graph(open_model(path))
+    graph = build_graph(open_model(path))
     product = next(n for n in graph.nodes if n.op == "MatMul")
     return Evaluator(graph, {})(product.inputs[1])
 
@@ -326,7 +327,7 @@ def test_dequantised_matrices_are_read_exactly(tmp_path, dtype, shape, scales):
     )
     path = tmp_path / "w.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
-    got = constant_source(Graph(open_model(path)), "y").load()
+    got = constant_source(build_graph(open_model(path)), "y").load()
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, runtime(path).run(None, {})[0].astype(np.float32))
 
@@ -341,7 +342,7 @@ def test_activations_of_accuracy_level_4_are_rounded_in_blocks(tmp_path, bits):
     save_product(tmp_path / "p.onnx", K, "MatMulNBits", [packed, scales], **how)
     x = np.vstack([spread_out(3, K), np.zeros((1, K), np.float32)])
     expected = runtime(tmp_path / "p.onnx").run(None, {"x": x})[0]
-    got = Evaluator(Graph(open_model(tmp_path / "p.onnx"), literal=True), {"x": x})("y")
+    got = Emulation(open_model(tmp_path / "p.onnx")).evaluator({"x": x})("y")
     np.testing.assert_allclose(got, expected, 1e-5, 1e-4 * np.abs(expected).max())
     assert np.abs(x @ weight_of(tmp_path / "p.onnx") - expected).max() > 1e-3 * np.abs(expected).max()
 
@@ -379,7 +380,7 @@ def test_packed_matrices_of_other_sizes_are_an_error_before_any_work(tmp_path, o
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("com.microsoft", 1)]), tmp_path / "p.onnx")
     with pytest.raises(UnsupportedModelError, match=f"{op}.*'b' holds|{op}.*'s' holds"):
-        Graph(open_model(tmp_path / "p.onnx"))
+        build_graph(open_model(tmp_path / "p.onnx"))
 
 
 def test_blocks_of_any_size_take_no_memory():
@@ -493,7 +494,7 @@ def test_float16_is_kept_between_nodes_that_take_it(tmp_path):
     """What has no float16 kernel runs in float32, and so does what stands alone among such."""
     path = written(tmp_path, 18)
     onnx.save(convert_float_to_float16(onnx.load(path)), path)
-    graph = Graph(open_model(path), literal=True)
-    kinds = {node.op for node in graph.nodes if id(node) in graph.float16[1]}
+    emulation = Emulation(open_model(path))
+    kinds = {node.op for node in emulation.graph.nodes if id(node) in emulation.nodes}
     assert {"Split", "Reshape", "Transpose"} <= kinds
     assert not kinds & {"MatMul", "Gemm", "Add", "Tanh", "Softmax", "Div", "Where"}

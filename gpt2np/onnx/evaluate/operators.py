@@ -10,121 +10,36 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from ..errors import UnsupportedModelError
-from . import integers, mlas
-from .dequantize import UNPACK
-from .expand import MASKED
-
-if TYPE_CHECKING:
-    from .graph import Graph, Node
+from ..graph import MASKED, UNPACK, Node
 
 Array = np.ndarray
-Operator = Callable[["Node", Sequence[Any], int], Any]  # (node, inputs, opset) -> array or list of arrays
+Operator = Callable[[Node, Sequence[Any], int], Any]  # (node, inputs, opset) -> array or list of arrays
 
 
-class Evaluator:
-    """Values of a graph, computed on demand from values that are given.
-
-    Parameters
-    ----------
-    graph : Graph
-    feeds : mapping of value name to array
-        Taken as they are, whatever node would compute them: not only the graph's inputs.
-    read : set, optional
-        Collects the names of the constants that were needed.
-
-    Floats given as float64 stay float64 through Cast nodes, so that what is probed is the function itself and
-    not the rounding of the file's float type.
-    """
-
-    def __init__(self, graph: Graph, feeds: Mapping[str, Array], read: set[str] | None = None) -> None:
-        self.graph = graph
-        self.values: dict[str, Any] = dict(feeds)
-        self.read = set() if read is None else read
-        self.operators = literal_operators(graph.literal == "saturating") if graph.literal else OPERATORS
-        self.float16, self.float16_nodes = graph.float16
-
-    def __call__(self, name: str) -> Array:
-        """The value of that name.
-
-        Raises
-        ------
-        UnsupportedModelError
-            If it needs an operator that is not listed here, an input that was not given, or a node fails.
-        """
-        stack = [name]
-        while stack:  # depth first without recursion: graphs are thousands of nodes deep
-            current = stack[-1]
-            if current in self.values:
-                stack.pop()
-                continue
-            if current in self.graph.constants:
-                self.values[current] = self.graph.constant(current)
-                self.read.add(current)
-                stack.pop()
-                continue
-            node = self.graph.producer(current)
-            if node is None:
-                raise UnsupportedModelError(f"the value {current!r} is neither computed by a node nor given")
-            missing = [i for i in node.inputs if i and i not in self.values]
-            if missing:
-                stack.extend(missing)
-                continue
-            self._run(node)
-            stack.pop()
-        value: Array = self.values[name]
-        return value
-
-    def _run(self, node: Node) -> None:
-        operator = self.operators.get(node.op)
-        if node.outputs[0] in self.float16 and node.attributes.get("written_as", node.op) == node.op:
-            operator = FLOAT16_FUNCTIONS.get(node.op, operator)
-        if operator is None:
-            raise UnsupportedModelError(f"{node.describe()}: gpt2np does not know what {node.op} means here")
-        inputs = [self.values[i] if i else None for i in node.inputs]
-        try:
-            if self.graph.literal:
-                inputs = [_single(self._rounded(node, name, v)) for name, v in zip(node.inputs, inputs, strict=True)]
-            with np.errstate(all="ignore"):
-                result = operator(node, inputs, self.graph.opset(node.domain))
-        except UnsupportedModelError:
-            raise
-        except Exception as error:
-            shapes = ", ".join("-" if i is None else f"{i.dtype}{list(i.shape)}" for i in inputs)
-            raise UnsupportedModelError(f"{node.describe()} cannot be evaluated on {shapes}: {error}") from error
-        outputs = result if isinstance(result, list) else [result]
-        for output, value in zip(node.outputs, outputs, strict=False):
-            if not isinstance(value, tuple):  # a sequence of arrays
-                value = self._rounded(node, output, np.asarray(value))
-            self.values[output] = value
-
-    def _rounded(self, node: Node, name: str, value: Any) -> Any:
-        """What a node that runs in float16 takes or gives.
-
-        Between the pieces of one that was taken apart nothing is rounded, except that ONNX's own Attention rounds
-        each step: scores once they are scaled.
-        """
-        inside = name in self.graph.invented
-        if inside and node.attributes.get("written_as") == "Attention":
-            inside = any(c.op in ("Mul", "Div") for c in self.graph.consumers(name))
-        if id(node) in self.float16_nodes and not inside and _is(value, np.float32):
-            return value.astype(np.float16)
-        return value
+def spread(a: Array, shape: tuple[int, ...], axis: int, block: int = 0) -> Array:
+    """Bring scales or zero points (one, one per slice of an axis, or one per block) to a shape that broadcasts."""
+    if a.size == 1:
+        return a.reshape(())
+    axis = axis + len(shape) if axis < 0 else axis
+    if block < 0:
+        raise ValueError(f"blocks of {block} elements")
+    if block:
+        return np.take(a, np.arange(shape[axis]) // block, axis)
+    return a.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
 
-def _is(value: Any, dtype: type) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype == dtype
-
-
-def _single(value: Any) -> Any:
-    """float16 is computed in float32."""
-    return value.astype(np.float32) if _is(value, np.float16) else value
+def dequantize(x: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
+    """(x - zero) * scale in the scale's type, computed in place in float32: no second copy of a large weight."""
+    out = x.astype(np.float32)
+    if zero is not None:
+        out -= spread(zero.astype(np.float32), x.shape, axis, block)
+    out *= spread(scale.astype(np.float32), x.shape, axis, block)
+    return np.asarray(out.astype(scale.dtype, copy=False))
 
 
 def _ints(value: Any) -> list[int]:
@@ -135,7 +50,7 @@ def _optional(inputs: Sequence[Any], index: int) -> Any:
     return inputs[index] if index < len(inputs) else None
 
 
-def _axes(node: Node, inputs: Sequence[Any], index: int = 1) -> tuple[int, ...] | None:
+def axes(node: Node, inputs: Sequence[Any], index: int = 1) -> tuple[int, ...] | None:
     """Axes from the attribute (older opsets) or from an input (newer)."""
     given = _optional(inputs, index)
     axes = node.attributes.get("axes") if given is None else _ints(given)
@@ -147,19 +62,11 @@ def is_float(array: Array) -> bool:
     return array.dtype.kind == "f" or array.dtype.name.startswith(("bfloat", "float"))
 
 
-def _cast(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+def cast(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     import onnx
 
     to = onnx.helper.tensor_dtype_to_np_dtype(node.attributes["to"])
     return _as(inputs[0], to)
-
-
-def _cast_unrounded(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    """`graph.float16` says which nodes round."""
-    import onnx
-
-    half = node.attributes["to"] == onnx.TensorProto.FLOAT16
-    return np.asarray(inputs[0].astype(np.float32) if half else _cast(node, inputs, opset))
 
 
 def _as(x: Array, to: np.dtype[Any]) -> Array:
@@ -190,7 +97,7 @@ def _flatten(node: Node, inputs: Sequence[Any], opset: int) -> Array:
 
 
 def _unsqueeze(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    return np.expand_dims(inputs[0], _axes(node, inputs) or ())
+    return np.expand_dims(inputs[0], axes(node, inputs) or ())
 
 
 def _slice(node: Node, inputs: Sequence[Any], opset: int) -> Array:
@@ -295,17 +202,17 @@ def _clip(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     return np.asarray(out if high is None else np.minimum(out, high))
 
 
-def _reduce(function: Callable[..., Any]) -> Operator:
+def reduced(function: Callable[..., Any]) -> Operator:
     def run(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-        axes = _axes(node, inputs)
-        if axes is None and node.attributes.get("noop_with_empty_axes", 0):
+        over = axes(node, inputs)
+        if over is None and node.attributes.get("noop_with_empty_axes", 0):
             return np.asarray(inputs[0])
-        return np.asarray(function(inputs[0], axis=axes, keepdims=bool(node.attributes.get("keepdims", 1))))
+        return np.asarray(function(inputs[0], axis=over, keepdims=bool(node.attributes.get("keepdims", 1))))
 
     return run
 
 
-def _softmax(over_last_axis: Callable[[Array], Array]) -> Operator:
+def softmax(over_last_axis: Callable[[Array], Array]) -> Operator:
     def run(node: Node, inputs: Sequence[Any], opset: int) -> Array:
         x, axis = inputs[0], node.attributes.get("axis", 1 if opset < 13 else -1)
         axis = axis + x.ndim if axis < 0 else axis
@@ -321,16 +228,9 @@ def _plain_softmax(x: Array) -> Array:
     return np.asarray(exps / exps.sum(-1, keepdims=True))
 
 
-def _mean_of_last_axis(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    last = inputs[0].ndim - 1
-    if _axes(node, inputs) in ((-1,), (last,)) and node.attributes.get("keepdims", 1):
-        return mlas.mean(inputs[0])
-    return np.asarray(_reduce(np.mean)(node, inputs, opset))
-
-
 def _dequantize(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     axis, block = node.attributes.get("axis", 1), node.attributes.get("block_size", 0)
-    return integers.dequantize(inputs[0], inputs[1], _optional(inputs, 2), axis, block)
+    return dequantize(inputs[0], inputs[1], _optional(inputs, 2), axis, block)
 
 
 # What the 16 values of bitsandbytes' 4-bit types stand for, as fractions of a block's largest element: FP4, NF4
@@ -406,19 +306,19 @@ def _masked_scores(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     return np.asarray(scores + added)
 
 
-def _erf(x: Array) -> Array:
+def erf(x: Array) -> Array:
     return np.asarray(np.frompyfunc(math.erf, 1, 1)(x)).astype(x.dtype)
 
 
 def _gelu_erf(x: Array) -> Array:
-    return np.asarray(0.5 * x * (1 + _erf(x * math.sqrt(0.5))))
+    return np.asarray(0.5 * x * (1 + erf(x * math.sqrt(0.5))))
 
 
 def _gelu_tanh(x: Array) -> Array:
     return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
-def _sigmoid(x: Array) -> Array:
+def sigmoid(x: Array) -> Array:
     return np.asarray(1 / (1 + np.exp(-x)))
 
 
@@ -426,7 +326,7 @@ def _gelu(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     return (_gelu_tanh if node.attributes.get("approximate", "none") == "tanh" else _gelu_erf)(inputs[0])
 
 
-def _biased(function: Callable[[Array], Array]) -> Operator:
+def biased(function: Callable[[Array], Array]) -> Operator:
     def run(node: Node, inputs: Sequence[Any], opset: int) -> Array:
         bias = _optional(inputs, 1)
         return function(inputs[0] if bias is None else inputs[0] + bias)
@@ -435,7 +335,7 @@ def _biased(function: Callable[[Array], Array]) -> Operator:
 
 
 def _quick_gelu(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    return np.asarray(inputs[0] * _sigmoid(node.attributes.get("alpha", 1.702) * inputs[0]))
+    return np.asarray(inputs[0] * sigmoid(node.attributes.get("alpha", 1.702) * inputs[0]))
 
 
 def _layer_normalization(node: Node, inputs: Sequence[Any], opset: int) -> Array:
@@ -459,11 +359,11 @@ def _gemm(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     return np.asarray(out if c is None else out + node.attributes.get("beta", 1.0) * c)
 
 
-def _one(function: Callable[[Any], Any]) -> Operator:
+def one(function: Callable[[Any], Any]) -> Operator:
     return lambda node, inputs, opset: np.asarray(function(inputs[0]))
 
 
-def _two(function: Callable[[Any, Any], Any]) -> Operator:
+def two(function: Callable[[Any, Any], Any]) -> Operator:
     return lambda node, inputs, opset: np.asarray(function(inputs[0], inputs[1]))
 
 
@@ -479,21 +379,21 @@ def _fold(function: Callable[[Any, Any], Any]) -> Operator:
 
 OPERATORS: dict[str, Operator] = {
     # moving data
-    "Identity": _one(lambda x: x),
-    "Dropout": _one(lambda x: x),  # does nothing in inference
-    "Cast": _cast,
+    "Identity": one(lambda x: x),
+    "Dropout": one(lambda x: x),  # does nothing in inference
+    "Cast": cast,
     "CastLike": lambda node, inputs, opset: _as(inputs[0], inputs[1].dtype),
     "Shape": _shape,
     "Size": lambda node, inputs, opset: np.asarray(inputs[0].size, np.int64),
     "Reshape": _reshape,
     "Flatten": _flatten,
-    "Squeeze": lambda node, inputs, opset: np.squeeze(inputs[0], _axes(node, inputs)),
+    "Squeeze": lambda node, inputs, opset: np.squeeze(inputs[0], axes(node, inputs)),
     "Unsqueeze": _unsqueeze,
     "Transpose": lambda node, inputs, opset: np.transpose(inputs[0], node.attributes.get("perm")),
     "Concat": lambda node, inputs, opset: np.concatenate(list(inputs), node.attributes["axis"]),
     "Split": _split,
     "SplitToSequence": lambda node, inputs, opset: tuple(_split(node, _split_sizes(node, inputs), opset)),
-    "SequenceAt": _two(lambda sequence, index: sequence[int(index)]),
+    "SequenceAt": two(lambda sequence, index: sequence[int(index)]),
     "Slice": _slice,
     "Gather": lambda node, inputs, opset: np.take(inputs[0], inputs[1], node.attributes.get("axis", 0)),
     "GatherND": _gather_nd,
@@ -502,111 +402,77 @@ OPERATORS: dict[str, Operator] = {
     ),
     "ScatterND": _scatter_nd,
     "Expand": _expand,
-    "Tile": _two(lambda x, repeats: np.tile(x, _ints(repeats))),
+    "Tile": two(lambda x, repeats: np.tile(x, _ints(repeats))),
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
     "EyeLike": _eye_like,
     "Trilu": _trilu,
-    "NonZero": _one(lambda x: np.array(np.nonzero(x), np.int64)),
+    "NonZero": one(lambda x: np.array(np.nonzero(x), np.int64)),
     "CumSum": _cumsum,
     # arithmetic
-    "Add": _two(np.add),
-    "Sub": _two(np.subtract),
-    "Mul": _two(np.multiply),
-    "Div": _two(_divide),
+    "Add": two(np.add),
+    "Sub": two(np.subtract),
+    "Mul": two(np.multiply),
+    "Div": two(_divide),
     "Mod": lambda node, inputs, opset: (np.fmod if node.attributes.get("fmod", 0) else np.mod)(*inputs),
-    "Pow": _two(lambda x, y: np.power(x, y).astype(x.dtype)),
-    "Neg": _one(np.negative),
-    "Abs": _one(np.abs),
-    "Sign": _one(np.sign),
-    "Floor": _one(np.floor),
-    "Ceil": _one(np.ceil),
-    "Round": _one(np.rint),
-    "Sqrt": _one(np.sqrt),
-    "Reciprocal": _one(lambda x: 1 / x),
-    "Exp": _one(np.exp),
-    "Log": _one(np.log),
+    "Pow": two(lambda x, y: np.power(x, y).astype(x.dtype)),
+    "Neg": one(np.negative),
+    "Abs": one(np.abs),
+    "Sign": one(np.sign),
+    "Floor": one(np.floor),
+    "Ceil": one(np.ceil),
+    "Round": one(np.rint),
+    "Sqrt": one(np.sqrt),
+    "Reciprocal": one(lambda x: 1 / x),
+    "Exp": one(np.exp),
+    "Log": one(np.log),
     "Min": _fold(np.minimum),
     "Max": _fold(np.maximum),
     "Sum": _fold(np.add),
     "Mean": lambda node, inputs, opset: sum(inputs) / len(inputs),
     "Clip": _clip,
-    "MatMul": _two(np.matmul),
+    "MatMul": two(np.matmul),
     "Einsum": lambda node, inputs, opset: np.einsum(node.attributes["equation"], *inputs),
     "Gemm": _gemm,
     "DequantizeLinear": _dequantize,
     "com.microsoft.DequantizeLinear": _dequantize,
-    **integers.OPERATORS,
     UNPACK: _unpack_bits,
     MASKED: _masked_scores,
-    "ReduceMean": _reduce(np.mean),
-    "ReduceSum": _reduce(np.sum),
-    "ReduceProd": _reduce(np.prod),
-    "ReduceMax": _reduce(np.max),
-    "ReduceMin": _reduce(np.min),
-    "ReduceSumSquare": _reduce(lambda x, **how: np.sum(x * x, **how)),
-    "ReduceL2": _reduce(lambda x, **how: np.sqrt(np.sum(x * x, **how))),
+    "ReduceMean": reduced(np.mean),
+    "ReduceSum": reduced(np.sum),
+    "ReduceProd": reduced(np.prod),
+    "ReduceMax": reduced(np.max),
+    "ReduceMin": reduced(np.min),
+    "ReduceSumSquare": reduced(lambda x, **how: np.sum(x * x, **how)),
+    "ReduceL2": reduced(lambda x, **how: np.sqrt(np.sum(x * x, **how))),
     # logic
-    "Equal": _two(np.equal),
-    "Less": _two(np.less),
-    "LessOrEqual": _two(np.less_equal),
-    "Greater": _two(np.greater),
-    "GreaterOrEqual": _two(np.greater_equal),
-    "Not": _one(np.logical_not),
-    "And": _two(np.logical_and),
-    "Or": _two(np.logical_or),
-    "Xor": _two(np.logical_xor),
-    "BitwiseAnd": _two(np.bitwise_and),
-    "BitwiseOr": _two(np.bitwise_or),
-    "BitwiseNot": _one(np.bitwise_not),
-    "IsNaN": _one(np.isnan),
-    "IsInf": _one(np.isinf),
+    "Equal": two(np.equal),
+    "Less": two(np.less),
+    "LessOrEqual": two(np.less_equal),
+    "Greater": two(np.greater),
+    "GreaterOrEqual": two(np.greater_equal),
+    "Not": one(np.logical_not),
+    "And": two(np.logical_and),
+    "Or": two(np.logical_or),
+    "Xor": two(np.logical_xor),
+    "BitwiseAnd": two(np.bitwise_and),
+    "BitwiseOr": two(np.bitwise_or),
+    "BitwiseNot": one(np.bitwise_not),
+    "IsNaN": one(np.isnan),
+    "IsInf": one(np.isinf),
     "Where": lambda node, inputs, opset: np.where(*inputs),
     # activations and normalisations
-    "Tanh": _one(np.tanh),
-    "Erf": _one(_erf),
-    "Sigmoid": _one(_sigmoid),
-    "Relu": _one(lambda x: np.maximum(x, 0)),
-    "Softmax": _softmax(_plain_softmax),
+    "Tanh": one(np.tanh),
+    "Erf": one(erf),
+    "Sigmoid": one(sigmoid),
+    "Relu": one(lambda x: np.maximum(x, 0)),
+    "Softmax": softmax(_plain_softmax),
     "Gelu": _gelu,
-    "com.microsoft.Gelu": _one(_gelu_erf),
-    "com.microsoft.BiasGelu": _biased(_gelu_erf),
-    "com.microsoft.FastGelu": _biased(_gelu_tanh),
+    "com.microsoft.Gelu": one(_gelu_erf),
+    "com.microsoft.BiasGelu": biased(_gelu_erf),
+    "com.microsoft.FastGelu": biased(_gelu_tanh),
     "com.microsoft.QuickGelu": _quick_gelu,
     "LayerNormalization": _layer_normalization,
     "SimplifiedLayerNormalization": _rms_normalization,
     "RMSNormalization": _rms_normalization,
-}
-
-
-def literal_operators(saturating: bool) -> dict[str, Operator]:
-    """As ONNX Runtime's kernels for an x86 CPU with AVX-512 and VNNI round, or for one with AVX2 and no more."""
-    return {
-        **OPERATORS,
-        "Cast": _cast_unrounded,
-        "Tanh": _one(mlas.tanh),
-        "Pow": _two(mlas.power),
-        "ReduceMean": _mean_of_last_axis,
-        "Softmax": _softmax(partial(mlas.softmax, lanes=8 if saturating else 16)),
-        **(integers.SATURATING if saturating else {}),
-    }
-
-
-def _rounded_constant(value: float) -> np.float32:
-    return np.float32(np.float16(value))
-
-
-def _float16_fast_gelu(x: Array) -> Array:
-    inner = x * (_rounded_constant(math.sqrt(2 / math.pi)) + _rounded_constant(0.035677408136300125) * (x * x))
-    return np.asarray(np.float32(0.5) * (x * (1 + mlas.tanh(inner))))
-
-
-# In float16 these have no kernels: ONNX Runtime takes them apart, with constants in float16, and runs the pieces in
-# float32.
-FLOAT16_FUNCTIONS: dict[str, Operator] = {
-    "com.microsoft.FastGelu": _biased(_float16_fast_gelu),
-    "com.microsoft.Gelu": _one(lambda x: 0.5 * (x * (1 + _erf(_rounded_constant(math.sqrt(0.5)) * x)))),
-    "com.microsoft.QuickGelu": lambda node, inputs, opset: (
-        inputs[0] * _sigmoid(_rounded_constant(node.attributes.get("alpha", 1.702)) * inputs[0])
-    ),
 }

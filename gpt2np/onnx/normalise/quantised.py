@@ -10,21 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..errors import UnsupportedModelError
+from ...errors import UnsupportedModelError
+from ..graph import ROUND, UNPACK, Graph, Node
+from .rewriter import inner, rewritten
 
-if TYPE_CHECKING:
-    from .graph import Graph, Node
-
-Rule = Callable[["Graph", "Node"], "list[Node] | None"]
-
-# our own
-UNPACK = "gpt2np.UnpackBits"  # packed integers of a com.microsoft node -> float matrix
-ROUND = "gpt2np.RoundBlocks"  # an activation rounded to 8 bits, each block of a row by its own scale
+Rule = Callable[[Graph, Node], "list[Node] | None"]
 
 
 def _float(graph: Graph, name: str, scale: str, zero: str, origin: Node, made: list[Node], **attributes: Any) -> str:
@@ -32,25 +26,7 @@ def _float(graph: Graph, name: str, scale: str, zero: str, origin: Node, made: l
     if not graph.holds(name):
         return name  # an activation: its rounding is undone
     inputs = (name, scale, zero) if zero else (name, scale)
-    return _inner(graph, origin, "DequantizeLinear", inputs, "as float", made, **attributes)
-
-
-def _node(origin: Node, op: str, inputs: tuple[str, ...], output: str, **attributes: Any) -> Node:
-    from .graph import Node
-
-    domain = op.rpartition(".")[0]
-    attributes["written_as"] = origin.op
-    return Node(op, domain, origin.name, inputs, (output,), attributes)
-
-
-def _inner(
-    graph: Graph, origin: Node, op: str, inputs: tuple[str, ...], what: str, made: list[Node], **attributes: Any
-) -> str:
-    """Append a node whose output the file does not hold, and return that output's name."""
-    out = f"{inputs[0]} {what} in {origin.outputs[0]}"
-    graph.invented.add(out)
-    made.append(_node(origin, op, inputs, out, **attributes))
-    return out
+    return inner(graph, origin, "DequantizeLinear", inputs, "as float", made, **attributes)
 
 
 def _quantize(graph: Graph, node: Node) -> list[Node]:
@@ -61,12 +37,12 @@ def _quantize(graph: Graph, node: Node) -> list[Node]:
     for name, value in zip(node.inputs[1:], (np.float32(1), np.uint8(0)), strict=False):
         if name and not graph.is_constant(name):
             graph.override(name, value)
-    return [_node(node, "Identity", node.inputs[:1], node.outputs[0])]
+    return [rewritten(node, "Identity", node.inputs[:1], node.outputs[0])]
 
 
 def _dequantize(graph: Graph, node: Node) -> list[Node] | None:
     """Of an activation; of a constant, or of rows gathered from one, it is what it says."""
-    return None if graph.holds(node.inputs[0]) else [_node(node, "Identity", node.inputs[:1], node.outputs[0])]
+    return None if graph.holds(node.inputs[0]) else [rewritten(node, "Identity", node.inputs[:1], node.outputs[0])]
 
 
 def _dynamic_quantize(graph: Graph, node: Node) -> list[Node]:
@@ -74,24 +50,24 @@ def _dynamic_quantize(graph: Graph, node: Node) -> list[Node]:
     for output, value in zip(node.outputs[1:], (np.float32(1), np.uint8(0)), strict=False):
         if output:
             graph.override(output, value)
-    return [_node(node, "Identity", node.inputs[:1], node.outputs[0])]
+    return [rewritten(node, "Identity", node.inputs[:1], node.outputs[0])]
 
 
 def _matmul_integer(graph: Graph, node: Node) -> list[Node] | None:
     b = node.inputs[1]
     if b not in graph.constants:
-        return [_node(node, "MatMul", node.inputs[:2], node.outputs[0])]
+        return [rewritten(node, "MatMul", node.inputs[:2], node.outputs[0])]
     made: list[Node] = []
     one = graph.override(f"one for {node.outputs[0]}", np.float32(1))
     weight = _float(graph, b, one, node.input(3), node, made, axis=-1)
-    return [*made, _node(node, "MatMul", (node.inputs[0], weight), node.outputs[0])]
+    return [*made, rewritten(node, "MatMul", (node.inputs[0], weight), node.outputs[0])]
 
 
 def _with_bias(graph: Graph, node: Node, made: list[Node], a: str, weight: str, bias: str) -> list[Node]:
     if not bias:
-        return [*made, _node(node, "MatMul", (a, weight), node.outputs[0])]
-    product = _inner(graph, node, "MatMul", (a, weight), "without bias", made)
-    return [*made, _node(node, "Add", (product, bias), node.outputs[0])]
+        return [*made, rewritten(node, "MatMul", (a, weight), node.outputs[0])]
+    product = inner(graph, node, "MatMul", (a, weight), "without bias", made)
+    return [*made, rewritten(node, "Add", (product, bias), node.outputs[0])]
 
 
 def _matmul_integer_to_float(graph: Graph, node: Node) -> list[Node] | None:
@@ -113,7 +89,7 @@ def _qlinear_two(op: str) -> Rule:
         made: list[Node] = []
         a = _float(graph, node.inputs[0], node.inputs[1], node.input(2), node, made, axis=-1)
         b = _float(graph, node.inputs[3], node.inputs[4], node.input(5), node, made, axis=-1)
-        return [*made, _node(node, op, (a, b), node.outputs[0])]
+        return [*made, rewritten(node, op, (a, b), node.outputs[0])]
 
     return rule
 
@@ -121,7 +97,7 @@ def _qlinear_two(op: str) -> Rule:
 def _qlinear_one(op: str) -> Rule:
     def rule(graph: Graph, node: Node) -> list[Node]:
         attributes = {k: v for k, v in node.attributes.items() if k != "opset"}
-        return [_node(node, op, node.inputs[:1], node.outputs[0], **attributes)]
+        return [rewritten(node, op, node.inputs[:1], node.outputs[0], **attributes)]
 
     return rule
 
@@ -133,14 +109,14 @@ def _qlinear_concat(graph: Graph, node: Node) -> list[Node]:
         _float(graph, node.inputs[i], node.inputs[i + 1], node.input(i + 2), node, made)
         for i in range(2, len(node.inputs), 3)
     ]
-    return [*made, _node(node, "Concat", tuple(parts), node.outputs[0], axis=node.attributes["axis"])]
+    return [*made, rewritten(node, "Concat", tuple(parts), node.outputs[0], axis=node.attributes["axis"])]
 
 
 def _qlinear_where(graph: Graph, node: Node) -> list[Node]:
     """inputs: condition, then value, scale, zero of both branches, then scale and zero of y."""
     made: list[Node] = []
     x, y = (_float(graph, node.inputs[i], node.inputs[i + 1], node.input(i + 2), node, made, axis=-1) for i in (1, 4))
-    return [*made, _node(node, "Where", (node.inputs[0], x, y), node.outputs[0])]
+    return [*made, rewritten(node, "Where", (node.inputs[0], x, y), node.outputs[0])]
 
 
 def _qgemm(graph: Graph, node: Node) -> list[Node]:
@@ -150,22 +126,19 @@ def _qgemm(graph: Graph, node: Node) -> list[Node]:
     weight = _float(graph, b, b_scale, b_zero, node, made, axis=axis)
     inputs: tuple[str, ...] = (a, weight)
     if c:  # int32, in units of a_scale * b_scale
-        unit = _inner(graph, node, "Mul", (a_scale, b_scale), "as unit of the bias", made)
+        unit = inner(graph, node, "Mul", (a_scale, b_scale), "as unit of the bias", made)
         inputs = (*inputs, _float(graph, c, unit, "", node, made, axis=-1))
-    if node.input(7):
-        attributes = {k: v for k, v in node.attributes.items() if k in ("transA", "transB", "alpha")}
-    return [*made, _node(node, "Gemm", inputs, node.outputs[0], **attributes)]
+    attributes = {k: v for k, v in node.attributes.items() if k in ("transA", "transB", "alpha")}
+    return [*made, rewritten(node, "Gemm", inputs, node.outputs[0], **attributes)]
 
 
 def _qattention(graph: Graph, node: Node) -> list[Node]:
     a, weight, bias, a_scale, w_scale, mask, a_zero, w_zero, past = (node.input(i) for i in range(9))
-    from .graph import Node
-
     made: list[Node] = []
     inputs: tuple[str, ...]
     if graph.rounding:
         operands = (a, weight, a_scale, w_scale, a_zero, w_zero, bias)
-        qkv = _inner(graph, node, "com.microsoft.MatMulIntegerToFloat", operands, "projected", made)
+        qkv = inner(graph, node, "com.microsoft.MatMulIntegerToFloat", operands, "projected", made)
         inputs = (qkv, "", "", mask, past)
     else:
         inputs = (a, _float(graph, weight, w_scale, w_zero, node, made, axis=-1), bias, mask, past)
@@ -196,29 +169,10 @@ def _matmul_nbits(graph: Graph, node: Node) -> list[Node] | None:
     bits, block, K, N = (node.attributes.get(k, d) for k, d in (("bits", 4), ("block_size", 0), ("K", 0), ("N", 0)))
     _check_packed(graph, node, b, bits, block, K, N, scales)
     made: list[Node] = []
-    weight = _inner(graph, node, UNPACK, (b, scales, zeros), "unpacked", made, **node.attributes)
+    weight = inner(graph, node, UNPACK, (b, scales, zeros), "unpacked", made, **node.attributes)
     if graph.rounding and node.attributes.get("accuracy_level", 0) == 4:
-        a = _inner(graph, node, ROUND, (a,), "rounded", made, **node.attributes)
+        a = inner(graph, node, ROUND, (a,), "rounded", made, **node.attributes)
     return _with_bias(graph, node, made, a, weight, bias)
-
-
-def _optimised_matmul(graph: Graph, node: Node) -> list[Node] | None:
-    """By weights of 4 or 8 bits: becomes MatMulNBits of accuracy_level 4 (qdq_transformer in onnxruntime)."""
-    before, source = (graph.producer(name) for name in node.inputs)
-    if source is None or source.op != "DequantizeLinear" or source.inputs[0] not in graph.constants:
-        return None
-    if before is not None and before.op == "DequantizeLinear":
-        return None  # two quantised operands: a product of integers
-    weights, scales = (graph.constants[name] for name in source.inputs[:2])
-    axis, block = source.attributes.get("axis", 1), source.attributes.get("block_size", 0)
-    fits = axis == 0 and block >= 16 if block else not scales.shape or axis == 1
-    if weights.dtype.name not in ("int4", "uint4", "int8", "uint8") or scales.dtype.name == "bfloat16" or not fits:
-        return None
-    made: list[Node] = []
-    origin = replace(node, op="com.microsoft.MatMulNBits")
-    a = _inner(graph, origin, ROUND, node.inputs[:1], "rounded", made, block_size=block or 32)
-    weight = _inner(graph, origin, "DequantizeLinear", source.inputs, "as float", made, **source.attributes)
-    return [*made, _node(origin, "MatMul", (a, weight), node.outputs[0])]
 
 
 def _matmul_bnb4(graph: Graph, node: Node) -> list[Node] | None:
@@ -228,7 +182,7 @@ def _matmul_bnb4(graph: Graph, node: Node) -> list[Node] | None:
     block, K, N = (node.attributes.get(k, 0) for k in ("block_size", "K", "N"))
     _check_packed(graph, node, b, 4, block, K, N, absmax)
     made: list[Node] = []
-    weight = _inner(graph, node, UNPACK, (b, absmax), "unpacked", made, **node.attributes)
+    weight = inner(graph, node, UNPACK, (b, absmax), "unpacked", made, **node.attributes)
     return _with_bias(graph, node, made, a, weight, "")
 
 
@@ -245,8 +199,8 @@ def _gather_block_quantized(graph: Graph, node: Node) -> list[Node] | None:
     _check_packed(graph, node, table, bits, block, K, N, scales)
     attributes = {"K": K, "N": N, "bits": bits, "rows_first": 1, "block_size": block}
     made: list[Node] = []
-    unpacked = _inner(graph, node, UNPACK, (table, scales, zeros), "unpacked", made, **attributes)
-    return [*made, _node(node, "Gather", (unpacked, rows), node.outputs[0], axis=0)]
+    unpacked = inner(graph, node, UNPACK, (table, scales, zeros), "unpacked", made, **attributes)
+    return [*made, rewritten(node, "Gather", (unpacked, rows), node.outputs[0], axis=0)]
 
 
 # What is rewritten in a literal graph, too: the rewritten nodes round as the operator does.
@@ -258,6 +212,7 @@ LITERAL = frozenset(
         "com.microsoft.QAttention",
     }
 )
+
 
 # The operators that round activations as the file is run.
 ROUNDING = frozenset(
@@ -275,6 +230,7 @@ ROUNDING = frozenset(
         "com.microsoft.QAttention",
     }
 )
+
 
 RULES: dict[str, Rule] = {
     "QuantizeLinear": _quantize,
@@ -298,6 +254,3 @@ RULES: dict[str, Rule] = {
     "com.microsoft.MatMulNBits": _matmul_nbits,
     "com.microsoft.GatherBlockQuantized": _gather_block_quantized,
 }
-
-# What ONNX Runtime's optimisations make round.
-OPTIMISED: dict[str, Rule] = {"MatMul": _optimised_matmul}

@@ -8,52 +8,19 @@ The values between the pieces are invented: the file does not hold them, so no t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ..errors import UnsupportedModelError
-
-if TYPE_CHECKING:
-    from .graph import Graph, Node
+from ...errors import UnsupportedModelError
+from ..graph import MASKED, Graph, Node
+from .rewriter import Pieces
 
 _FAR = 2**31 - 1
-MASKED = "gpt2np.MaskedScores"  # our own: what a fused attention does to scores before its softmax
-
-
-class _Pieces:
-    """Nodes in the place of one node."""
-
-    def __init__(self, graph: Graph, origin: Node) -> None:
-        self.graph, self.origin = graph, origin
-        self.nodes: list[Node] = []
-
-    def add(self, op: str, *inputs: str, out: str = "", count: int = 1, **attributes: Any) -> str:
-        """Append a node and return its (first) output; further ones are named `...:1`, `...:2`."""
-        from .graph import Node
-
-        if not out:
-            out = f"{self.origin.outputs[0] or self.origin.name} [{len(self.nodes)}]"
-            self.graph.invented.add(out)
-        outputs = (out, *(f"{out}:{i}" for i in range(1, count)))
-        self.graph.invented.update(outputs[1:])
-        attributes["written_as"] = self.origin.op
-        self.nodes.append(Node(op, op.rpartition(".")[0], self.origin.name, inputs, outputs, attributes))
-        return out
-
-    def constant(self, value: Any) -> str:
-        """The name of a new constant."""
-        name = f"{self.origin.outputs[0] or self.origin.name} constant {len(self.graph.invented)}"
-        self.graph.invented.add(name)
-        self.graph.constants[name] = np.asarray(value)
-        return name
-
-    def ints(self, *values: int) -> str:
-        return self.constant(np.array(values, np.int64))
 
 
 def _skip_layer_norm(graph: Graph, node: Node) -> list[Node]:
-    p = _Pieces(graph, node)
+    p = Pieces(graph, node)
     x, skip, gain, shift, bias = (node.input(i) for i in range(5))
     total = node.outputs[3] if len(node.outputs) > 3 else ""
     if bias:
@@ -68,7 +35,7 @@ def _skip_layer_norm(graph: Graph, node: Node) -> list[Node]:
 
 
 def _embed_layer_norm(graph: Graph, node: Node) -> list[Node]:
-    p = _Pieces(graph, node)
+    p = Pieces(graph, node)
     ids, segments, words, places, segment_table, gain, shift, _, positions = (node.input(i) for i in range(9))
     if not positions:  # 0, 1, 2, ... for each sequence
         shape = p.add("Shape", ids)
@@ -88,7 +55,7 @@ def _embed_layer_norm(graph: Graph, node: Node) -> list[Node]:
 def _biased_gelu(graph: Graph, node: Node) -> list[Node] | None:
     if not node.input(1):
         return None
-    p = _Pieces(graph, node)
+    p = Pieces(graph, node)
     x = p.add("Add", node.inputs[0], node.inputs[1])
     plain = "com.microsoft.FastGelu" if node.op == "com.microsoft.FastGelu" else "com.microsoft.Gelu"
     p.add(plain, x, out=node.outputs[0])
@@ -97,7 +64,7 @@ def _biased_gelu(graph: Graph, node: Node) -> list[Node] | None:
 
 def _fused_gemm(graph: Graph, node: Node) -> list[Node] | None:
     activation = node.attributes.get("activation", "")
-    p = _Pieces(graph, node)
+    p = Pieces(graph, node)
     attributes = {k: v for k, v in node.attributes.items() if not k.startswith("activation")}
     if not activation:
         p.add("Gemm", *node.inputs, out=node.outputs[0], **attributes)
@@ -106,17 +73,17 @@ def _fused_gemm(graph: Graph, node: Node) -> list[Node] | None:
     return p.nodes
 
 
-def _split_heads(p: _Pieces, x: str, heads: int) -> str:
+def _split_heads(p: Pieces, x: str, heads: int) -> str:
     """(B, T, HD) -> (B, H, T, D)"""
     return p.add("Transpose", p.add("Reshape", x, p.ints(0, 0, heads, -1)), perm=[0, 2, 1, 3])
 
 
-def _merge_heads(p: _Pieces, x: str, out: str) -> None:
+def _merge_heads(p: Pieces, x: str, out: str) -> None:
     """(B, H, T, D) -> (B, T, HD)"""
     p.add("Reshape", p.add("Transpose", x, perm=[0, 2, 1, 3]), p.ints(0, 0, -1), out=out)
 
 
-def _attend(p: _Pieces, q: str, k: str, v: str, masks: tuple[str, str], guarded: bool = False, **how: Any) -> str:
+def _attend(p: Pieces, q: str, k: str, v: str, masks: tuple[str, str], guarded: bool = False, **how: Any) -> str:
     """(B, H, T, D), 2 x (B, H, S, D) -> (B, H, T, D); `masks`: of keys or of scores, and a bias for the scores."""
     scale = how.pop("scale")
     scores = p.add("MatMul", q, p.add("Transpose", k, perm=[0, 1, 3, 2]))
@@ -134,7 +101,7 @@ def _attend(p: _Pieces, q: str, k: str, v: str, masks: tuple[str, str], guarded:
     return p.add("MatMul", probs, v)
 
 
-def _cached(p: _Pieces, past: str, new: str, present: str, past_length: str, cleared: bool = False) -> str:
+def _cached(p: Pieces, past: str, new: str, present: str, past_length: str, cleared: bool = False) -> str:
     """Keys or values of all positions, (B, H, S, D).
 
     Without `past_length` the past (B, H, P, D) comes before the new ones, and that is the present. With it the past
@@ -166,7 +133,7 @@ def _refuse(node: Node, attributes: Sequence[str] = (), inputs: Mapping[int, str
             raise UnsupportedModelError(f"{node.describe()} has an input {name}: GPT-2 has none")
 
 
-def _past_length(p: _Pieces, node: Node, index: int, beams: tuple[int, int] | None = None) -> str:
+def _past_length(p: Pieces, node: Node, index: int, beams: tuple[int, int] | None = None) -> str:
     """The input past_sequence_length as a vector (1,); where it is given, past and present are buffers."""
     name = node.input(index)
     if not name:
@@ -189,7 +156,7 @@ def _contrib_attention(graph: Graph, node: Node) -> list[Node] | None:
     _refuse(node, ["do_rotary"])
     graph.one_token |= node.op.endswith("DecoderMaskedSelfAttention")
     heads = attributes["num_heads"]
-    p = _Pieces(graph, node)
+    p = Pieces(graph, node)
     qkv = p.add("MatMul", x, weights) if weights else x
     if bias:
         qkv = p.add("Add", qkv, bias)
@@ -226,7 +193,7 @@ def _multi_head_attention(graph: Graph, node: Node) -> list[Node] | None:
     if not k or not v:
         raise UnsupportedModelError(f"{node.describe()} has packed queries, keys and values")
     heads = node.attributes["num_heads"]
-    p = _Pieces(graph, node)
+    p = Pieces(graph, node)
     length = _past_length(p, node, *((7, (8, 9)) if masked else (8, (10, 9))))
     if bias:
         size = graph.shape(bias)[0] // 3
@@ -258,7 +225,7 @@ def _group_query_attention(graph: Graph, node: Node) -> list[Node] | None:
     unlike = ("do_rotary", "softcap", "smooth_softmax", "local_window_size", "sliding_window_cache")
     inputs = {7: "cos_cache", 11: "head_sink", 12: "k_scale", 14: "q_norm_weight"}
     _refuse(node, [*unlike, "kv_cache_bit_width"], inputs)
-    p = _Pieces(graph, node)
+    p = Pieces(graph, node)
     if not k:
         q = p.add("Split", q, count=3, axis=2)
         q, k, v = q, f"{q}:1", f"{q}:2"
@@ -285,7 +252,7 @@ def _onnx_attention(graph: Graph, node: Node) -> list[Node] | None:
     _refuse(node, ["softcap"], {6: "nonpad_kv_seqlen"})
     if len(node.outputs) > 3 and node.outputs[3]:
         return None
-    p = _Pieces(graph, node)
+    p = Pieces(graph, node)
     heads = attributes.get("q_num_heads", 0)
     if heads:
         if attributes.get("kv_num_heads", heads) != heads:
@@ -322,7 +289,7 @@ def _einsum(graph: Graph, node: Node) -> list[Node] | None:
     if len(rows) != 1 or len(columns) != 1 or len(summed) != 1 or set(out) - set(left + right):
         return None
     (r,), (c,), (s,) = rows, columns, summed
-    p = _Pieces(graph, node)
+    p = Pieces(graph, node)
     if "..." in out:  # of any rank: only the last two axes are known
         if (left, out) != (f"...{r}{s}", f"...{r}{c}"):
             return None

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ..errors import WeightError
-from .dequantize import UNPACK
-from .evaluate import Evaluator, is_float
-from .graph import Graph
-from .read.tensors import Tensor, empty_aligned
+from ...errors import WeightError
+from ..evaluate.evaluator import Evaluator
+from ..evaluate.operators import is_float
+from ..graph import UNPACK, Graph
+from ..read.tensors import Tensor, empty_aligned
 
 Array = np.ndarray
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import UnsupportedModelError
-from . import patterns
-from .evaluate import Evaluator
-from .found import LENGTHS, POSITIONS_FROM_MASK
-from .graph import Graph
+from ...errors import UnsupportedModelError
+from ..evaluate.evaluator import Evaluator
+from ..graph import Graph
+from .blocks import Branch, Roles, inputs_behind
+from .linear import Linear, nearest_linears
+from .lookup import Lookup
 from .masks import mask_shapes
-from .patterns import Linear, Lookup
-from .structure import Branch, Roles, inputs_behind
+from .recognised import LENGTHS, POSITIONS_FROM_MASK
 
 if TYPE_CHECKING:
     import onnx
@@ -52,7 +52,7 @@ class Probe:
             core = branch.core
             assert core is not None
             for value, kind in ((core.scores.b, "past_key"), (core.heads.b, "past_value")):
-                for name in patterns.nearest_linears(graph, value)[1]:
+                for name in nearest_linears(graph, value)[1]:
                     if name not in self.roles:
                         self.roles[name] = kind, i
                     elif self.roles[name] == ("past_key", i):

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..config import GPT2Config
-from ..errors import InputError
-from .evaluate import Evaluator
-from .graph import Graph
+from ...config import GPT2Config
+from ...errors import InputError
+from ..evaluate.evaluator import Evaluator
+from ..graph import Graph
 from .sources import Source
 
 Array = np.ndarray

@@ -9,30 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from .dequantize import ROUND
-
-if TYPE_CHECKING:
-    from .graph import Node
+from ..evaluate.operators import dequantize, spread
+from ..graph import ROUND, Node
 
 Array = np.ndarray
 Product = Callable[[Array, Array, "Array | None", "Array | None"], Array]
+
+
 _RANGES = {"int4": (-8, 7), "uint4": (0, 15), "int2": (-2, 1), "uint2": (0, 3)}
-
-
-def spread(a: Array, shape: tuple[int, ...], axis: int, block: int = 0) -> Array:
-    """Bring scales or zero points (one, one per slice of an axis, or one per block) to a shape that broadcasts."""
-    if a.size == 1:
-        return a.reshape(())
-    axis = axis + len(shape) if axis < 0 else axis
-    if block < 0:
-        raise ValueError(f"blocks of {block} elements")
-    if block:
-        return np.take(a, np.arange(shape[axis]) // block, axis)
-    return a.reshape([-1 if i == axis else 1 for i in range(len(shape))])
 
 
 def quantize(x: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
@@ -43,15 +31,6 @@ def quantize(x: Array, scale: Array, zero: Array | None, axis: int = 1, block: i
     if zero is not None:
         scaled = scaled + spread(zero.astype(np.float32), x.shape, axis, block)
     return np.minimum(np.fmax(scaled, low), high).astype(dtype)  # NaN, of inf / inf, becomes the least
-
-
-def dequantize(x: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
-    """(x - zero) * scale in the scale's type, computed in place in float32: no second copy of a large weight."""
-    out = x.astype(np.float32)
-    if zero is not None:
-        out -= spread(zero.astype(np.float32), x.shape, axis, block)
-    out *= spread(scale.astype(np.float32), x.shape, axis, block)
-    return np.asarray(out.astype(scale.dtype, copy=False))
 
 
 def dynamic_quantize(x: Array) -> tuple[Array, Array, Array]:
@@ -193,7 +172,11 @@ PRODUCTS: dict[str, Any] = {
     "QLinearMatMul": _qlinear_matmul,
     "com.microsoft.QGemm": _qgemm,
 }
+
+
 SATURATING: dict[str, Any] = {op: partial(run, product=saturating_product) for op, run in PRODUCTS.items()}
+
+
 OPERATORS: dict[str, Any] = {
     **PRODUCTS,
     "QuantizeLinear": _quantize_linear,

@@ -5,12 +5,57 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from ..errors import UnsupportedModelError
-from . import patterns
-from .graph import Graph
-from .patterns import Addend, AttentionCore, LayerNorm, Linear, Lookup
+from ...errors import UnsupportedModelError
+from ..graph import VIEWS, Graph
+from ..normalise.fold import scalar, small
+from .linear import Linear, match_linear, nearest_linears, vector
+from .lookup import Lookup, match_lookup
+from .norm import LayerNorm, match_layer_norm
+from .products import AttentionCore, match_attention, match_product
 
 Roles = dict[str, tuple[str, int | None]]  # of inputs or outputs: a role, and the layer
+
+
+def match_last_position(graph: Graph, name: str) -> str | None:
+    """What a value is the last position of, (B, T, C) -> (B, 1, C) or (B, C)."""
+    node = graph.producer(name)
+    if node is None:
+        return None
+    if node.op == "Gather" and node.attributes.get("axis", 0) in (1, -2):
+        index = small(graph, node.inputs[1])
+        return node.inputs[0] if index is not None and index.size == 1 and int(index.flat[0]) == -1 else None
+    if node.op == "Slice" and len(node.inputs) > 3:
+        bounds = [small(graph, node.inputs[i]) for i in (1, 2, 3)]
+        start, end, axis = (int(b.flat[0]) if b is not None and b.size == 1 else 0 for b in bounds)
+        if start == -1 and end >= 2**31 - 1 and axis in (1, -2):
+            return node.inputs[0]
+    return None
+
+
+@dataclass(frozen=True)
+class Addend:
+    """One term of the residual stream."""
+
+    value: str  # behind all views
+    seen: str  # as it is added, with batch and time axes
+
+
+def addends(graph: Graph, name: str) -> list[Addend]:
+    """The terms that a value is the sum of, whatever the order of the additions."""
+    found: list[Addend] = []
+    pending = [(name, name)]
+    while pending:
+        current, seen = pending.pop()
+        node = graph.producer(current)
+        if node is None:
+            found.append(Addend(current, seen))
+        elif node.op in VIEWS:
+            pending.append((node.inputs[0], seen))
+        elif node.op in ("Add", "Sum") and match_linear(graph, current) is None:
+            pending.extend((i, i) for i in reversed(node.inputs) if scalar(graph, i) != 0)
+        else:
+            found.append(Addend(current, seen))
+    return found
 
 
 @dataclass
@@ -32,18 +77,18 @@ def find_top(graph: Graph) -> tuple[Linear | None, LayerNorm, Roles]:
     final: LayerNorm | None = None
     for output in graph.outputs:
         value = graph.strip(output.name)
-        norm, linear = patterns.match_layer_norm(graph, value), None
+        norm, linear = match_layer_norm(graph, value), None
         role = "last_hidden_state"
-        if norm is None and (linear := patterns.match_linear(graph, value)) is not None:
+        if norm is None and (linear := match_linear(graph, value)) is not None:
             read = graph.strip(linear.x)
             role = "logits"
-            if (all_positions := patterns.match_last_position(graph, read)) is not None:
+            if (all_positions := match_last_position(graph, read)) is not None:
                 read, role = graph.strip(all_positions), "last_logits"
-            norm = patterns.match_layer_norm(graph, read)
+            norm = match_layer_norm(graph, read)
         if norm is None:
             continue
         if final is not None and final.out != norm.out:
-            longer = len(patterns.addends(graph, norm.x)) > len(patterns.addends(graph, final.x))
+            longer = len(addends(graph, norm.x)) > len(addends(graph, final.x))
             final = norm if longer else final
         final = final or norm
         head = linear or head
@@ -61,12 +106,12 @@ def find_branches(graph: Graph, final: LayerNorm) -> tuple[list[Lookup], list[Br
     """The terms of the residual stream: embeddings, attentions and MLPs."""
     lookups: list[Lookup] = []
     branches: list[Branch] = []
-    for addend in patterns.addends(graph, final.x):
-        if (lookup := patterns.match_lookup(graph, addend.value)) is not None:
+    for addend in addends(graph, final.x):
+        if (lookup := match_lookup(graph, addend.value)) is not None:
             lookups.append(lookup)
         elif graph.is_constant(addend.value):
             continue  # zero, or a bias that a fused node adds to the stream; `pair` finds out whose
-        elif (linear := patterns.match_linear(graph, addend.value)) is not None:
+        elif (linear := match_linear(graph, addend.value)) is not None:
             branches.append(find_branch(graph, addend, linear))
         else:
             node = graph.producer(addend.value)
@@ -80,24 +125,24 @@ def find_branch(graph: Graph, addend: Addend, out: Linear) -> Branch:
     core: AttentionCore | None = None
     maps: list[Linear] = []
     for value in graph.ancestors(out.x):
-        if (linear := patterns.match_linear(graph, value)) is not None:
+        if (linear := match_linear(graph, value)) is not None:
             maps = [linear]
             break
-        if patterns.match_product(graph, value) is not None:
-            core = patterns.match_attention(graph, out.x)
+        if match_product(graph, value) is not None:
+            core = match_attention(graph, out.x)
             break
     if core is not None:
-        found = [patterns.nearest_linears(graph, v)[0] for v in (core.scores.a, core.scores.b, core.heads.b)]
+        found = [nearest_linears(graph, v)[0] for v in (core.scores.a, core.scores.b, core.heads.b)]
         maps = list({m.out: m for part in found for m in part}.values())
     if not maps:
         raise UnsupportedModelError(
             f"{out.node.describe()} adds to the residual stream, but what it reads is no attention and no MLP"
         )
-    norms = {graph.strip(m.x): patterns.match_layer_norm(graph, graph.strip(m.x)) for m in maps}
+    norms = {graph.strip(m.x): match_layer_norm(graph, graph.strip(m.x)) for m in maps}
     norm = next(iter(norms.values()))
     if len(norms) != 1 or norm is None:
         raise UnsupportedModelError(f"{maps[0].node.describe()} does not read a layer norm")
-    return Branch(addend, out, norm, patterns.addends(graph, norm.x), core, tuple(maps))
+    return Branch(addend, out, norm, addends(graph, norm.x), core, tuple(maps))
 
 
 def pair(graph: Graph, lookups: list[Lookup], branches: list[Branch], final: LayerNorm) -> list[tuple[Branch, Branch]]:
@@ -115,11 +160,11 @@ def pair(graph: Graph, lookups: list[Lookup], branches: list[Branch], final: Lay
             kind = "an MLP" if branch.core is None else "an attention"
             raise UnsupportedModelError(f"{branch.out.node.describe()} ends {kind} where the other is due")
         terms[branch.addend.value] += 1
-        after = branches[n + 1].before if n + 1 < len(branches) else patterns.addends(graph, final.x)
+        after = branches[n + 1].before if n + 1 < len(branches) else addends(graph, final.x)
         added = Counter(a.value for a in after if graph.is_constant(a.value)) - biases - terms
         biases += added
         for name in added:
-            bias = patterns.vector(graph, name, branch.out.weight.shape[1])
+            bias = vector(graph, name, branch.out.weight.shape[1])
             if bias is None or branch.out.bias is not None:
                 raise UnsupportedModelError(
                     f"{branch.out.node.describe()}: {name!r} is added behind it, but is no bias"

@@ -2,7 +2,7 @@
 
 The search runs from the outputs backwards: the head, the last layer norm, then the terms of the residual
 stream, each of them an attention or an MLP behind a layer norm of its own, down to the embeddings. Structure
-finds the borders of each part (structure.py and patterns.py). What a part does inside its borders is found by
+finds the borders of each part (blocks.py and py). What a part does inside its borders is found by
 running it on inputs that tell (probe.py and evaluate.py): the columns of c_attn that become the query of head 3
 are those whose numbers arrive there, whatever mixture of Split, Slice, Reshape and Transpose carries them; the
 mask is what it does to scores; the activation is the function whose values come out.
@@ -18,25 +18,28 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from .. import reference
-from ..config import Activation, GPT2Config
-from ..errors import UnsupportedModelError, WeightError
-from ..weights import weight_shapes
-from . import patterns, structure
-from .evaluate import Evaluator, is_float
-from .found import LENGTHS, Port, Recognised, TapLocation
-from .graph import VIEWS, Graph, search_decoder
+from ... import reference
+from ...config import Activation, GPT2Config
+from ...errors import UnsupportedModelError, WeightError
+from ...weights import weight_shapes
+from ..evaluate.evaluator import Evaluator
+from ..evaluate.operators import is_float
+from ..graph import VIEWS, Graph
+from ..normalise.build import build_graph, search_decoder
+from ..read.reader import ModelFile
+from . import blocks
+from .blocks import Branch, Roles
+from .linear import Linear, nearest_linears
+from .lookup import Lookup
 from .masks import Mask, mask_shapes, read_mask
-from .patterns import AttentionCore, LayerNorm, Linear, Lookup
+from .norm import LayerNorm
 from .probe import Probe, declared_shape, element_type, unknown
-from .read.reader import ModelFile
+from .products import AttentionCore
+from .recognised import Port, Recognised, TapLocation
 from .sources import Source, joined, ones, zeros
-from .structure import Branch, Roles
 
 if TYPE_CHECKING:
     import onnx
-
-__all__ = ["LENGTHS", "Port", "Recognised", "TapLocation", "merged_condition", "recognise"]
 
 Array = np.ndarray
 
@@ -66,14 +69,14 @@ def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = 
 
 def _recognise(file: ModelFile, objections: list[UnsupportedModelError] | None) -> Recognised:
     if search_decoder(file.proto.graph) is not None:
-        inner = _Recogniser(Graph(file, objections=objections)).run()
+        inner = _Recogniser(build_graph(file, objections=objections)).run()
         note = "this is the decoder inside a search node: inputs and outputs are the decoder's, not the file's"
         return replace(inner, taps={}, notes=(note, *inner.notes))
     condition = merged_condition(file)
     if not condition:
-        return _Recogniser(Graph(file, objections=objections)).run()
+        return _Recogniser(build_graph(file, objections=objections)).run()
     # A merged decoder: one branch with past inputs, one without, over the same weights.
-    branches = [_Recogniser(Graph(file, b, objections=objections), condition).run() for b in ("then", "else")]
+    branches = [_Recogniser(build_graph(file, b, objections), condition).run() for b in ("then", "else")]
     branches.sort(key=lambda r: not any(p.role.startswith("past") for p in r.inputs))
     found, other = branches
     if found.config != other.config or _origins(found) != _origins(other):
@@ -110,10 +113,10 @@ class _Recogniser(Probe):
 
     def run(self) -> Recognised:
         graph = self.graph
-        head, final, self.output_roles = structure.find_top(graph)
-        lookups, branches = structure.find_branches(graph, final)
-        layers = structure.pair(graph, lookups, branches, final)
-        words, places, types = structure.tell_lookups(graph, lookups)
+        head, final, self.output_roles = blocks.find_top(graph)
+        lookups, branches = blocks.find_branches(graph, final)
+        layers = blocks.pair(graph, lookups, branches, final)
+        words, places, types = blocks.tell_lookups(graph, lookups)
         self.find_inputs(words, places, types, layers)
         self.feed_inputs()
         self.check_ids(words)
@@ -236,7 +239,7 @@ class _Recogniser(Probe):
         starts: dict[str, int] = {}
         start = 1
         values = (core.scores.a, core.scores.b, core.heads.b)
-        pasts = {n for v in values for n in patterns.nearest_linears(self.graph, v)[1]} & set(self.roles)
+        pasts = {n for v in values for n in nearest_linears(self.graph, v)[1]} & set(self.roles)
         for value, shape in [(m.out, self.feed_linear(m)) for m in branch.maps] + [
             (p, self.known[p].shape) for p in sorted(pasts)
         ]:
@@ -652,7 +655,7 @@ class _Recogniser(Probe):
 
     def present(self, output: str, layers: list[tuple[Branch, Branch]]) -> tuple[str, int] | None:
         graph = self.graph
-        linears, pasts = patterns.nearest_linears(graph, output)
+        linears, pasts = nearest_linears(graph, output)
         for i, (branch, _) in enumerate(layers):
             core = branch.core
             assert core is not None

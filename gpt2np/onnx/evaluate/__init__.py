@@ -1,0 +1,1 @@
+"""A graph run in NumPy."""

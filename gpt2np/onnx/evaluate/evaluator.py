@@ -1,0 +1,99 @@
+"""Values of a graph, computed on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...errors import UnsupportedModelError
+from ..graph import Graph, Node
+from .operators import OPERATORS, Operator
+
+Array = np.ndarray
+
+
+class Evaluator:
+    """Values of a graph, computed on demand from values that are given.
+
+    Parameters
+    ----------
+    graph : Graph
+    feeds : mapping of value name to array
+        Taken as they are, whatever node would compute them: not only the graph's inputs.
+    read : set, optional
+        Collects the names of the constants that were needed.
+
+    Floats given as float64 stay float64 through Cast nodes, so that what is probed is the function itself and
+    not the rounding of the file's float type.
+    """
+
+    def __init__(self, graph: Graph, feeds: Mapping[str, Array], read: set[str] | None = None) -> None:
+        self.graph = graph
+        self.values: dict[str, Any] = dict(feeds)
+        self.read = set() if read is None else read
+        self.operators: Mapping[str, Operator] = OPERATORS
+
+    def __call__(self, name: str) -> Array:
+        """The value of that name.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If it needs an operator that is not listed here, an input that was not given, or a node fails.
+        """
+        stack = [name]
+        while stack:  # depth first without recursion: graphs are thousands of nodes deep
+            current = stack[-1]
+            if current in self.values:
+                stack.pop()
+                continue
+            if current in self.graph.constants:
+                self.values[current] = self.graph.constant(current)
+                self.read.add(current)
+                stack.pop()
+                continue
+            node = self.graph.producer(current)
+            if node is None:
+                raise UnsupportedModelError(f"the value {current!r} is neither computed by a node nor given")
+            missing = [i for i in node.inputs if i and i not in self.values]
+            if missing:
+                stack.extend(missing)
+                continue
+            self._run(node)
+            stack.pop()
+        value: Array = self.values[name]
+        return value
+
+    def operator(self, node: Node) -> Operator | None:
+        """What a node computes; None if it is not listed."""
+        return self.operators.get(node.op)
+
+    def taken(self, node: Node, inputs: list[Any]) -> list[Any]:
+        """What a node takes of the values before it."""
+        return inputs
+
+    def given(self, node: Node, name: str, value: Any) -> Any:
+        """What a node gives for what it has computed."""
+        return value
+
+    def _run(self, node: Node) -> None:
+        operator = self.operator(node)
+        if operator is None:
+            raise UnsupportedModelError(f"{node.describe()}: gpt2np does not know what {node.op} means here")
+        inputs = [self.values[i] if i else None for i in node.inputs]
+        try:
+            inputs = self.taken(node, inputs)
+            with np.errstate(all="ignore"):
+                result = operator(node, inputs, self.graph.opset(node.domain))
+        except UnsupportedModelError:
+            raise
+        except Exception as error:
+            shapes = ", ".join("-" if i is None else f"{i.dtype}{list(i.shape)}" for i in inputs)
+            raise UnsupportedModelError(f"{node.describe()} cannot be evaluated on {shapes}: {error}") from error
+        outputs = result if isinstance(result, list) else [result]
+        for output, value in zip(node.outputs, outputs, strict=False):
+            if not isinstance(value, tuple):  # a sequence of arrays
+                value = self.given(node, output, np.asarray(value))
+            self.values[output] = value

@@ -1,0 +1,1 @@
+"""From the file to a graph in plain operators: functions inlined, a branch taken, nodes rewritten."""

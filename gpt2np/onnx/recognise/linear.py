@@ -1,0 +1,186 @@
+"""Linear maps, in the shapes in which exporters write them, each a pattern.
+
+A pattern looks at one value of the graph and answers what computes it, or None. It only finds the part's
+borders and its weights; what happens between the borders is run, not read (see evaluate/). A new exporter is
+a new function in one of the lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ...errors import UnsupportedModelError
+from ..graph import MOVES, SAME, Graph, Node
+from ..normalise.fold import scalar
+from .sources import Source, constant_shape, constant_source
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Linear:
+    """out = x @ weight + bias."""
+
+    x: str  # value names
+    out: str
+    weight: Source  # (inputs, outputs)
+    bias: Source | None  # (outputs,)
+    node: Node
+    rounds: str = ""  # how the node rounds its activations on the fly, "" if it does not
+    bias_later: str = ""  # the bias is not in `out` yet; it is added to the residual stream under this name
+    # Of an Einsum: how many axes of x are summed over, and the sizes of the axes that take their place.
+    summed: int = 1
+    sizes: tuple[int, ...] = ()
+
+
+def matrix(graph: Graph, name: str) -> Source | None:
+    """A constant matrix (inputs, outputs); leading axes of one are dropped."""
+    if not name or not graph.is_constant(name):
+        return None
+    source = constant_source(graph, name)
+    if len(source.shape) < 2 or int(np.prod(source.shape[:-2])) != 1:
+        return None
+    return source.reshaped(source.shape[-2:])
+
+
+def vector(graph: Graph, name: str, size: int) -> Source | None:
+    """A constant vector of that size; axes of one are dropped."""
+    if not name or not graph.is_constant(name):
+        return None
+    source = constant_source(graph, name)
+    if source.shape and source.shape[-1] == size and int(np.prod(source.shape)) == size:
+        return source.reshaped((size,))
+    return None
+
+
+def _gemm(graph: Graph, name: str) -> Linear | None:
+    node = graph.producer(name)
+    if node is None or node.op not in ("Gemm", "com.microsoft.FusedGemm") or node.attributes.get("transA", 0):
+        return None
+    if node.attributes.get("activation"):
+        return None
+    weight = matrix(graph, node.inputs[1])
+    if weight is None:
+        return None
+    if node.attributes.get("transB", 0):
+        weight = weight.transposed("Gemm transB")
+    weight = weight.scaled(node.attributes.get("alpha", 1.0), "Gemm alpha")
+    bias = vector(graph, node.input(2), weight.shape[1])
+    if node.input(2) and bias is None and scalar(graph, node.input(2)) != 0:
+        raise UnsupportedModelError(f"{node.describe()} adds {node.input(2)!r}, which is not a bias vector")
+    if bias is not None:
+        bias = bias.scaled(node.attributes.get("beta", 1.0), "Gemm beta")
+    return Linear(node.inputs[0], name, weight, bias, node)
+
+
+def _matmul(graph: Graph, name: str) -> Linear | None:
+    node = graph.producer(name)
+    if node is None or node.op not in (
+        "MatMul",
+        "com.microsoft.FusedMatMul",
+        "com.microsoft.TransposeMatMul",
+    ):
+        return None
+    weight = matrix(graph, node.inputs[1])
+    if weight is None or node.attributes.get("transA", 0):
+        return None
+    if node.attributes.get("transB", 0):
+        weight = weight.transposed(f"{node.op} transB")
+    weight = weight.scaled(node.attributes.get("alpha", 1.0), f"{node.op} alpha")
+    return Linear(node.inputs[0], name, weight, None, node)
+
+
+def _biased(graph: Graph, name: str) -> Linear | None:
+    """Any of the others, then Add with a vector."""
+    node = graph.producer(name)
+    if node is None or node.op != "Add":
+        return None
+    for product, added in (node.inputs, node.inputs[::-1]):
+        if not graph.is_constant(added) or graph.is_constant(product):
+            continue
+        linear = match_linear(graph, graph.strip(product))
+        if linear is None or linear.bias is not None:
+            return None
+        bias = vector(graph, added, linear.weight.shape[1])
+        if bias is not None:
+            return replace(linear, out=name, bias=bias)
+    return None
+
+
+def _scaled(graph: Graph, name: str) -> Linear | None:
+    """A product, then Mul with one number or one per column: what is left of the scales of integer products."""
+    node = graph.producer(name)
+    if node is None or node.op != "Mul":
+        return None
+    for product, factors in (node.inputs, node.inputs[::-1]):
+        if not graph.is_constant(factors) or graph.is_constant(product):
+            continue
+        linear = _matmul(graph, graph.strip(product, SAME))
+        if linear is None:
+            return None
+        scale = constant_source(graph, factors)
+        if int(np.prod(scale.shape)) not in (1, linear.weight.shape[1]):
+            return None
+        return replace(linear, out=name, weight=linear.weight.times(scale))
+    return None
+
+
+def _einsum(graph: Graph, name: str) -> Linear | None:
+    """Sums over the last axes of x, with a weight of any rank: "btc,chd->bthd"."""
+    node = graph.producer(name)
+    if node is None or node.op != "Einsum" or len(node.inputs) != 2:
+        return None
+    terms, _, out = node.attributes["equation"].replace(" ", "").replace("...", "").partition("->")
+    both = list(zip(terms.split(","), node.inputs, strict=True))
+    for (x, value), (letters, weight) in (both, both[::-1]):
+        new = [c for c in out if c not in x]
+        summed = [c for c in x if c not in out]
+        order = [*summed, *new]
+        shape = constant_shape(graph, weight) if graph.is_constant(weight) else ()
+        plain = x[len(x) - len(summed) :] == "".join(summed) and out == x[: len(x) - len(summed)] + "".join(new)
+        if not plain or sorted(order) != sorted(letters) or len(shape) != len(letters) or graph.is_constant(value):
+            continue
+        sizes = [shape[letters.index(c)] for c in order]
+        flat = int(np.prod(sizes[: len(summed)])), int(np.prod(sizes[len(summed) :]))
+        axes = [letters.index(c) for c in order]
+        matrix = constant_source(graph, weight).then("Einsum", flat, lambda a: a.transpose(axes).reshape(flat))  # noqa: B023
+        return Linear(value, name, matrix, None, node, summed=len(summed), sizes=tuple(sizes[len(summed) :]))
+    return None
+
+
+LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_gemm, _matmul, _scaled, _einsum, _biased]
+
+
+def match_linear(graph: Graph, name: str) -> Linear | None:
+    """The linear map that computes a value."""
+    for pattern in LINEAR_PATTERNS:
+        if (found := pattern(graph, name)) is not None:
+            return found
+    return None
+
+
+def nearest_linears(graph: Graph, name: str) -> tuple[list[Linear], list[str]]:
+    """The linear maps that a value is made of, and the graph inputs (a cache) beside them."""
+    linears: dict[str, Linear] = {}
+    inputs: list[str] = []
+    seen, pending = {name}, [name]
+    while pending:
+        current = pending.pop(0)
+        if graph.is_input(current):
+            inputs.append(current)
+            continue
+        linear = match_linear(graph, current)
+        if linear is not None:
+            linears[linear.out] = linear
+            continue
+        node = graph.producer(current)
+        if node is None or node.op in ("Shape", "Size"):
+            continue
+        for i in node.inputs[:1] if node.op in MOVES - {"Concat"} else node.inputs:  # not where it is cut
+            if i and i not in seen and not graph.is_constant(i):
+                seen.add(i)
+                pending.append(i)
+    return list(linears.values()), inputs

@@ -1,0 +1,81 @@
+"""Tables whose rows are looked up: the embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..evaluate.evaluator import Evaluator
+from ..graph import Graph, Node
+from .linear import matrix
+from .sources import Source, constant_shape
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """out = table[rows]."""
+
+    out: str
+    table: Source
+    rows: str  # "" where the rows are not chosen by indices
+    node: Node
+
+
+def _slice(graph: Graph, name: str) -> Lookup | None:
+    """Rows that follow each other."""
+    node = graph.producer(name)
+    if node is None or node.op != "Slice":
+        return None
+    table = matrix(graph, node.inputs[0])
+    return None if table is None else Lookup(name, table, "", node)
+
+
+def _gather(graph: Graph, name: str) -> Lookup | None:
+    node = graph.producer(name)
+    if node is None or node.op != "Gather" or node.attributes.get("axis", 0) != 0:
+        return None
+    table = matrix(graph, node.inputs[0])
+    return None if table is None else Lookup(name, table, node.inputs[1], node)
+
+
+def _dequantized_rows(graph: Graph, name: str) -> Lookup | None:
+    """Rows of an integer table, then DequantizeLinear with one scale."""
+    node = graph.producer(name)
+    if node is None or node.op not in ("DequantizeLinear", "com.microsoft.DequantizeLinear"):
+        return None
+    found = _gather(graph, node.inputs[0]) or _slice(graph, node.inputs[0])
+    rest = [i for i in node.inputs[1:] if i]
+    if found is None or any(not graph.is_constant(i) or constant_shape(graph, i) not in ((), (1,)) for i in rest):
+        return None
+
+    def dequantized(table: Array) -> Array:
+        return Evaluator(graph, {node.inputs[0]: table})(name)
+
+    table = found.table.then("DequantizeLinear", found.table.shape, dequantized)
+    return Lookup(name, replace(table, origin=(*found.table.origin, *rest)), found.rows, found.node)
+
+
+def _folded(graph: Graph, name: str) -> Lookup | None:
+    """Rows that were looked up when the file was made: positions of a fixed length, (T, C) or (1, T, C)."""
+    if not graph.is_constant(name) or name not in graph.constants:
+        return None
+    table = matrix(graph, name)
+    if table is None or table.shape[0] == 1:
+        return None
+    node = Node("Constant", "", "", (name,), (name,), {})
+    return Lookup(name, table, "", node)
+
+
+LOOKUP_PATTERNS: list[Callable[[Graph, str], Lookup | None]] = [_gather, _slice, _dequantized_rows, _folded]
+
+
+def match_lookup(graph: Graph, name: str) -> Lookup | None:
+    """The table whose rows a value holds."""
+    for pattern in LOOKUP_PATTERNS:
+        if (found := pattern(graph, name)) is not None:
+            return found
+    return None

@@ -1,0 +1,167 @@
+"""Layer norms, fused or written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...errors import UnsupportedModelError
+from ..evaluate.evaluator import Evaluator
+from ..graph import SAME, Graph, Node
+from .linear import match_linear
+from .sources import Source, constant_source
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """out = (x - mean) / sqrt(variance + epsilon) * weight + bias."""
+
+    x: str
+    out: str
+    weight: Source | None
+    bias: Source | None
+    epsilon: float
+    node: Node
+
+
+def _constant_vector(graph: Graph, name: str) -> Source | None:
+    if not name or not graph.is_constant(name):
+        return None
+    source = constant_source(graph, name)
+    return source.reshaped(source.shape[-1:]) if source.shape and source.shape[-1] == np.prod(source.shape) else None
+
+
+def _fused_norm(graph: Graph, name: str) -> LayerNorm | None:
+    node = graph.producer(name)
+    if node is None or node.op not in ("LayerNormalization", "com.microsoft.LayerNormalization"):
+        return None
+    if graph.output_index(name) != 0:
+        return None
+    weight, bias = _constant_vector(graph, node.input(1)), _constant_vector(graph, node.input(2))
+    return LayerNorm(node.inputs[0], name, weight, bias, node.attributes.get("epsilon", 1e-5), node)
+
+
+def _written_out_norm(graph: Graph, name: str) -> LayerNorm | None:
+    """Mean, difference, square, mean, root, quotient as nodes; then gain and bias."""
+    value, node = name, graph.producer(name)
+    parts: dict[str, Source | None] = {"Add": None, "Mul": None}
+    for op in ("Add", "Mul"):
+        node = graph.producer(value)
+        if node is not None and node.op == op:
+            for rest, vector in (node.inputs, node.inputs[::-1]):
+                source = _constant_vector(graph, vector)
+                if source is not None and not graph.is_constant(rest):
+                    parts[op] = source
+                    value = graph.strip(rest, SAME)
+                    break
+    node = graph.producer(value)
+    if node is None or node.op not in ("Div", "Mul", "SimplifiedLayerNormalization", "RMSNormalization"):
+        return None
+    if node.op in ("Div", "Mul") and any(graph.is_constant(i) for i in node.inputs):
+        return None  # a scale, as of a quantised head
+    means = []
+    for depth, ancestor in enumerate(graph.ancestors(value)):
+        inner = graph.producer(ancestor)
+        if inner is not None and inner.op == "ReduceMean":
+            means.append(inner)
+        if depth > 40:
+            break
+    if not means:
+        return None
+    x = next((m.inputs[0] for m in means if _is_mean_of_centred_input(graph, m, value)), None)
+    if x is None:
+        return None
+    gain, x = parts["Mul"] or parts["Add"], graph.strip(x, SAME)
+    given = _vectors(gain.shape[0] if gain else 8)
+    epsilon, outside = _epsilon(given, Evaluator(graph, {x: given[None]})(value)[0])
+    if epsilon is None:
+        if (other := _rearranged_norm(graph, name)) is not None:
+            return other
+        what = f"{node.describe()} looks like the end of a layer norm, but does not compute one"
+        if np.allclose(outside, outside[0], rtol=1e-6):
+            what = (
+                f"{node.describe()}: the layer norm adds epsilon {outside[0]:.3g} to the root of the variance, "
+                "not to the variance under it"
+            )
+        graph.object(UnsupportedModelError(what))
+        epsilon = 1e-5
+    return LayerNorm(x, name, parts["Mul"], parts["Add"], epsilon, node)
+
+
+def _is_mean_of_centred_input(graph: Graph, mean: Node, value: str) -> bool:
+    """Whether this is the mean that is taken off (not the mean of squares): its input reaches `value` by Sub."""
+    minuend = graph.strip(mean.inputs[0], SAME)
+    for ancestor in list(zip(range(40), graph.ancestors(value), strict=False)):
+        node = graph.producer(ancestor[1])
+        if node is not None and node.op == "Sub" and graph.strip(node.inputs[0], SAME) == minuend:
+            return graph.strip(node.inputs[1], SAME) in mean.outputs
+    return False
+
+
+def _vectors(width: int) -> Array:
+    """Vectors of several sizes, (6, width)."""
+    spread = 10.0 ** np.arange(-4, 2)[:, None]
+    vectors: Array = np.random.default_rng(0).standard_normal((len(spread), width)) * spread
+    return vectors
+
+
+def _epsilon(given: Array, got: Array) -> tuple[float | None, Array]:
+    """Which epsilon explains that `got` are `given` vectors normalised, None if none; and what is beside each root."""
+    centred = given - given.mean(-1, keepdims=True)
+    variance = (centred**2).mean(-1)
+    pick = np.abs(centred).argmax(-1)[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = (np.take_along_axis(centred, pick, -1) / np.take_along_axis(got, pick, -1))[:, 0]
+        inside = ratio**2 - variance
+        expected = centred / np.sqrt(variance + inside[0])[:, None]
+    if np.allclose(got, expected, rtol=1e-6, atol=0) and inside[0] > -1e-12:
+        return max(float(np.float32(inside[0])), 0.0), ratio
+    return None, ratio - np.sqrt(variance)
+
+
+def _rearranged_norm(graph: Graph, name: str) -> LayerNorm | None:
+    """The same operations in another order, as x * (gain / root) + (bias - mean * gain / root) in TensorFlow.
+
+    Gain and bias are those vectors with which a layer norm comes out.
+    """
+    node = graph.producer(name)
+    if node is None or node.op not in ("Add", "Sub", "Mul"):
+        return None
+    near = [graph.producer(a) for _, a in zip(range(25), graph.ancestors(name), strict=False)]
+    for x in dict.fromkeys(graph.strip(n.inputs[0], SAME) for n in near if n is not None and n.op == "ReduceMean"):
+        between = [graph.producer(a) for _, a in zip(range(40), graph.ancestors(name, {x}), strict=False) if a != x]
+        inputs = dict.fromkeys(i for n in between if n is not None for i in n.inputs if i)
+        found = {i: _constant_vector(graph, i) for i in inputs}
+        vectors = {i: source for i, source in found.items() if source is not None and source.shape[0] > 1}
+        if any(n is None or match_linear(graph, n.outputs[0]) is not None for n in between) or len(vectors) > 4:
+            continue
+        numbers: dict[str | None, Any] = {i: Evaluator(graph, {})(i).ravel().astype(np.float64) for i in vectors}
+        given = _vectors(next(iter(vectors.values())).shape[0] if vectors else 8)
+        got = Evaluator(graph, {x: given[None]})(name)[0]
+        for gain in (None, *vectors):
+            for bias in (None, *vectors):
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    normed = (got - numbers.get(bias, 0)) / numbers.get(gain, 1)
+                if (epsilon := _epsilon(given, normed)[0]) is not None:
+                    return LayerNorm(x, name, vectors.get(gain or ""), vectors.get(bias or ""), epsilon, node)
+    return None
+
+
+LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNorm | None]] = [
+    _fused_norm,
+    _written_out_norm,
+    _rearranged_norm,
+]
+
+
+def match_layer_norm(graph: Graph, name: str) -> LayerNorm | None:
+    """The layer norm that computes a value."""
+    for pattern in LAYER_NORM_PATTERNS:
+        if (found := pattern(graph, name)) is not None:
+            return found
+    return None
