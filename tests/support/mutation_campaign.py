@@ -27,7 +27,7 @@ import onnxruntime
 
 import forms
 from gpt2np.errors import Gpt2npError
-from gpt2np.onnx.reader import open_model
+from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import Recognised, recognise
 from gpt2np.onnx.writer import write_model
 from gpt2np.session import InferenceSession
