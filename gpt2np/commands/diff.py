@@ -43,12 +43,13 @@ def diff(
     An .npz is a trace, or what np.savez wrote under the names of outputs and taps. Exit code 0: no difference,
     1: a difference or a missing run, 2: usage or unreadable input, 3: nothing was compared.
     """
-    from ..parity import debugger
+    from ..parity import cases
+    from ..parity import diff as parity_diff
     from ._terminal import check_writable, deliver
 
     check_writable(json, junit)
-    report = debugger.diff(
-        a, b, lambda model: debugger.gather_cases(model, data or [], prompt or [], random, seed), oracle, preset,
+    report = parity_diff.diff(
+        a, b, lambda model: cases.gather_cases(model, data or [], prompt or [], random, seed), oracle, preset,
         rtol or [], atol or [], local, dump_repro,
     )  # fmt: skip
     deliver(report, json, junit)

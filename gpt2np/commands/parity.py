@@ -50,16 +50,16 @@ def parity(
     - `gpt2np parity model.onnx --against mypackage.port:forward --random 3`
     - `gpt2np parity model.onnx --noise-floor --junit parity.xml --json parity.json`
     """
-    from ..parity import debugger
+    from ..parity import capture, parties, run
     from ._terminal import check_writable, deliver
 
     check_writable(json, junit, save_trace)
-    options = debugger.Options(
-        debugger.model_path(model), against or [], data or [], prompt or [], random, seed, engine, preset,
-        rtol or [], atol or [], debugger.parse_checks(checks), noise_floor,
+    options = capture.Options(
+        parties.model_path(model), against or [], data or [], prompt or [], random, seed, engine, preset,
+        rtol or [], atol or [], run.parse_checks(checks), noise_floor,
     )  # fmt: skip
-    report = debugger.parity(options)
+    report = run.parity(options)
     deliver(report, json, junit)
     if save_trace is not None:
-        debugger.save_ours(options, save_trace)
+        capture.save_ours(options, save_trace)
     raise typer.Exit(report.exit_code)

@@ -31,21 +31,23 @@ def trace(
     - `gpt2np trace model.onnx --data test_data_set_0 --runner ort --taps 'h.*.attn.*' -o attention.npz`
     """
     from ..errors import InputError
-    from ..parity import debugger, runners
+    from ..parity import capture, parties
     from ..parity import trace as traces
+    from ..parity.cases import gather_cases
+    from ..parity.subject import Subject
     from ._terminal import check_writable, console
 
     if sum((prompt is not None, data is not None, random)) != 1:
         raise InputError("give one of --prompt, --data and --random")
     check_writable(output)
-    subject = runners.Model(debugger.model_path(model))
-    cases = debugger.gather_cases(subject, [data] if data else [], [prompt] if prompt else [], int(random), seed)
+    subject = Subject(parties.model_path(model))
+    cases = gather_cases(subject, [data] if data else [], [prompt] if prompt else [], int(random), seed)
     party = (
-        runners.Ours(subject, engine if dtype == "float32" else "numpy", dtype)
+        parties.Ours(subject, engine if dtype == "float32" else "numpy", dtype)
         if runner == "ours"
-        else debugger.runner_of(subject, runner, engine)
+        else parties.runner_of(subject, runner, engine)
     )
-    made = debugger.record(subject, party, cases[0], taps or ["*"])
+    made = capture.record(subject, party, cases[0], taps or ["*"])
     traces.save(output, made, stats_only)
     out = console()
     what = f"{len(made.taps)} taps and {len(made.outputs)} outputs of {party.name} on {cases[0].name}"

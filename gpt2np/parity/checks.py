@@ -16,17 +16,18 @@ import numpy as np
 
 from ..errors import Gpt2npError
 from ..weights import Array
-from .compare import Case, case_from_ids
+from .cases import Case, case_from_ids
 from .metrics import Budget, difference
+from .parties import Ours, Runner
 from .report import Check, number
-from .runners import Model, Ours, Runner
+from .subject import Subject
 
 CHECKS = ("cache", "batch", "causal", "determinism", "finite")
 
 
 def run_checks(
     names: Sequence[str],
-    model: Model,
+    model: Subject,
     ours: Ours,
     runners: Sequence[Runner],
     cases: Sequence[Case],
@@ -48,7 +49,7 @@ def run_checks(
     return found
 
 
-def prompt_of(model: Model, cases: Sequence[Case], seed: int) -> Array:
+def prompt_of(model: Subject, cases: Sequence[Case], seed: int) -> Array:
     """Token ids (1, T) to check on: the first case's that is long enough, or random ones."""
     for case in cases:
         ids = model.call(case.feeds).input_ids[:1, :64]
@@ -58,7 +59,7 @@ def prompt_of(model: Model, cases: Sequence[Case], seed: int) -> Array:
     return np.random.default_rng(seed).integers(0, model.config.vocab_size, (1, T))
 
 
-def final(model: Model, runner: Runner, ids: Array) -> Array:
+def final(model: Subject, runner: Runner, ids: Array) -> Array:
     """The last tap, (B, T, width), of one call."""
     case = case_from_ids(model, "check", ids)
     outputs = runner.run(case.feeds).outputs
@@ -89,7 +90,7 @@ def judged(name: str, what: str, a: Array, b: Array, budget: Budget) -> Check:
     return Check(name, not bool(outside.any()), text, errors)
 
 
-def cache_checks(model: Model, ours: Ours, ids: Array, budget: Budget) -> list[Check]:
+def cache_checks(model: Subject, ours: Ours, ids: Array, budget: Budget) -> list[Check]:
     """Ours, through its cache in every way that it is used; the full pass is the expected value."""
     gpt2 = ours.gpt2
 
@@ -119,7 +120,7 @@ def cache_checks(model: Model, ours: Ours, ids: Array, budget: Budget) -> list[C
     return [judged("cache", f"full pass = {what}", value, full, budget) for what, value in rows]
 
 
-def check_batch(model: Model, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
+def check_batch(model: Subject, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
     """Three different sequences: together, together in another order, and alone."""
     batch = np.concatenate([ids, ids[:, ::-1], np.roll(ids, 1, axis=1)])
     order = [2, 0, 1]
@@ -129,7 +130,7 @@ def check_batch(model: Model, runner: Runner, ids: Array, budget: Budget, cases:
     return judged(f"batch {runner.name}", "sequences alone, together, in another order", *both, budget)
 
 
-def check_causal(model: Model, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
+def check_causal(model: Subject, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
     """Change a token in the middle: rows before it must keep their values, and it itself must not."""
     t = ids.shape[1] // 2
     changed = ids.copy()
@@ -142,14 +143,14 @@ def check_causal(model: Model, runner: Runner, ids: Array, budget: Budget, cases
     return result
 
 
-def check_determinism(model: Model, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
+def check_determinism(model: Subject, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
     first, second = final(model, runner, ids), final(model, runner, ids)
     same = first.tobytes() == second.tobytes()
     text = "two runs, the same bits" if same else f"two runs differ by {number(float(difference(first, second).max()))}"
     return Check(f"determinism {runner.name}", same, text, by_position(first, second))
 
 
-def check_finite(model: Model, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
+def check_finite(model: Subject, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
     """Every output of every case."""
     bad = []
     for case in cases or [case_from_ids(model, "check", ids)]:
@@ -161,7 +162,7 @@ def check_finite(model: Model, runner: Runner, ids: Array, budget: Budget, cases
     return Check(f"finite {runner.name}", not bad, text)
 
 
-_RUNS: dict[str, Callable[[Model, Runner, Array, Budget, Sequence[Case]], Check]] = {
+_RUNS: dict[str, Callable[[Subject, Runner, Array, Budget, Sequence[Case]], Check]] = {
     "batch": check_batch,
     "causal": check_causal,
     "determinism": check_determinism,

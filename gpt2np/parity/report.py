@@ -8,9 +8,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .compare import Comparison
+from .localise import TapRow, first_divergence
+
+if TYPE_CHECKING:
+    from .explain.diagnose import Diagnosis
 
 WIDTH = 100
 Line = tuple[str, str]  # text, style
@@ -254,3 +258,68 @@ def _write(path: Path, text: str) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+SHOWN_ROWS = 24  # of the tap table; JSON has them all
+
+
+def tap_lines(rows: Sequence[TapRow], a: str, b: str, whole: bool = False) -> list[Line]:
+    """The table of taps: all, or those around the first divergence, or those with most local error."""
+    alone = a == b  # one party against its own operations
+    widths = (-19, 9) if alone else (-19, 8, 9, 9, 9, 7, 7, -10)
+    head = (
+        ("tap", "local")
+        if alone
+        else ("tap", "total", f"local {a}"[:9], f"local {b}"[:9], "inherited", "gain", "R", "closer")
+    )
+    lines: list[Line] = [(columns(head, widths), "bold")]
+    first = first_divergence(rows)
+    if whole or len(rows) <= SHOWN_ROWS:
+        shown = set(range(len(rows)))
+    elif first is not None:
+        at = list(rows).index(first)
+        shown = set(range(max(0, at - SHOWN_ROWS // 2), at + SHOWN_ROWS // 2))
+    else:
+        order = sorted(range(len(rows)), key=lambda i: -max(rows[i].over_a, rows[i].over_b))
+        shown = set(order[: SHOWN_ROWS - 1]) | {len(rows) - 1}
+
+    def cell(value: float | None, digits: str = "") -> str:
+        return "-" if value is None else f"{value:{digits}}" if digits else number(value)
+
+    for i, row in enumerate(rows):
+        if i in shown:
+            closer = {"a": a, "b": b, "tie": "tie"}[row.closer] if row.r is not None else "-"
+            mark = "  FIRST" if row is first else "  over" if row.diverges else ""
+            cells = (row.tap, cell(row.local_b)) if alone else (
+                row.tap, cell(row.total), cell(row.local_a), cell(row.local_b), cell(row.inherited),
+                cell(row.gain, ".3g"), cell(row.r, ".3g"), closer,
+            )  # fmt: skip
+            lines.append((columns(cells, widths) + mark, "red" if row.diverges else ""))
+    if len(shown) < len(rows):
+        lines.append((f"({len(rows) - len(shown)} more taps in --json)", "dim"))
+    return lines
+
+
+def show(report: Report, diagnosis: Diagnosis) -> None:
+    """The diagnosis as a section, a headline and JSON."""
+    report.details["diagnosis"] = diagnosis.as_dict()
+    body: list[Line] = []
+    if len(diagnosis.suspects) > 1:
+        first, last, count = diagnosis.suspects[0], diagnosis.suspects[-1], len(diagnosis.suspects)
+        text = f"suspected on {diagnosis.case}: {first} to {last} ({count} operations)"
+        body += [(line, "") for line in wrap(text, "  ")]
+    likely = diagnosis.guesses[0] if diagnosis.guesses and diagnosis.guesses[0].likely else None
+    if diagnosis.guesses:
+        text = "did you mean (share of the error that it explains)"
+        body.append((text if likely else f"{text}: nothing explains half of it", "bold"))
+    for i, guess in enumerate(diagnosis.guesses, 1):
+        share = "   shown" if guess.evidence and not guess.explains else f"{guess.removed:8.2%}"
+        extra = f" ({guess.evidence})" if guess.evidence else ""
+        text = f"{i}. {share}  {guess.named or guess.tap}  {guess.cause}: {guess.text}{extra}"
+        body += [(line, "green" if guess.explains else "") for line in wrap(text, " " * 13)]
+    report.sections.append((f"first divergence: {diagnosis.tap} ({diagnosis.text})", body))
+    report.headline = f"first divergence {diagnosis.tap}"
+    if likely is not None:
+        report.headline += f"; most likely {likely.cause}: {likely.text}"
+    else:
+        report.headline += "; none of the usual mistakes explains it"

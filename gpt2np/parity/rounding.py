@@ -13,10 +13,12 @@ import numpy as np
 
 from ..errors import Gpt2npError
 from ..weights import Array
-from .compare import Budgets, Case, Comparison
+from .budgets import Budgets
+from .cases import Case
+from .compare import Comparison
 from .metrics import Budget, measure
 from .report import WIDTH, Line, Report, columns, number, wrap
-from .runners import Model
+from .subject import Subject
 
 if TYPE_CHECKING:
     from ..onnx.emulate.literal import Literally
@@ -30,7 +32,7 @@ VARIANTS: dict[Literally, str] = {
 }
 
 
-def rounds(model: Model) -> tuple[str, list[Literally]]:
+def rounds(model: Subject) -> tuple[str, list[Literally]]:
     """How the file rounds on the way, in words ("" for a float32 file), and the ways to imitate it."""
     from ..onnx.read.reader import open_model
 
@@ -58,7 +60,7 @@ class Rounding:
     left: dict[str, dict[Literally, dict[str, float]]] = field(default_factory=dict)  # party -> way -> output
 
     @classmethod
-    def measure(cls, model: Model, cases: Sequence[Case], budgets: Budgets, report: Report) -> Rounding | None:
+    def measure(cls, model: Subject, cases: Sequence[Case], budgets: Budgets, report: Report) -> Rounding | None:
         """Widen the budget by what the rounding changes, ours with it against ours without; None if nothing rounds."""
         from ..onnx.read.reader import open_model
         from ..session import InferenceSession

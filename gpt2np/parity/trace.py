@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -138,6 +139,23 @@ def is_trace(text: str) -> bool:
 
 def provenance(inputs: Mapping[str, Array], **more: Any) -> dict[str, Any]:
     """What a manifest says besides the arrays: versions, CPU, and what the caller adds."""
-    from .compare import versions
-
     return {"versions": versions(), "input_shapes": {n: list(v.shape) for n, v in inputs.items()}, **more}
+
+
+def versions() -> dict[str, str]:
+    """What a comparison ran on: approximations inside the runtimes change from release to release."""
+    from importlib.metadata import version
+
+    found = {name: version(name) for name in ("numpy", "onnx", "onnxruntime", "numba")}
+    return {"python": platform.python_version(), **found, "machine": platform.machine(), "cpu": _cpu()}
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor()

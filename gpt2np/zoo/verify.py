@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from ..cache import KVCache
     from ..model import GPT2
     from ..onnx.recognise import Recognised
-    from ..parity.runners import Model, Ours
+    from ..parity.parties import Ours
+    from ..parity.subject import Subject
 
 Result = Literal["pass", "FAIL", "skip"]
 NO_TOKENIZER = "needs a tokenizer beside the model; `gpt2np fetch tokenizer` gets GPT-2's two files"
@@ -68,9 +69,10 @@ def verify(
         If the file cannot be read, or is no GPT-2 at all.
     """
     from ..onnx.read.reader import open_model
-    from ..parity.runners import Model, Ours
+    from ..parity.parties import Ours
+    from ..parity.subject import Subject
 
-    model = Model(open_model(path).path)
+    model = Subject(open_model(path).path)
     yield check_file(model.path, known_files)
     if model.found is None:
         yield Check("graph", facts[0].model, "FAIL", f"gpt2np cannot place the graph: {model.problem}")
@@ -331,11 +333,13 @@ def _greedy_text(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
 # --- do recorded data and ONNX Runtime agree? ----------------------------------------------------------------
 
 
-def check_runs(model: Model, ours: Ours) -> Iterator[Check]:
+def check_runs(model: Subject, ours: Ours) -> Iterator[Check]:
     """The data sets beside the file, or random tokens where there are none, against ONNX Runtime too."""
     from ..onnx.read.datasets import find_sets, load_set
-    from ..parity.compare import cases_from_data, random_cases, run_case
-    from ..parity.runners import Ort, output_names
+    from ..parity.capture import run_case
+    from ..parity.cases import cases_from_data, random_cases
+    from ..parity.parties import Ort
+    from ..parity.subject import output_names
 
     inputs = [port.name for port in model.recognised.inputs]
     sets = [load_set(folder, inputs, output_names(model)) for folder in find_sets(model.path)]

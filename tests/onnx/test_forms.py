@@ -588,10 +588,11 @@ def parity_files() -> dict[str, Callable[[Path], Path]]:
 @pytest.mark.parametrize("kind", parity_files())
 def test_parity_runs_such_files(tmp_path, kind):
     """The debugger makes calls of them, and takes apart the calls that a session makes of the same feeds."""
-    from gpt2np.parity.compare import random_cases
-    from gpt2np.parity.runners import Model, Ours
+    from gpt2np.parity.cases import random_cases
+    from gpt2np.parity.parties import Ours
+    from gpt2np.parity.subject import Subject
 
-    model = Model(parity_files()[kind](tmp_path))
+    model = Subject(parity_files()[kind](tmp_path))
     case = random_cases(model, 1, seed=3, longest=12)[0]
     run = Ours(model, "numpy").run(case.feeds, taps=["logits", "h.1.attn.probs"])
     for name, expected in zip(run.outputs, runtime(model.path).run(list(run.outputs), case.feeds), strict=True):

@@ -20,10 +20,14 @@ from gpt2np.cli import app
 from gpt2np.errors import ComparisonError, InputError, TraceError
 from gpt2np.onnx.read.datasets import expand, find_sets, load_set, save_set
 from gpt2np.parity import trace
-from gpt2np.parity.debugger import Options, diff, gather_cases, parity, record
+from gpt2np.parity.capture import Options, record
+from gpt2np.parity.cases import gather_cases
+from gpt2np.parity.diff import diff
 from gpt2np.parity.operations import Program, tap_inputs, tap_names
+from gpt2np.parity.parties import Ort, Ours
 from gpt2np.parity.report import lines_of
-from gpt2np.parity.runners import Model, Ort, Ours
+from gpt2np.parity.run import parity
+from gpt2np.parity.subject import Subject
 from gpt2np.testing import assert_parity
 
 pytest_plugins = ["pytester"]
@@ -35,7 +39,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     result = CliRunner().invoke(app, ["synth", "--size", "2,3,12,20,37", "-o", str(folder), "--seed", "1"])
     assert result.exit_code == 0, result.output
-    found = Model(folder / "model.onnx")
+    found = Subject(folder / "model.onnx")
     for i, case in enumerate(gather_cases(found, [], [], 3, 0)):
         outputs = Ours(found, "numpy", "float64").run(case.feeds).outputs
         save_set(folder / f"test_data_set_{i}", case.feeds, outputs)
@@ -165,10 +169,10 @@ def test_a_graph_that_is_no_gpt2_is_still_judged_against_the_data(model: Path) -
 
 PORT = """
 import numpy as np
-from gpt2np.parity.runners import Model
+from gpt2np.parity.subject import Subject
 from gpt2np.parity import operations
 from pathlib import Path
-model = Model(Path({path!r}))
+model = Subject(Path({path!r}))
 
 def forward(feeds, bug=True):
     program = model.program
@@ -209,7 +213,7 @@ def test_a_trace_is_written_whole_and_judged_again(small: Path, tmp_path: Path) 
     assert run("trace", small, "--data", data, "-o", path, "--engine", "numpy")[0] == 0
     assert run("trace", small, "--data", data, "-o", other, "--runner", "ort")[0] == 0
     loaded = trace.load(path)
-    found = Model(small / "model.onnx")
+    found = Subject(small / "model.onnx")
     assert set(loaded.taps) == set(found.taps())
     assert loaded.manifest["model_sha256"] == trace.load(other).manifest["model_sha256"]
     assert loaded.manifest["versions"]["onnxruntime"]
@@ -242,7 +246,7 @@ def test_a_trace_is_written_whole_and_judged_again(small: Path, tmp_path: Path) 
 
 
 def test_a_damaged_or_foreign_trace_is_refused(small: Path, tmp_path: Path) -> None:
-    model = Model(small / "model.onnx")
+    model = Subject(small / "model.onnx")
     case = gather_cases(model, [], [], 1, 0)[0]
     path = tmp_path / "t.npz"
     trace.save(path, record(model, Ours(model, "numpy"), case, ["embed", "ln_f"]))
@@ -271,7 +275,7 @@ def test_a_damaged_or_foreign_trace_is_refused(small: Path, tmp_path: Path) -> N
 
 
 def test_operations_one_by_one_are_the_textbook(small: Path) -> None:
-    model = Model(small / "model.onnx")
+    model = Subject(small / "model.onnx")
     case = gather_cases(model, [], [], 1, 2)[0]
     taps = Ours(model, "numpy", "float64").run(case.feeds, False, model.taps()).taps
     call = model.call(case.feeds)
@@ -281,7 +285,7 @@ def test_operations_one_by_one_are_the_textbook(small: Path) -> None:
 
 
 def test_onnx_runtimes_intermediates_come_under_our_names(small: Path) -> None:
-    model = Model(small / "model.onnx")
+    model = Subject(small / "model.onnx")
     case = gather_cases(model, [], [], 1, 2)[0]
     ort, ours = (r.run(case.feeds, False, model.taps()).taps for r in (Ort(model), Ours(model, "numpy")))
     assert set(ort) == set(ours) == set(model.taps())
@@ -293,7 +297,7 @@ def test_onnx_runtimes_intermediates_come_under_our_names(small: Path) -> None:
 def test_a_repro_runs_by_itself(small: Path, tmp_path: Path, tap: str) -> None:
     from gpt2np.parity.repro import dump
 
-    model = Model(small / "model.onnx")
+    model = Subject(small / "model.onnx")
     call = model.call(gather_cases(model, [], [], 1, 2)[0].feeds)
     name = tap if tap in ("embed", "ln_f") else f"h.1.{tap}"
     taps = dict(model.program.walk(call, np.float32, until="ln_f"))

@@ -12,7 +12,10 @@ import pytest
 import gpt2np
 import gpt2np.reference
 from gpt2np.errors import ComparisonError
-from gpt2np.parity import debugger, runners
+from gpt2np.parity import capture, parties, trace
+from gpt2np.parity.cases import Case, case_from_ids
+from gpt2np.parity.diff import diff
+from gpt2np.parity.subject import Subject
 
 IDS = np.array([[5, 17, 300, 42, 7, 7, 1999, 64, 80, 3, 11, 512, 77, 1024, 9, 350]])
 Taps = dict[str, np.ndarray]
@@ -134,7 +137,7 @@ def test_the_cause_is_named(name: str, right: tuple[gpt2np.GPT2, Taps], mini: Pa
     tap, change, cause = CASES[name]
     wrong = {**taps, tap: np.asarray(change(taps, model), np.float32)}
     np.savez(tmp_path / "port.npz", **wrong)
-    report = debugger.diff(str(mini), str(tmp_path / "port.npz"), cases)
+    report = diff(str(mini), str(tmp_path / "port.npz"), cases)
     assert report.exit_code == 1
     found = report.details["diagnosis"]
     assert found["tap"] == tap
@@ -142,14 +145,14 @@ def test_the_cause_is_named(name: str, right: tuple[gpt2np.GPT2, Taps], mini: Pa
     assert f"most likely {cause}" in report.headline
 
 
-def cases(model: runners.Model) -> list[debugger.Case]:
-    return [debugger.case_from_ids(model, "ids", IDS)]
+def cases(model: Subject) -> list[Case]:
+    return [case_from_ids(model, "ids", IDS)]
 
 
 def test_plain_arrays_pass_where_they_are_right(right: tuple[gpt2np.GPT2, Taps], mini: Path, tmp_path: Path) -> None:
     _, taps = right
     np.savez(tmp_path / "port.npz", **{n: v[0] if n == "embed" else v for n, v in taps.items()})
-    report = debugger.diff(str(mini), str(tmp_path / "port.npz"), cases)
+    report = diff(str(mini), str(tmp_path / "port.npz"), cases)
     assert report.exit_code == 0
     assert any("port.npz was recorded on this input" in text for text in report.not_compared)
 
@@ -164,7 +167,7 @@ def test_plain_arrays_pass_where_they_are_right(right: tuple[gpt2np.GPT2, Taps],
 )
 def test_foreign_arrays_fail_with_what_is_wrong(arrays: Taps, complaint: str, mini: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "port.npz", **arrays)
-    report = debugger.diff(str(mini), str(tmp_path / "port.npz"), cases)
+    report = diff(str(mini), str(tmp_path / "port.npz"), cases)
     assert report.exit_code == 1
     with pytest.raises(ComparisonError, match=complaint):
         raise ComparisonError(report.comparisons[0].problem)
@@ -188,7 +191,7 @@ def test_right_numbers_in_the_wrong_place(
     change: Callable[[Taps], Taps], said: str, right: tuple[gpt2np.GPT2, Taps], mini: Path, tmp_path: Path
 ) -> None:
     np.savez(tmp_path / "port.npz", **change(outputs(right[0])))
-    report = debugger.diff(str(mini), str(tmp_path / "port.npz"), cases)
+    report = diff(str(mini), str(tmp_path / "port.npz"), cases)
     assert report.exit_code == 1
     assert said in report.headline
 
@@ -201,7 +204,7 @@ def test_a_port_that_gives_outputs_alone(right: tuple[gpt2np.GPT2, Taps], mini: 
     caches = [np.zeros((2, 1, 6, 16, 32), np.float32) for _ in blocks]
     hidden = gpt2np.reference.transformer(IDS, np.arange(16)[None], w._replace(h=tuple(blocks)), caches)
     np.savez(tmp_path / "port.npz", output1=hidden[None], **{f"output{i + 2}": c for i, c in enumerate(caches)})
-    report = debugger.diff(str(mini), str(tmp_path / "port.npz"), cases)
+    report = diff(str(mini), str(tmp_path / "port.npz"), cases)
     assert report.exit_code == 1
     assert "first divergence h.1.attn.scores; most likely scale" in report.headline
 
@@ -213,29 +216,29 @@ def test_an_output_that_is_not_its_tap_is_not_called_noise(
     made = outputs(model)
     made["output1"] = made["output1"] + np.float32(0.5)
     np.savez(tmp_path / "port.npz", **made, **taps)
-    report = debugger.diff(str(mini), str(tmp_path / "port.npz"), cases)
+    report = diff(str(mini), str(tmp_path / "port.npz"), cases)
     assert report.exit_code == 1
     assert "output1 is not what its taps are" in report.headline
 
 
 def test_nothing_given_is_nothing_compared(mini: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "port.npz")
-    assert debugger.diff(str(mini), str(tmp_path / "port.npz"), cases).exit_code == 3
+    assert diff(str(mini), str(tmp_path / "port.npz"), cases).exit_code == 3
 
 
 def test_plain_arrays_against_a_golden_trace(right: tuple[gpt2np.GPT2, Taps], mini: Path, tmp_path: Path) -> None:
     model, taps = right
-    subject = runners.Model(mini / "model.onnx")
-    golden = debugger.record(subject, runners.Ours(subject, "numpy"), cases(subject)[0])
-    debugger.traces.save(tmp_path / "golden.npz", golden)
+    subject = Subject(mini / "model.onnx")
+    golden = capture.record(subject, parties.Ours(subject, "numpy"), cases(subject)[0])
+    trace.save(tmp_path / "golden.npz", golden)
     arrays = {**outputs(model), "h.0.ln_1": taps["h.0.ln_1"]}
     np.savez(tmp_path / "port.npz", **arrays)
     two = str(tmp_path / "golden.npz"), str(tmp_path / "port.npz")
-    report = debugger.diff(*two, cases)
+    report = diff(*two, cases)
     assert report.exit_code == 0
     assert {c.output for c in report.comparisons} == set(arrays)
     np.savez(tmp_path / "port.npz", **{**arrays, "h.0.ln_1": arrays["h.0.ln_1"] + 1})
-    assert "h.0.ln_1" in debugger.diff(*two, cases).headline
+    assert "h.0.ln_1" in diff(*two, cases).headline
 
 
 def nothing(feeds: Taps) -> Taps:
@@ -253,7 +256,7 @@ def cut(feeds: Taps) -> Taps:
 
 @pytest.mark.parametrize(("name", "code"), [("nothing", 3), ("breaks", 1), ("cut", 1)])
 def test_a_function_that_gives_no_result_never_passes(name: str, code: int, mini: Path) -> None:
-    assert debugger.diff(str(mini), f"test_parity_causes:{name}", cases).exit_code == code
+    assert diff(str(mini), f"test_parity_causes:{name}", cases).exit_code == code
 
 
 @pytest.mark.parametrize("command", [["parity", "--json"], ["diff", "a", "b", "--junit"], ["trace", "--random", "-o"]])
@@ -294,7 +297,7 @@ def test_the_repro_of_a_mask_that_replaces_scores(mini: Path, tmp_path: Path) ->
     from gpt2np.parity.operations import Call, Program
     from gpt2np.parity.repro import dump
 
-    program = runners.Model(mini / "model.onnx").program.with_(mask_value=-2.0)  # it shows: later keys keep a share
+    program = Subject(mini / "model.onnx").program.with_(mask_value=-2.0)  # it shows: later keys keep a share
     assert isinstance(program, Program)
     scores = np.random.default_rng(0).standard_normal((1, 6, 16, 16))
     dump(tmp_path, program, Call(IDS, np.arange(16)[None]), "h.1.attn.probs", [scores], None)

@@ -8,7 +8,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from gpt2np.parity.debugger import Options, diff, gather_cases, parity
+from gpt2np.parity.capture import Options
+from gpt2np.parity.cases import gather_cases
+from gpt2np.parity.diff import diff
+from gpt2np.parity.run import parity
 from mutants import MUTANTS
 
 # Which file each mutant is made from: between them they cover the zoo's two graphs and an export with a past.

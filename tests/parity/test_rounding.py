@@ -25,9 +25,10 @@ from gpt2np.onnx.normalise.build import build_graph
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise.sources import constant_source
 from gpt2np.onnx.writer import write_model
-from gpt2np.parity import debugger
+from gpt2np.parity.capture import Options
+from gpt2np.parity.parties import Captured, Ours
 from gpt2np.parity.report import Report
-from gpt2np.parity.runners import Ours, Run
+from gpt2np.parity.run import parity
 from gpt2np.session import InferenceSession
 from runtime import DATA, Array, assert_close, feeds_for, runtime
 from tiny import tiny_config, tiny_sources
@@ -416,7 +417,7 @@ def dequantised(folder: Path, opset: int = 21) -> Path:
 
 
 def rounding_of(path: Path) -> tuple[Report, dict[str, Any]]:
-    report = debugger.parity(debugger.Options(path, random=2, engine="numpy"))
+    report = parity(Options(path, random=2, engine="numpy"))
     return report, report.details["rounding"]["logits"]
 
 
@@ -441,9 +442,9 @@ def test_a_wide_rounding_hides_no_error_of_ours(monkeypatch):
     """Ours is also compared with the file's nodes run without rounding, under the plain budget."""
     right = Ours.run
 
-    def wrong(*arguments: Any) -> Run:
+    def wrong(*arguments: Any) -> Captured:
         found = right(*arguments)
-        return Run({name: value * np.float32(1.005) for name, value in found.outputs.items()}, found.taps)
+        return Captured({name: value * np.float32(1.005) for name, value in found.outputs.items()}, found.taps)
 
     monkeypatch.setattr(Ours, "run", wrong)
     report, _ = rounding_of(DATA / "int8.onnx")
@@ -464,13 +465,13 @@ def test_merged_decoders_that_round(tmp_path):
 
 
 def test_parity_of_a_float_file_measures_no_rounding():
-    report = debugger.parity(debugger.Options(DATA / "optimum_past.onnx", random=1, engine="numpy"))
+    report = parity(Options(DATA / "optimum_past.onnx", random=1, engine="numpy"))
     assert "rounding" not in report.details
     assert report.exit_code == 0
 
 
 def test_parity_finds_the_kind_of_cpu_that_recorded(fixtures):
-    report = debugger.parity(debugger.Options(fixtures / "int8_dynamic" / "model.onnx"))
+    report = parity(Options(fixtures / "int8_dynamic" / "model.onnx"))
     assert report.details["rounding"]["logits"]["left"]["recorded"] < 1e-5
     text = " ".join(line for _, body in report.sections for line, _ in body)
     assert "recorded: imitated as on a CPU without VNNI" in text

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from ...weights import Array
-from ..arbiter import F32, F64, LOCAL_FACTOR, TapRow
 from ..compare import Comparison
+from ..localise import F32, F64, LOCAL_FACTOR, TapRow
 from ..metrics import difference, measure
 from ..operations import Call, Program, split_tap, tap_inputs, tap_names
 from .problem import Guess, Problem

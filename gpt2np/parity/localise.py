@@ -21,9 +21,14 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import Gpt2npError
 from ..weights import Array
+from .cases import Case
+from .compare import Comparison
 from .metrics import difference
 from .operations import Call, Program, split_tap, tap_inputs, tap_shape
+from .parties import Runner
+from .subject import Subject, taps_of
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -213,3 +218,28 @@ def _row(
 def first_divergence(rows: Sequence[TapRow]) -> TapRow | None:
     """The first tap whose local error leaves its budget, on either side."""
     return next((row for row in rows if row.diverges), None)
+
+
+def tap_rows(model: Subject, a: Runner, b: Runner, case: Case, call: Call) -> tuple[list[TapRow], str]:
+    """The rows of the taps that at least one of the two gives, or why there are none."""
+
+    def taps(runner: Runner) -> Callable[[Sequence[str]], dict[str, Array]]:
+        return lambda names: runner.run(case.feeds, False, names).taps
+
+    try:
+        rows = list(compare_taps(model.program, call, taps(a), taps(b), model.taps()))
+    except Gpt2npError as error:
+        return [], str(error)
+    rows = [r for r in rows if r.local_b is not None]
+    return rows, "" if rows else "it gives none"
+
+
+def only_noise(model: Subject, failing: Mapping[str, Comparison], rows: Sequence[TapRow]) -> str:
+    """The headline where outputs fail and no operation differs: noise, or an output that is not what its tap is."""
+    apart = {row.tap: row.max_abs for row in rows}
+    ports = {port.name: port for port in model.recognised.outputs}
+    for name, c in failing.items():
+        known = [apart.get(tap) for tap in taps_of(ports[name])]
+        if c.metrics is None or c.metrics.max_abs > 2 * max((k for k in known if k is not None), default=math.inf):
+            return f"{name} is not what its taps are: they agree, so it is lost after the last operation"
+    return "inherited float32 noise alone: no operation differs by itself" if failing else ""

@@ -1,0 +1,98 @@
+"""What the parties give for a case: outputs, taps, traces of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..errors import Gpt2npError, InputError
+from ..weights import Array
+from . import trace as traces
+from .cases import Case, gather_cases
+from .operations import Call, split_tap, tap_names, tap_shape
+from .parties import Ort, Ours, Runner, model_path
+from .subject import Subject
+
+
+@dataclass
+class Options:
+    """What `gpt2np parity` was asked for."""
+
+    model: Path
+    against: list[str] = field(default_factory=list)
+    data: list[Path] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
+    random: int = 0
+    seed: int = 0
+    engine: str = "numba"
+    preset: str = "zoo"
+    rtol: list[str] = field(default_factory=list)
+    atol: list[str] = field(default_factory=list)
+    checks: tuple[str, ...] = ("outputs",)
+    noise_floor: bool = False
+
+
+def run_case(case: Case, runners: Sequence[Runner]) -> dict[str, Mapping[str, Array] | Gpt2npError]:
+    """Outputs of every party, or the error that kept it from giving any."""
+    results: dict[str, Mapping[str, Array] | Gpt2npError] = {}
+    for runner in runners:
+        try:
+            results[runner.name] = runner.run(case.feeds).outputs
+        except Gpt2npError as error:
+            results[runner.name] = error
+    return results
+
+
+def taps_from(runner: Runner, case: Case) -> Callable[[Sequence[str]], dict[str, Array]]:
+    return lambda names: runner.run(case.feeds, False, names).taps
+
+
+def around(model: Subject, runner: Runner, case: Case, call: Call, tap: str) -> dict[str, Array]:
+    """A party's taps up to one of them: all, or where they are large the last two layers."""
+    names = tap_names(model.config)
+    wanted = names[: names.index(tap) + 1]
+    layer, part = split_tap(tap)
+    if part in ("attn.q", "attn.k"):
+        wanted = names[: names.index(f"h.{layer}.attn.v") + 1]
+    if sum(4 * math.prod(tap_shape(t, model.config, call)) for t in wanted) > 256 << 20:
+        wanted = wanted[-30:]
+    return runner.run(case.feeds, False, wanted).taps
+
+
+def record(
+    model: Subject, runner: Runner, case: Case, taps: Sequence[str] = ("*",), outputs: bool = True
+) -> traces.Trace:
+    """One call of a party as a trace, with those taps that match a pattern."""
+    import os
+
+    from ..onnx.read.reader import open_model
+
+    names = [t for t in model.taps() if any(fnmatchcase(t, pattern) for pattern in taps)]
+    if not names:
+        raise InputError(f"no tap matches {', '.join(taps)}; taps are {', '.join(model.taps()[:4])}, ...")
+    run = runner.run(case.feeds, outputs, names)
+    manifest = traces.provenance(
+        case.feeds,
+        runner=runner.name,
+        case=case.name,
+        model=str(model.path),
+        model_sha256=open_model(model.path).sha256,
+        dtype=getattr(runner, "dtype", "float32"),
+        engine=getattr(runner, "engine", None),
+        optimisation=("all" if runner.optimise else "off") if isinstance(runner, Ort) else None,
+        threads=getattr(runner, "threads", None) or os.cpu_count(),
+        taps_missing=[t for t in names if t not in run.taps],
+    )
+    return traces.Trace(dict(case.feeds), run.outputs, run.taps, manifest)
+
+
+def save_ours(options: Options, path: Path) -> None:
+    """Ours as a trace, all taps of the first input."""
+    model = Subject(model_path(options.model))
+    cases = gather_cases(model, options.data, options.prompts, options.random, options.seed)
+    if not cases:
+        raise InputError("no input to trace: give --data, --prompt or --random")
+    traces.save(path, record(model, Ours(model, options.engine), cases[0]))
