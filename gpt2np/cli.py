@@ -14,6 +14,7 @@ from io import TextIOWrapper
 import typer
 
 from .errors import Gpt2npError
+from .escape import escaped
 
 app = typer.Typer(
     name="gpt2np",
@@ -71,9 +72,11 @@ def main() -> None:
         raise SystemExit(2) from None
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:  # a full disk, a read-only folder ...
-            print(f"gpt2np: {error.filename}: {error.strerror}", file=sys.stderr)
+            print(f"gpt2np: {escaped(str(error.filename))}: {error.strerror}", file=sys.stderr)
             raise SystemExit(2) from None
-        traceback.print_exc()  # a bug: Python would say 1, which here is a failed comparison
+        print(
+            escaped(traceback.format_exc(), keep="\n"), end="", file=sys.stderr
+        )  # a bug: Python would say 1, which here is a failed comparison
         raise SystemExit(70) from None
     except SystemExit as end:
         # The reader of a pipe left early, as in `gpt2np info | head`. Typer says 1, which here is a failed

@@ -1,8 +1,18 @@
 """Every exception that a caller of gpt2np may want to catch, under one base class."""
 
+from __future__ import annotations
+
+from .escape import escaped
+
 
 class Gpt2npError(Exception):
-    """Base class of all errors that gpt2np raises on purpose."""
+    """Base class of all errors that gpt2np raises on purpose.
+
+    Its text may quote names from files, so it is shown escaped: by the command line, and by Python's traceback.
+    """
+
+    def __str__(self) -> str:
+        return escaped(super().__str__(), keep="\n")
 
 
 class ModelFileError(Gpt2npError):

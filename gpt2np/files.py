@@ -1,58 +1,97 @@
-"""Files that come from strangers: opened safely, and never read as a mixture of two versions."""
+"""Files that come from strangers: opened safely, read within limits, and never as a mixture of two versions."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from .errors import ModelFileError
+from .errors import Gpt2npError, ModelFileError
 
 PART = 1 << 21  # bytes that one thread reads at least; a large page, so that two threads never share one
+MAX_JSON = 1 << 24  # bytes of a JSON text; GPT-2's tokenizer.json, the longest that is read here, has 2.1e6
+# What the content of a file may take in memory, whatever it claims: so much, and so many times its own bytes.
+# Weights of 4 bits become 8 times as large in float32, and deflate packs zeros a thousandfold.
+FREE, FACTOR = 1 << 28, 64
+
+
+def allowance(nbytes: int) -> int:
+    """Bytes of memory that the content of a file of `nbytes` bytes may ask for."""
+    return FREE + FACTOR * nbytes
 
 
 class File:
-    """A regular file that is opened for every read, and must not change in between.
+    """A regular file that is opened for every read, and must not change from the first look to the last byte.
+
+    Parameters
+    ----------
+    path : Path
+    kind : type of Gpt2npError
+        What is raised where something is wrong with it.
 
     Raises
     ------
-    ModelFileError
+    kind
         If there is no such file, if it is no regular file, or if it changes after the first look.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: type[Gpt2npError] = ModelFileError) -> None:
         self.path = path
+        self.kind = kind
         try:
             state = path.stat()
             if stat.S_ISREG(state.st_mode):
                 with path.open("rb"):
                     pass
-        except (OSError, ValueError) as error:
-            raise ModelFileError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        except (OSError, ValueError) as error:  # ValueError: a null character, or half of a surrogate pair
+            raise kind(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
         if not stat.S_ISREG(state.st_mode):  # a pipe would block for ever, a device never end
-            raise ModelFileError(f"{path} is not a regular file")
+            raise kind(f"{path} is not a regular file")
         self.size = state.st_size
         self._state = self._identity(state)
 
     @staticmethod
     def _identity(state: os.stat_result) -> tuple[int, ...]:
-        return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+        return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
-    def open(self) -> FileIO:
-        """The open file, unbuffered; the caller closes it."""
+    @contextmanager
+    def open(self) -> Iterator[FileIO]:
+        """The open file, unbuffered; when it is closed, it must still be as it was."""
         try:
             file = self.path.open("rb", buffering=0)
         except OSError as error:
-            raise ModelFileError(f"cannot read {self.path}: {error.strerror}") from None
+            raise self.kind(f"cannot read {self.path}: {error.strerror}") from None
+        with file:
+            self.check(file)
+            yield file
+            self.check(file)
+
+    def check(self, file: FileIO) -> None:
+        """Raise if the open file is another one than at the first look, or has been written to since."""
         if self._identity(os.fstat(file.fileno())) != self._state:
-            file.close()
-            raise ModelFileError(f"{self.path} was changed or replaced since it was opened")
-        return file
+            raise self.kind(f"{self.path} was changed or replaced since it was opened")
+
+    def read(self, limit: int = MAX_JSON) -> bytes:
+        """All of its bytes; an error if these are more than `limit`."""
+        if self.size > limit:
+            raise self.kind(f"{self.path} has {self.size:,} bytes, where at most {limit:,} are read")
+        content = np.empty(self.size, np.uint8)
+        self.read_into(content, [(0, self.size)])
+        return content.tobytes()
+
+    def sha256(self) -> str:
+        """SHA-256 of its bytes, in hexadecimal."""
+        with self.open() as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def read_into(self, target: np.ndarray, pieces: Iterable[tuple[int, int]]) -> None:
         """Fill the one-dimensional uint8 array `target` with the bytes of all (offset, length) pieces."""
@@ -68,7 +107,7 @@ class File:
         while done < len(view):
             got = file.readinto(view[done:])
             if not got:
-                raise ModelFileError(f"{self.path} ends early, at byte {file.tell()}")
+                raise self.kind(f"{self.path} ends early, at byte {file.tell()}")
             done += got
 
     def read_in_turn(self, target: np.ndarray, offset: int, nbytes: int) -> Iterator[np.ndarray]:
@@ -77,6 +116,7 @@ class File:
             for start in range(0, nbytes, len(target)):
                 part = target[: nbytes - start]
                 self._fill(part, file, offset + start)
+                self.check(file)
                 yield part
 
     def read_in_parts(self, target: np.ndarray, offset: int) -> None:
@@ -92,3 +132,20 @@ class File:
         with ThreadPoolExecutor(len(starts)) as pool:
             parts = [target[start : start + part] for start in starts]
             list(pool.map(lambda start, view: self.read_into(view, [(offset + start, len(view))]), starts, parts))
+
+
+def json_object(text: bytes, where: str, kind: type[Gpt2npError] = ModelFileError) -> dict[str, Any]:
+    """The JSON object that a text holds.
+
+    Raises
+    ------
+    kind
+        If it is not JSON, or not an object; `where` names it.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: also what is not UTF-8, or a number of 5,000 digits
+        raise kind(f"{where} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise kind(f"{where} is no JSON object")
+    return value

@@ -1,7 +1,8 @@
 """What the commands share for writing to a terminal: coloured and aligned there, plain and unwrapped in a pipe.
 
-Results go to standard output, everything else (progress, notes, errors) to standard error. Text is printed
-as it is: rich's [markup] is off, so that a file or token name can never be taken for a style; use `style=`.
+Results go to standard output, everything else (progress, notes, errors) to standard error. Text may come from
+files, so control characters in it are escaped here, and rich's [markup] is off: no name of a file or of a tensor
+is obeyed as a control sequence or taken for a style; use `style=`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..escape import escaped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +28,13 @@ UNWRAPPED = 100_000  # columns; a pipe has no width, and a table that is cut off
 def console(stderr: bool = False) -> Console:
     """A rich Console for standard output, or standard error; plain, without colours or wrapping, in a pipe."""
     from rich.console import Console
+    from rich.text import Text
 
-    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    class Escaping(Console):
+        def render_str(self, text: str, **how: Any) -> Text:
+            return super().render_str(escaped(text, keep="\n\t"), **how)
+
+    made = Escaping(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not made.is_terminal:
         made.width = UNWRAPPED
         made.soft_wrap = True
@@ -36,7 +44,7 @@ def console(stderr: bool = False) -> Console:
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: str | None = None) -> None:
     """Print a table; a column called ">name" is aligned to the right.
 
-    Cells are printed by str, or as they are where they are rich renderables (`Text("FAIL", "red")`).
+    Cells are printed by str and escaped, or as they are where they are rich renderables (`Text("FAIL", "red")`).
     """
     from rich import box
     from rich.table import Table
@@ -49,13 +57,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
             Text(column.removeprefix(">")), justify="right" if column.startswith(">") else "left", overflow="fold"
         )
     for row in rows:
-        table.add_row(*(cell if hasattr(cell, "__rich_console__") else Text(str(cell)) for cell in row))
+        table.add_row(*(cell if hasattr(cell, "__rich_console__") else Text(escaped(str(cell))) for cell in row))
     out.print(table)
 
 
 def print_json(value: Any) -> None:
     """Print one value as one line of strict JSON (NaN and infinities are refused: give None or a string)."""
-    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+    print(escaped(json.dumps(value, ensure_ascii=False, allow_nan=False)), flush=True)
 
 
 @contextmanager
@@ -74,14 +82,14 @@ def progress(description: str, total: float | None, unit: str = "") -> Iterator[
     out = console(stderr=True)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, Rate(), TimeRemainingColumn(), console=out, disable=not out.is_terminal) as bar:
-        task = bar.add_task(description, total=total)
+        task = bar.add_task(escaped(description), total=total)
         yield lambda amount: bar.advance(task, amount)
 
 
 def note(message: str) -> None:
     """Tell the user something that is not a result, on standard error."""
     if hasattr(sys.stderr, "rich_proxied_file"):  # a progress bar is shown: this goes above it
-        print(message, file=sys.stderr)
+        print(escaped(message, keep="\n"), file=sys.stderr)
     else:
         console(stderr=True).print(message, style="dim")
 

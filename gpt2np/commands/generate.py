@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import Gpt2npError, InputError
+from ..escape import escaped
 from ..tokenizer import decode, encode_for, end_of_text_id
 from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
 from ._terminal import console, note, print_json, print_table
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from ..model import GPT2
 
 NEW_TOKENS = 128
-# Generated text may hold any byte: on a terminal, what would be obeyed is shown instead (U+2400 and up).
-SHOWN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421}
-SHOWN |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def generate(
@@ -194,9 +192,9 @@ def _write(text: str, style: str = "") -> None:
     if not sys.stdout.isatty():
         sys.stdout.write(text)
     elif style:
-        console().print(text.translate(SHOWN), style=style, end="", soft_wrap=True)
+        console().print(text, style=style, end="", soft_wrap=True)
     else:
-        sys.stdout.write(text.translate(SHOWN))
+        sys.stdout.write(escaped(text, keep="\n\t"))
     sys.stdout.flush()
 
 

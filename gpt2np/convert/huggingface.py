@@ -6,10 +6,9 @@ with each tensor's type, shape and place, then the bytes of all tensors.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -17,11 +16,10 @@ import numpy as np
 
 from ..config import Activation, GPT2Config
 from ..errors import ModelFileError, UnsupportedModelError, WeightError
-from ..files import File
+from ..files import MAX_JSON, File, json_object
 from ..onnx.read.tensors import Tensor
 from ..weights import Array, WeightSource, weight_shapes
 
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 # Types that a weight may have. ml_dtypes' bfloat16 is float32 without its lower half.
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
 OTHERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}  # buffers, such as the causal mask
@@ -67,12 +65,13 @@ def read_header(path: Path) -> dict[str, Tensor]:
     file = File(path)
     with file.open() as opened:
         length = int.from_bytes(opened.read(8), "little")
-        if file.size < 10 or length > min(MAX_HEADER, file.size - 8):
+        if file.size < 10 or length > min(MAX_JSON, file.size - 8):
             raise ModelFileError(f"{path} is no safetensors file: a header of {length} bytes in {file.size}")
         text = opened.read(length)
-    header = _json(text, f"the header of {path}")
+    header = json_object(text, f"the header of {path}")
     start = 8 + length
     tensors = {}
+    spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -87,16 +86,21 @@ def read_header(path: Path) -> dict[str, Tensor]:
             raise wrong(f"shape {str(shape)[:80]} or data_offsets {str(place)[:80]} are not lists of sizes")
         if not place[0] <= place[1] <= file.size - start:
             raise wrong(f"bytes {place[0]} to {place[1]} of the {file.size - start} that the file has")
+        spans.append((place[0], place[1], name))
+        if not isinstance(kind, str) or kind not in DTYPES.keys() | OTHERS:
+            raise wrong(f"its type {str(kind)[:40]!r} is none that a weight can have ({', '.join(DTYPES)})")
         if kind in OTHERS:
             continue
-        if kind not in DTYPES:
-            raise wrong(f"its type {str(kind)[:40]!r} is none that a weight can have ({', '.join(DTYPES)})")
         dtype = np.dtype(ml_dtypes.bfloat16 if kind == "BF16" else DTYPES[kind])
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes != place[1] - place[0]:
             raise wrong(f"{kind} {shape} takes {nbytes} bytes, not {place[1] - place[0]}")
         pieces = ((start + place[0], nbytes),)
         tensors[name] = Tensor(name, dtype, tuple(shape), nbytes, path.name, _file=file, _pieces=pieces)
+    spans.sort()
+    for (_, end, name), (begin, _, other) in pairwise(spans):
+        if begin < end:  # a small file could name a large one's worth of weights
+            raise ModelFileError(f"{path}: tensors {name!r} and {other!r} share bytes")
     return tensors
 
 
@@ -146,11 +150,7 @@ def read_checkpoint(path: Path) -> tuple[GPT2Config, dict[str, WeightSource]]:
 
 def read_config(path: Path) -> GPT2Config:
     """GPT2Config from Hugging Face's config.json."""
-    file = File(path)
-    if file.size > MAX_HEADER:
-        raise ModelFileError(f"{path} is no config.json: {file.size} bytes")
-    with file.open() as opened:
-        config = _json(opened.read(), str(path))
+    config = json_object(File(path).read(), str(path))
     if config.get("model_type", "gpt2") != "gpt2":
         raise UnsupportedModelError(f"{path} describes a model of type {str(config['model_type'])[:80]!r}, not gpt2")
     if config.get("add_cross_attention"):
@@ -210,25 +210,13 @@ def _files(path: Path) -> list[Path]:
             raise ModelFileError(f"{path} has {found} instead of model.safetensors or an ONNX file")
     if index.suffix != ".json":
         return [path]
-    file = File(index)
-    with file.open() as opened:
-        names = _json(opened.read(MAX_HEADER), str(index)).get("weight_map")
+    names = json_object(File(index).read(), str(index)).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
         raise ModelFileError(f"{index} has no weight_map from weights to files")
     for name in names.values():
         if Path(name).name != name:
             raise ModelFileError(f"{index}: {name!r} is not the name of a file in the same folder")
     return [index.parent / name for name in dict.fromkeys(names.values())]
-
-
-def _json(text: bytes, where: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{where} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFileError(f"{where} is no JSON object")
-    return value
 
 
 def _sizes(value: Any) -> TypeGuard[list[int]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..escape import escaped
 from .compare import Comparison
 from .localise import TapRow, first_divergence
 
@@ -248,7 +249,8 @@ def write_junit(report: Report, path: Path) -> None:
     root = et.Element("testsuites")
     root.append(suite)
     et.indent(root)
-    _write(path, et.tostring(root, encoding="unicode", xml_declaration=True) + "\n")
+    text = et.tostring(root, encoding="unicode", xml_declaration=True)
+    _write(path, escaped(text, keep="\n") + "\n")  # XML has no room for control characters
 
 
 def _write(path: Path, text: str) -> None:

@@ -307,7 +307,7 @@ def test_on_a_terminal_prompts_are_bold_and_control_characters_harmless(toy, tmp
     assert process.returncode == 0
     assert b"\x1b[1m" in seen
     assert b"\x1b[2J" not in seen
-    assert "Hi␛[2J".encode() in seen
+    assert rb"Hi\u001b[2J" in seen
 
 
 # ----------------------------------------------------------------------------------------------- score

@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import ComparisonError, ModelFileError
 from ...weights import Array
+from .reader import open_tensor
 
 
 class DataSet(NamedTuple):
@@ -62,18 +63,12 @@ def load_set(path: Path, input_names: Sequence[str] = (), output_names: Sequence
 
 
 def _load(folder: Path, kind: str, declared: Sequence[str]) -> dict[str, Array]:
-    import onnx
-
     files = sorted(folder.glob(f"{kind}_*.pb"), key=lambda p: _number(p.stem))
     if [_number(p.stem) for p in files] != list(range(len(files))):
         raise ModelFileError(f"{folder}: {kind}_*.pb are not numbered 0..{len(files) - 1}: {[p.name for p in files]}")
     arrays: dict[str, Array] = {}
     for i, file in enumerate(files):
-        try:
-            tensor = onnx.load_tensor(str(file))
-            array = onnx.numpy_helper.to_array(tensor)
-        except Exception as error:  # protobuf, onnx and numpy each raise their own kinds
-            raise ModelFileError(f"{file}: not a readable ONNX tensor: {error}") from error
+        tensor = open_tensor(file)
         if not tensor.name and i >= len(declared):
             raise ComparisonError(
                 f"{file}: the tensor has no name, and the model declares only {len(declared)} {kind}s"
@@ -81,7 +76,7 @@ def _load(folder: Path, kind: str, declared: Sequence[str]) -> dict[str, Array]:
         name = tensor.name or declared[i]
         if name in arrays:
             raise ComparisonError(f"{file}: a second {kind} called {name!r}")
-        arrays[name] = np.array(array)  # an own, writable copy: to_array's may be a read-only view
+        arrays[name] = tensor.load()
     return arrays
 
 

@@ -9,11 +9,10 @@ asked for, because model files come from strangers.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -30,6 +29,7 @@ from .wire import PAYLOADS, VARINT, Walker
 if TYPE_CHECKING:
     import onnx
 
+ONNX_DOMAINS = ("", "ai.onnx")
 # Types of which several elements share a byte, lowest bits first.
 _BITS = {"UINT2": 2, "INT2": 2, "UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
 
@@ -43,7 +43,7 @@ class ModelFile:
     """
 
     path: Path
-    proto: onnx.ModelProto
+    proto: onnx.ModelProto  # (or a TensorProto: see `open_tensor`)
     files: tuple[Path, ...]  # the file itself, then those with external data
     nbytes: int  # of all files together
     _file: File
@@ -57,8 +57,7 @@ class ModelFile:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of model.onnx itself, in hexadecimal."""
-        with self._file.open() as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return self._file.sha256()
 
     def tensor(self, proto: onnx.TensorProto, name: str = "") -> Tensor:
         """The tensor of any TensorProto of `proto`, checked: initializer, node attribute, or inside a body.
@@ -208,13 +207,38 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         _check_magic(path, opened.read(256))
         walker = Walker(file, opened, marker)
         skeleton = walker.strip(0, file.size, "model", "model")
-    proto = _parse(path, skeleton)
+    proto = _parsed(path, "ModelProto", skeleton)
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise ModelFileError(f"{path} is not an ONNX model: no graph with nodes was found in it")
     model = ModelFile(path, proto, (), 0, file, marker, walker.payloads, {})
-    _check_text(path, proto.producer_name, proto.producer_version, *(opset.domain for opset in proto.opset_import))
+    _check_text(path, proto.producer_name, proto.producer_version)
+    _check_opsets(path, proto.opset_import)
     _collect(model, proto.graph, model.tensors)
+    for function in proto.functions:
+        _check_text(path, function.name, function.domain, *function.input, *function.output, *function.attribute)
+        _check_opsets(path, function.opset_import)
+        _check_nodes(path, function.node)
     model.files = (path, *dict.fromkeys(f.path for f in model._external.values()))
     model.nbytes = file.size + sum({f.path: f.size for f in model._external.values()}.values())
     return model
+
+
+def open_tensor(path: Path) -> Tensor:
+    """The one tensor that a .pb file of sample data holds, checked but not yet read.
+
+    Raises
+    ------
+    ModelFileError
+        As `open_model` does.
+    """
+    file = File(path)
+    marker = "gpt2np." + secrets.token_hex(8)
+    with file.open() as opened:
+        walker = Walker(file, opened, marker)
+        skeleton = walker.strip(0, file.size, "tensor", "tensor")
+    proto = _parsed(path, "TensorProto", skeleton)
+    _check_text(path, proto.name)
+    return ModelFile(path, proto, (path,), file.size, file, marker, walker.payloads, {}).tensor(proto)
 
 
 def _find(path: Path) -> Path:
@@ -255,19 +279,17 @@ def _check_magic(path: Path, head: bytes) -> None:
     raise ModelFileError(f"{path} {what}")
 
 
-def _parse(path: Path, skeleton: bytes) -> onnx.ModelProto:
+def _parsed(path: Path, message: str, skeleton: bytes) -> Any:
+    """The protobuf message of that name in the onnx package."""
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     with needs("onnx", "reading a model.onnx"):
-        from onnx import ModelProto
+        import onnx
 
     try:
-        proto: onnx.ModelProto = ModelProto.FromString(skeleton)
+        return getattr(onnx, message).FromString(skeleton)
     except DecodeError as error:
         raise ModelFileError(f"{path} is not a sound ONNX file: {error}") from None
-    if not proto.HasField("graph") or not proto.graph.node:
-        raise ModelFileError(f"{path} is not an ONNX model: no graph with nodes was found in it")
-    return proto
 
 
 def _collect(model: ModelFile, graph: onnx.GraphProto, tensors: dict[str, Tensor]) -> None:
@@ -281,9 +303,10 @@ def _collect(model: ModelFile, graph: onnx.GraphProto, tensors: dict[str, Tensor
         tensors.setdefault(proto.name, model.tensor(proto))
     for value in (*graph.input, *graph.output, *graph.value_info):
         _check_text(model.path, value.name, *(dim.dim_param for dim in value.type.tensor_type.shape.dim))
+    for sparse in graph.sparse_initializer:
+        _check_text(model.path, sparse.values.name)
+    _check_nodes(model.path, graph.node)
     for node in graph.node:
-        _check_text(model.path, node.name, node.op_type, node.domain, *node.input, *node.output)
-        _check_text(model.path, *(attribute.name for attribute in node.attribute))
         for attribute in node.attribute:
             large = any(entry.key == model._marker for entry in attribute.t.external_data)
             if large and attribute.name == "value" and node.op_type == "Constant" and node.output:
@@ -292,6 +315,27 @@ def _collect(model: ModelFile, graph: onnx.GraphProto, tensors: dict[str, Tensor
                 _collect(model, attribute.g, tensors)
             for body in attribute.graphs:
                 _collect(model, body, tensors)
+
+
+def _check_nodes(path: Path, nodes: Iterable[onnx.NodeProto]) -> None:
+    for node in nodes:
+        _check_text(path, node.name, node.op_type, node.domain, *node.input, *node.output)
+        for attribute in node.attribute:
+            _check_text(path, attribute.name, attribute.ref_attr_name)
+
+
+def _check_opsets(path: Path, opsets: Iterable[onnx.OperatorSetIdProto]) -> None:
+    """Raise for versions of operators that cannot be, or that the onnx package does not know yet."""
+    from onnx import defs
+
+    for opset in opsets:
+        _check_text(path, opset.domain)
+        newest = defs.onnx_opset_version() if opset.domain in ONNX_DOMAINS else 1 << 31
+        if not 0 < opset.version <= newest:
+            raise ModelFileError(
+                f"{path} asks for opset {opset.version} of the domain {opset.domain or 'ai.onnx'!r}; "
+                f"known are 1 to {newest}"
+            )
 
 
 def _check_text(path: Path, *names: object) -> None:
