@@ -34,9 +34,9 @@ WAYS = {
 def loader(way: str, path: str) -> Callable[[], Any]:
     """Import what a way needs, and return what is to be measured."""
     if way in ("reader", "recognise"):
-        from gpt2np.model import embedded_model_path
         from gpt2np.onnx.read.reader import open_model
         from gpt2np.onnx.recognise import recognise
+        from gpt2np.paths import embedded_model_path
 
         recognise(open_model(embedded_model_path()))  # imports
         if way == "reader":

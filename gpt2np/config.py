@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
-Activation = Literal["gelu_tanh", "gelu_erf", "gelu_quick", "relu", "silu", "tanh"]
+from .masks import CAUSAL, MaskRule
 
 
 @dataclass(frozen=True)
@@ -25,20 +23,12 @@ class GPT2Config:
     n_inner: int  # F, width of the MLP
     head_size: int  # D; C / H unless the graph says otherwise
     layer_norm_epsilon: float = 1e-5
-    activation: Activation = "gelu_tanh"
+    activation: str = "gelu_tanh"  # a name in activations.ACTIVATIONS
     attn_scale: float = 0.0  # what q·k is multiplied by; 1/sqrt(D) in GPT-2
+
+    # How a file departs from the paper.
     tied: bool = True  # the head is wte itself
-    # What the graph does with the score of a later key: it becomes mask_value, has that added, stays as it is, or
-    # ("given") the caller's attention_mask (B, 1, T, S) tells; where the caller has none, queries see no later key.
-    mask_kind: Literal["replaced", "added", "none", "given"] = "replaced"
-    mask_value: float = -1e4
-    causal_shift: int = 0  # query i sees keys j <= i + causal_shift; 0 in any sound GPT-2
-    # What a score s becomes where attention_mask is 0, and where besides the key lies later: factor * s + addend.
-    padding: tuple[float, float] = (0.0, -math.inf)
-    padding_later: tuple[float, float] = (0.0, -math.inf)
-    # What a query that may see no key (padding on the left) gets: zeros in place of values, NaN, what the masked
-    # scores give, or what the scores give without a mask. Graphs differ, and recorded outputs have these rows.
-    blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "zeros"
+    mask: MaskRule = CAUSAL  # how its graph hides keys
     position_offset: int = 0  # row of wpe that the first token takes; 0 in any sound GPT-2
     # What single layers do differently, as (("h.2.mlp.activation", "gelu_erf"), ("h.1.ln_2.epsilon", 1e-3), ...).
     overrides: tuple[tuple[str, float | str], ...] = ()

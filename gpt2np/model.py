@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
 from . import reference
 from .cache import KVCache
+from .call import Call, check_ids, check_positions, checked_call
 from .config import GPT2Config
-from .errors import ContextOverflowError, InputError, ModelFileError, TokenRangeError, WeightError
-from .weights import Array, GPT2Weights, WeightSources, assemble, weight_shapes
+from .errors import ContextOverflowError, InputError, ModelFileError
+from .masks import mask_for
+from .paths import embedded_model_path
+from .weights import Array, GPT2Weights, WeightSources, assemble, check_sources
 
 if TYPE_CHECKING:
     import tokenizers
@@ -146,36 +148,63 @@ class GPT2:
             Before any work is done: an input of the wrong type or shape, an id or position out of range, or
             more positions than n_ctx or the cache's max_length.
         """
-        config = self.config
-        ids = check_ids(input_ids, config)
-        B, T = ids.shape
+        call = checked_call(
+            self.config,
+            input_ids,
+            start=0 if cache is None else cache.length,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+        )
+        return self.run(call, cache, tap, logits)
+
+    def run(
+        self,
+        call: Call,
+        cache: KVCache | None = None,
+        tap: reference.Tap | None = None,
+        logits: bool | Literal["last"] = True,
+    ) -> Output:
+        """What `__call__` does with a call that is checked already; without a cache, `call.past` came before.
+
+        Raises
+        ------
+        InputError, ContextOverflowError
+            Before any work is done: the cache is not of this model's form, or has no room.
+        """
+        (B, T), start = call.input_ids.shape, call.start
         if cache is None:
-            cache = self.new_cache(B, T)
-        start = cache.length
+            cache = self._filled_cache(call)
         self._check_cache(cache, B, T)
-        positions = check_positions(position_ids, config, B, T, start)
-        mask = additive_mask(attention_mask, config, B, T, start + T, self.dtype)
-        types = None if token_type_ids is None else check_ids(token_type_ids, config)
-        if types is not None and types.shape != (B, T):
-            raise InputError(f"token_type_ids must have the shape of input_ids, ({B}, {T}), got {types.shape}")
+        mask = mask_for(self.config.mask, call.attention_mask, B, T, start + T, self.dtype)
 
         # The compiled kernels are the fast path for a call without `tap`; with one they stop at every tap.
         watch = reference.no_tap if tap is None else tap
-        kernels, w = self._kernels, self._weights
-        if isinstance(mask, ReplacingMask) or (mask is not None and np.isnan(mask).any()):
-            kernels, w = reference, self.weights
-        scores = None
+        compiled = self.engine == "numba" and (mask is None or mask.is_additive)
+        kernels, w = (self._kernels, self._weights) if compiled else (reference, self.weights)
+        hide: Any = (mask or reference.causal_mask) if not compiled else None if mask is None else mask.added
+        positions, scores = call.position_ids, None
         # A NaN or infinity in the weights shows in the result; NumPy's warnings would say it once for each operation.
         with np.errstate(invalid="ignore", over="ignore"):
-            if types is not None:  # the rows of both, summed, in the place of wpe
-                rows = kernels.embed(types, positions, w.wte, w.wpe).reshape(B * T, -1)
+            if call.token_type_ids is not None:  # the rows of both, summed, in the place of wpe
+                rows = kernels.embed(call.token_type_ids, positions, w.wte, w.wpe).reshape(B * T, -1)
                 w, positions = w._replace(wpe=rows), np.arange(B * T).reshape(B, T)
-            hidden = kernels.transformer(ids, positions, w, cache.layers, start, mask, watch)
+            hidden = kernels.transformer(call.input_ids, positions, w, cache.layers, start, hide, watch)
             cache.advance(T)
             if logits:
                 last = hidden[:, -1:] if logits == "last" else hidden
                 scores = kernels.logits(last, w.lm_head, w.lm_head_bias, watch)
         return Output(hidden, scores, cache.views())
+
+    def _filled_cache(self, call: Call) -> KVCache:
+        """A cache that holds the call's past, with room for its new positions."""
+        B, T = call.input_ids.shape
+        cache = self.new_cache(B, call.start + T)
+        for layer, pair in zip(cache.layers, call.past or (), strict=call.past is not None):
+            for held, past in zip(layer, pair, strict=True):  # keys, values
+                held[:, :, : call.start] = past
+        cache.advance(call.start)
+        return cache
 
     def next_logits(self, tokens: Sequence[int], cache: KVCache) -> Array:
         """Run one new position of each row; the scores of what follows, (B, V).
@@ -194,7 +223,7 @@ class GPT2:
         B, start = len(ids), cache.length
         self._check_cache(cache, B, 1)
         positions = check_positions(None, self.config, B, 1, start)
-        if additive_mask(None, self.config, B, 1, start + 1, self.dtype) is not None:  # an unusual graph
+        if not self.config.mask.is_causal:  # an unusual graph
             logits = self(ids, cache, logits="last").logits
             assert logits is not None
             return logits[:, 0]
@@ -238,145 +267,6 @@ class GPT2:
             f"GPT2({str(self.path) if self.path else 'from arrays'}: L={c.n_layer} H={c.n_head} C={c.n_embd} "
             f"V={c.vocab_size} n_ctx={c.n_ctx}, engine={self.engine}, {self.dtype})"
         )
-
-
-def check_sources(config: GPT2Config, sources: Mapping[str, Any]) -> None:
-    """Raise WeightError unless every weight of the config is there in its shape."""
-    shapes = weight_shapes(config)
-    if "lm_head.bias" in sources:
-        shapes["lm_head.bias"] = (config.vocab_size,)
-    for name, shape in shapes.items():
-        if name not in sources:
-            raise WeightError(f"weight {name} {shape} is missing")
-        if tuple(sources[name].shape) != shape:
-            raise WeightError(f"weight {name} has shape {tuple(sources[name].shape)}, expected {shape}")
-    for name in sources:
-        if name not in shapes:
-            raise WeightError(f"weight {name} {tuple(sources[name].shape)} is left over: no place for it in this GPT-2")
-
-
-def check_ids(input_ids: Any, config: GPT2Config) -> Array:
-    """Token ids of any accepted rank as a checked int64 array (B, T)."""
-    ids = np.asarray(input_ids)
-    if ids.dtype.kind not in "iu":
-        raise InputError(f"input_ids must be integers, got dtype {ids.dtype}")
-    if ids.ndim not in (1, 2, 3):
-        raise InputError(f"input_ids must have shape (T,), (B, T) or (d1, d2, T), got {ids.shape}")
-    if ids.size == 0:
-        raise InputError(f"input_ids must hold at least one token, got shape {ids.shape}")
-    values = ids.ravel().tolist()  # faster than NumPy for one token, and next to nothing beside the work for many
-    if min(values) < 0 or max(values) >= config.vocab_size:
-        where = np.argwhere((ids < 0) | (ids >= config.vocab_size))[0]
-        raise TokenRangeError(
-            f"token id {int(ids[tuple(where)])} at {tuple(map(int, where))} is outside 0..{config.vocab_size - 1}"
-        )
-    if ids.shape[-1] > config.n_ctx:
-        raise ContextOverflowError(f"{ids.shape[-1]} positions exceed the model's n_ctx of {config.n_ctx}")
-    return np.ascontiguousarray(ids.reshape(-1, ids.shape[-1]), np.int64)
-
-
-def check_positions(position_ids: Any, config: GPT2Config, B: int, T: int, start: int) -> Array:
-    """Rows of wpe for each new position: int64 (B, T)."""
-    if position_ids is None:
-        low = start + config.position_offset
-        high = low + T - 1
-        rows = np.arange(low, high + 1)[None].repeat(B, axis=0)
-    else:
-        rows = np.asarray(position_ids)
-        if rows.dtype.kind not in "iu" or rows.size == 0 or rows.shape[-1] != T or rows.size not in (T, B * T):
-            raise InputError(f"position_ids must be integers ({B}, {T}), got {rows.dtype} {rows.shape}")
-        rows = np.broadcast_to(rows.reshape(-1, T), (B, T)).astype(np.int64) + config.position_offset
-        low, high = int(rows.min()), int(rows.max())
-    if low < 0 or high >= config.n_ctx:
-        raise ContextOverflowError(f"positions {low}..{high} outside 0..{config.n_ctx - 1}")
-    return rows
-
-
-NEGLIGIBLE = -9000.0  # a score that much below others has probability exp(-9000) = 0, in float64 too
-
-
-@dataclass(frozen=True, eq=False)
-class ReplacingMask:
-    """A mask that takes the place of scores where `keep` is False, and is added to them elsewhere.
-
-    Only `scores + mask` means this; it is for graphs whose replaced scores can be noticed in the result, which
-    the compiled kernels leave to the textbook. (So they do NaN in a mask, which also hidden keys pass on.)
-    """
-
-    keep: Array  # (B, 1, T, S), bool
-    mask: Array  # (B, 1, T, S)
-    __array_ufunc__: ClassVar[None] = None  # so that NumPy leaves `scores + self` to __radd__
-
-    def __radd__(self, scores: Array) -> Array:
-        return np.where(self.keep, scores, 0) + self.mask
-
-
-def additive_mask(
-    attention_mask: Any, config: GPT2Config, B: int, T: int, S: int, dtype: np.dtype[Any]
-) -> Array | ReplacingMask | None:
-    """What is added to the scores, (B, 1, T, S), or None where that is the causal mask alone.
-
-    It is what the file's graph does, as the config describes it, with -inf for every hidden score that cannot
-    be noticed in the result. A row of -inf alone gives zeros.
-    """
-    plain = config.mask_kind != "none" and config.mask_value < NEGLIGIBLE and config.causal_shift == 0
-    if plain and attention_mask is None:
-        return None
-    padded = np.zeros((B, 1, 1, S), bool)
-    bias: Array | None = None
-    if attention_mask is not None:
-        given = np.asarray(attention_mask)
-        shapes = [(B, S)] + [(b, 1, t, S) for b in (1, B) for t in (1, T)]
-        if given.dtype.kind not in "iufb" or given.shape not in shapes:
-            raise InputError(
-                f"attention_mask must be numbers ({B}, {S}) or ({B}, 1, {T}, {S}), got {given.dtype} {given.shape}"
-            )
-        plain = plain and given.ndim == 2
-        if given.ndim == 4 and given.dtype.kind == "f":
-            bias = given
-        else:
-            padded = given == 0 if given.ndim == 4 else (given == 0)[:, None, None, :]
-    if plain and not padded.any():
-        return None
-    later = np.arange(S) > np.arange(S - T, S)[:, None] + config.causal_shift  # (T, S)
-    if config.mask_kind == "none" or (config.mask_kind == "given" and attention_mask is not None and given.ndim == 4):
-        later = np.zeros_like(later)
-    factor, mask = np.ones((B, 1, T, S)), np.zeros((B, 1, T, S))
-    for where, (f, added) in (
-        (later & ~padded, (float(config.mask_kind == "added"), config.mask_value)),
-        (padded & ~later, config.padding),
-        (padded & later, config.padding_later),
-    ):
-        where = np.broadcast_to(where, mask.shape)
-        factor[where], mask[where] = f, added
-    if bias is not None:
-        mask += bias
-    hidden = (later | padded | (mask < NEGLIGIBLE)) & np.ones_like(mask, bool)
-    blind = hidden.all(axis=-1, keepdims=True) & np.ones_like(hidden)
-    unseen = blind if bias is None else blind & np.isneginf(mask).all(axis=-1, keepdims=True)
-    if config.blind_rows == "zeros":
-        mask[unseen] = -np.inf
-    elif config.blind_rows == "nan":
-        mask[unseen] = np.nan
-    elif config.blind_rows == "unmasked":
-        factor[unseen], mask[unseen] = 1, 0
-    mask[~blind & (mask < NEGLIGIBLE)] = -np.inf
-    mask[np.isfinite(mask) & (mask < -1e300)] = np.finfo(dtype).min  # the lowest number in a float64 file
-    with np.errstate(over="ignore"):  # twice float32's lowest number is -inf, in the graph too
-        mask = mask.astype(dtype)
-    keep = (factor == 1) | np.isinf(mask) | (mask < -1e30)  # a score vanishes beside such a number
-    return mask if keep.all() else ReplacingMask(keep, mask)
-
-
-def weights_folder() -> Path:
-    """The folder with the embedded model and the manifest: in the installed package, or in the clone."""
-    installed = Path(__file__).parent / "_weights"
-    return installed if installed.is_dir() else Path(__file__).parents[1] / "weights"
-
-
-def embedded_model_path() -> Path:
-    """The embedded model's file, weights/mini/model.onnx."""
-    return weights_folder() / "mini" / "model.onnx"
 
 
 def load(path: str | Path | None = None, engine: str = "numba", dtype: str = "float32") -> GPT2:

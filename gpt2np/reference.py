@@ -19,8 +19,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .activations import ACTIVATIONS
 from .weights import MLP, Array, Attention, BlockWeights, GPT2Weights
 
+Mask = Callable[[Array], Array]  # hides keys: scores (B, H, T, S) -> scores
 Tap = Callable[[str, Array], None]
 
 
@@ -62,17 +64,18 @@ def softmax(scores: Array) -> Array:
     return exps / np.maximum(exps.sum(axis=-1, keepdims=True), 1)
 
 
-def causal_mask(T: int, S: int, dtype: np.dtype) -> Array:
-    """What is added to the scores of T new positions over S keys: 0 up to itself, -inf after: (T, S)."""
+def causal_mask(scores: Array) -> Array:
+    """Hide the keys after each query's own, by scores of -inf: (B, H, T, S) -> (B, H, T, S)."""
+    T, S = scores.shape[-2:]
     query, key = np.arange(S - T, S)[:, None], np.arange(S)
-    return np.where(key <= query, 0.0, -math.inf).astype(dtype)
+    return np.where(key <= query, scores, -math.inf)
 
 
-def attention(x: Array, w: Attention, cache: Array, start: int, mask: Array | None, tap: Tap, name: str) -> Array:
+def attention(x: Array, w: Attention, cache: Array, start: int, mask: Mask, tap: Tap, name: str) -> Array:
     """Causal self-attention of T new positions over all S = start + T: (B, T, C) -> (B, T, C).
 
     cache: (2, B, H, >= S, D), the keys and values; positions 0..start-1 are read, start..S-1 written.
-    mask: (B, 1, T, S), added to the scores instead of the causal mask where a file's padding asks for it.
+    mask: `causal_mask`, or another where a file's padding asks for it.
     """
     B, T, _ = x.shape
     S = start + T
@@ -86,57 +89,13 @@ def attention(x: Array, w: Attention, cache: Array, start: int, mask: Array | No
 
     scores = q @ keys.swapaxes(-1, -2) * w.scale  # (B, H, T, D) @ (B, H, D, S) -> (B, H, T, S)
     tap(f"{name}.scores", scores)
-    probs = softmax(scores + (causal_mask(T, S, x.dtype) if mask is None else mask))
+    probs = softmax(mask(scores))
     tap(f"{name}.probs", probs)
     heads = (probs @ values).transpose(0, 2, 1, 3).reshape(B, T, -1)  # (B, H, T, D) -> (B, T, HD)
     tap(f"{name}.heads", heads)
     out = linear(heads, *w.c_proj)  # (B, T, HD) -> (B, T, C)
     tap(f"{name}.out", out)
     return out
-
-
-def gelu_tanh(x: Array) -> Array:
-    """GELU as GPT-2 computes it, by tanh. Hendrycks & Gimpel 2016, section 2."""
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)))
-
-
-def gelu_erf(x: Array) -> Array:
-    """GELU exactly, x times the normal distribution's cumulative probability. Hendrycks & Gimpel 2016."""
-    erf = np.vectorize(math.erf, otypes=[x.dtype])(x * math.sqrt(0.5))
-    return 0.5 * x * (1 + erf)
-
-
-def gelu_quick(x: Array) -> Array:
-    """GELU by a sigmoid, x * sigmoid(1.702 x). Hendrycks & Gimpel 2016, section 2."""
-    with np.errstate(over="ignore"):  # exp may reach inf for very negative x: x / inf is the right 0
-        return x / (1 + np.exp(-1.702 * x))
-
-
-def relu(x: Array) -> Array:
-    """max(x, 0); a NaN stays a NaN."""
-    return np.maximum(x, 0)
-
-
-def silu(x: Array) -> Array:
-    """x * sigmoid(x). Elfwing et al. 2017, "Sigmoid-weighted linear units", section 2."""
-    with np.errstate(over="ignore"):  # as in gelu_quick
-        return x / (1 + np.exp(-x))
-
-
-def tanh(x: Array) -> Array:
-    """The hyperbolic tangent."""
-    return np.tanh(x)
-
-
-# what Hugging Face's GPT2Config offers, and the quick form
-ACTIVATIONS = {
-    "gelu_tanh": gelu_tanh,
-    "gelu_erf": gelu_erf,
-    "gelu_quick": gelu_quick,
-    "relu": relu,
-    "silu": silu,
-    "tanh": tanh,
-}
 
 
 def mlp(x: Array, w: MLP, tap: Tap, name: str) -> Array:
@@ -150,7 +109,7 @@ def mlp(x: Array, w: MLP, tap: Tap, name: str) -> Array:
     return out
 
 
-def block(x: Array, w: BlockWeights, cache: Array, start: int, mask: Array | None, tap: Tap, name: str) -> Array:
+def block(x: Array, w: BlockWeights, cache: Array, start: int, mask: Mask, tap: Tap, name: str) -> Array:
     """One transformer block; each half reads a normalised copy and adds to the stream: (B, T, C) -> (B, T, C)."""
     normed = layer_norm(x, *w.ln_1)
     tap(f"{name}.ln_1", normed)
@@ -169,7 +128,7 @@ def transformer(
     w: GPT2Weights,
     caches: list[Array],
     start: int = 0,
-    mask: Array | None = None,
+    mask: Mask = causal_mask,
     tap: Tap = no_tap,
 ) -> Array:
     """The whole stack: ids and positions (B, T) -> last_hidden_state (B, T, C).

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .cache import KVCache
+from .call import check_ids, check_positions
 from .errors import ContextOverflowError, InputError
-from .model import GPT2, check_ids, check_positions
+from .model import GPT2
 from .onnx.recognise.masks import per_query
 from .weights import Array
 
@@ -68,7 +69,7 @@ class InferenceSession:
     Examples
     --------
     >>> import gpt2np, numpy as np
-    >>> from gpt2np.model import embedded_model_path
+    >>> from gpt2np.paths import embedded_model_path
     >>> session = gpt2np.InferenceSession(embedded_model_path(), engine="numpy")
     >>> session.get_inputs()[0].name
     'input1'

@@ -12,10 +12,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from .arrays import Array as Array
 from .config import GPT2Config
-
-# `Any` float dtype: float32 in the engines, float64 in the oracle.
-Array = np.ndarray
+from .errors import WeightError
 
 
 class LayerNorm(NamedTuple):
@@ -39,7 +38,7 @@ class Attention(NamedTuple):
 class MLP(NamedTuple):
     c_fc: Linear  # (C, F)
     c_proj: Linear  # (F, C)
-    activation: str  # a name in reference.ACTIVATIONS
+    activation: str  # a name in activations.ACTIVATIONS
 
 
 class BlockWeights(NamedTuple):
@@ -91,6 +90,21 @@ def weight_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     if not config.tied:
         shapes["lm_head.weight"] = (V, C)
     return shapes
+
+
+def check_sources(config: GPT2Config, sources: WeightSources) -> None:
+    """Raise WeightError unless every weight of the config is there in its shape, and no other."""
+    shapes = weight_shapes(config)
+    if "lm_head.bias" in sources:
+        shapes["lm_head.bias"] = (config.vocab_size,)
+    for name, shape in shapes.items():
+        if name not in sources:
+            raise WeightError(f"weight {name} {shape} is missing")
+        if tuple(sources[name].shape) != shape:
+            raise WeightError(f"weight {name} has shape {tuple(sources[name].shape)}, expected {shape}")
+    for name in sources:
+        if name not in shapes:
+            raise WeightError(f"weight {name} {tuple(sources[name].shape)} is left over: no place for it in this GPT-2")
 
 
 def assemble(config: GPT2Config, read: Callable[[str], Array], head_bias: bool = False) -> GPT2Weights:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import gpt2np
 from gpt2np.errors import ContextOverflowError, InputError, ModelFileError, TokenRangeError, WeightError
+from gpt2np.masks import MaskRule
 from gpt2np.model import GPT2
 from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
 
@@ -158,7 +159,9 @@ def test_a_full_cache_raises_and_is_left_as_it_was():
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("changes", [{}, {"mask_value": -100.0}, {"causal_shift": 1}, {"position_offset": 2}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"mask": MaskRule(value=-100.0)}, {"mask": MaskRule(shift=1)}, {"position_offset": 2}]
+)
 def test_next_logits_are_those_of_a_call(engine, changes):
     model = shared_model(engine, **changes)
     ids = random_ids(model.config, 3, 6)
@@ -252,7 +255,7 @@ def test_variants_of_gpt2_run_with_both_engines(engine):
         "activation": "gelu_erf",
         "overrides": (("h.1.mlp.activation", "relu"), ("h.0.ln_2.epsilon", 1e-2), ("h.1.attn.scale", 0.1)),
         "position_offset": 1,
-        "causal_shift": 1,
+        "mask": MaskRule(shift=1),
     }
     got = tiny_model(engine, **changes)(ids := random_ids(tiny_config(), 2, 9))
     oracle = tiny_model("numpy", "float64", **changes)(ids)

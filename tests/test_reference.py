@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gpt2np import reference
+from gpt2np import activations, reference
 from gpt2np.weights import MLP, Attention, BlockWeights, LayerNorm, Linear
 from tiny import random_ids, tiny_config, tiny_model
 
@@ -35,12 +35,12 @@ def test_dtype_in_is_dtype_out_of_every_function(dtype):
         "layer_norm": reference.layer_norm(x, *w.ln_1),
         "linear": reference.linear(x, *w.attn.c_attn),
         "softmax": reference.softmax(x),
-        "causal_mask": reference.causal_mask(T, T, np.dtype(dtype)),
-        "attention": reference.attention(x, w.attn, cache, 0, None, reference.no_tap, "h.0.attn"),
+        "causal_mask": reference.causal_mask(np.zeros((T, T), dtype)),
+        "attention": reference.attention(x, w.attn, cache, 0, reference.causal_mask, reference.no_tap, "h.0.attn"),
         "mlp": reference.mlp(x, w.mlp, reference.no_tap, "h.0.mlp"),
-        "block": reference.block(x, w, cache, 0, None, reference.no_tap, "h.0"),
+        "block": reference.block(x, w, cache, 0, reference.causal_mask, reference.no_tap, "h.0"),
         "logits": reference.logits(x, table, table[:, 0].copy()),
-        **{name: f(x) for name, f in reference.ACTIVATIONS.items()},
+        **{name: f(x) for name, f in activations.ACTIVATIONS.items()},
     }
     assert {name: result.dtype for name, result in results.items()} == dict.fromkeys(results, np.dtype(dtype))
     for head in reference.split_heads(reference.linear(x, *w.attn.c_attn), H):
@@ -80,7 +80,7 @@ def test_attention_is_the_sum_over_allowed_keys():
     x, w = weights(np.float64)
     D = C // H
     cache = np.zeros((2, B, H, T, D))
-    got = reference.attention(x, w.attn, cache, 0, None, reference.no_tap, "h.0.attn")
+    got = reference.attention(x, w.attn, cache, 0, reference.causal_mask, reference.no_tap, "h.0.attn")
     qkv = x @ w.attn.c_attn.weight + w.attn.c_attn.bias
     heads = np.zeros((B, T, C))
     for b in range(B):
@@ -96,14 +96,14 @@ def test_attention_is_the_sum_over_allowed_keys():
 def test_activations_at_known_points():
     x = np.array([-40.0, -1.0, 0.0, 1.0, 40.0])
     phi = 0.5 * (1 + math.erf(math.sqrt(0.5)))  # P(normal < 1) = 0.8413...
-    np.testing.assert_allclose(reference.gelu_erf(x), [0, phi - 1, 0, phi, 40], atol=1e-15)
-    np.testing.assert_allclose(reference.gelu_tanh(x), reference.gelu_erf(x), atol=5e-4)
-    np.testing.assert_allclose(reference.gelu_quick(x), reference.gelu_erf(x), atol=2.1e-2)
-    assert reference.gelu_quick(np.float32([-1e30]))[0] == 0
-    np.testing.assert_allclose(reference.silu(x), [0, -1 / (1 + math.e), 0, math.e / (1 + math.e), 40], atol=1e-15)
-    assert reference.silu(np.float32([-1e30]))[0] == 0
-    np.testing.assert_array_equal(reference.tanh(x), np.tanh(x))
-    np.testing.assert_array_equal(reference.relu(np.array([-1.0, 2.0, np.nan])), [0, 2, np.nan])
+    np.testing.assert_allclose(activations.gelu_erf(x), [0, phi - 1, 0, phi, 40], atol=1e-15)
+    np.testing.assert_allclose(activations.gelu_tanh(x), activations.gelu_erf(x), atol=5e-4)
+    np.testing.assert_allclose(activations.gelu_quick(x), activations.gelu_erf(x), atol=2.1e-2)
+    assert activations.gelu_quick(np.float32([-1e30]))[0] == 0
+    np.testing.assert_allclose(activations.silu(x), [0, -1 / (1 + math.e), 0, math.e / (1 + math.e), 40], atol=1e-15)
+    assert activations.silu(np.float32([-1e30]))[0] == 0
+    np.testing.assert_array_equal(activations.tanh(x), np.tanh(x))
+    np.testing.assert_array_equal(activations.relu(np.array([-1.0, 2.0, np.nan])), [0, 2, np.nan])
 
 
 def test_a_later_token_does_not_change_earlier_rows():

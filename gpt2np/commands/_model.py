@@ -41,7 +41,8 @@ def load_model(model: str | None, tokenizer: Path | None, engine: str, dtype: st
     """
     from .. import tokenizer as tokenizers
     from .. import zoo
-    from ..model import embedded_model_path, load
+    from ..model import load
+    from ..paths import embedded_model_path
 
     path = embedded_model_path() if model is None else zoo.find(model)
     found = tokenizers.find_beside(path) if tokenizer is None else tokenizers.load(tokenizer)

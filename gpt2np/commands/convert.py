@@ -138,9 +138,10 @@ def write_folder(
     modern = options.opset >= writer.FIRST_MODERN_OPSET
     # What a sound GPT-2 masks with makes no difference to its outputs, but for queries that see padding alone: take
     # what each kind of file customarily has.
-    if config.mask_value > -1e3:
-        raise UnsupportedModelError(f"scores of later keys become {config.mask_value:g}, which does not hide them")
-    config = replace(config, mask_value=float(np.finfo(np.float32).min) if modern else -1e4)
+    if config.mask.value > -1e3:
+        raise UnsupportedModelError(f"{config.mask.describe()}, which does not hide them")
+    customary = float(np.finfo(np.float32).min) if modern else -1e4
+    config = replace(config, mask=replace(config.mask, value=customary))
     arguments = options._asdict()
     graph = writer.build_graph(
         config, weights, opset=options.opset, lm_head=options.lm_head, with_past=options.with_past
@@ -263,6 +264,7 @@ def run_textbook(
     import numpy as np
 
     from .. import reference
+    from ..masks import Mask
 
     def read(name: str) -> Array:
         return weights[name].load().astype(np.float64)
@@ -273,9 +275,9 @@ def run_textbook(
         T = call.input_ids.shape[1]
         rows = positions(call) + config.position_offset
         streams.append(wte[call.input_ids].astype(np.float64) + wpe[rows].astype(np.float64))  # reference.embed
-        allowed = np.tri(T, T, config.causal_shift, bool) & call.real[:, None, None].astype(bool)  # (B, 1, T, T)
+        allowed = np.tri(T, T, config.mask.shift, bool) & call.real[:, None, None].astype(bool)  # (B, 1, T, T)
         # finite, as in the files: a query that sees padding alone averages it, and no NaN comes up
-        masks.append(np.where(allowed, 0.0, float(np.finfo(np.float32).min)))
+        masks.append(Mask(np.where(allowed, 0.0, float(np.finfo(np.float32).min))))
     del wte, wpe
     caches: list[list[Array]] = [[] for _ in calls]
     for i in range(config.n_layer):

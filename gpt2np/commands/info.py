@@ -20,9 +20,9 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one line of JSON.")] = False,
 ) -> None:
     """Explain a model file: configuration, inputs and outputs, and the source of every weight."""
-    from ..model import embedded_model_path
     from ..onnx.read.reader import open_model
     from ..onnx.recognise import recognise
+    from ..paths import embedded_model_path
     from ._terminal import print_json
 
     file = open_model(model or embedded_model_path())
@@ -47,7 +47,7 @@ def describe(file: ModelFile, found: Recognised) -> dict[str, Any]:
         "opset": {o.domain or "ai.onnx": o.version for o in proto.opset_import},
         "variant": variant(file, found),
         "operators": operators(file),
-        "config": {k: _finite(v) for k, v in asdict(found.config).items()},
+        "config": _finite(asdict(found.config)),
         "parameters": parameters(found),
         "positions": found.positions,
         "inputs": [_port(p) for p in found.inputs],
@@ -74,6 +74,8 @@ def _finite(value: Any) -> Any:
 
     if isinstance(value, tuple | list):
         return [_finite(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -145,6 +147,7 @@ def bytes_by_dtype(file: ModelFile) -> dict[str, int]:
 
 def print_info(file: ModelFile, found: Recognised) -> None:
     """For reading: a head, then tables."""
+    from ..activations import ACTIVATIONS
     from ._terminal import console, print_table
 
     out, proto, c = console(), file.proto, found.config
@@ -159,18 +162,9 @@ def print_info(file: ModelFile, found: Recognised) -> None:
         f"width {c.n_embd}, MLP {c.n_inner}, {c.vocab_size:,} tokens, {c.n_ctx:,} positions",
         style="bold",
     )
-    activation = {
-        "gelu_tanh": "GELU by tanh",
-        "gelu_erf": "GELU by erf",
-        "gelu_quick": "GELU by sigmoid",
-        "relu": "ReLU",
-        "silu": "SiLU",
-        "tanh": "tanh",
-    }[c.activation]
-    how = {"replaced": "become", "added": "have added", "none": "are not masked:"}[c.mask_kind]
     out.print(
-        f"{activation}; layer norm epsilon {c.layer_norm_epsilon:g}; "
-        f"scores times {c.attn_scale:g}; scores of later keys {how} {c.mask_value:g}"
+        f"{ACTIVATIONS[c.activation].title}; layer norm epsilon {c.layer_norm_epsilon:g}; "
+        f"scores times {c.attn_scale:g}; {c.mask.describe()}"
     )
     for note in found.notes:
         out.print(f"note: {note}", style="yellow")

@@ -15,7 +15,7 @@ def list_models(
 ) -> None:
     """List the models that are here, verified or not, and those that can be fetched."""
     from .. import zoo
-    from ..model import weights_folder
+    from ..paths import weights_folder
     from ._terminal import console, note, print_table
 
     folders = {zoo.default_folder(), weights_folder()} if folder is None else {folder}

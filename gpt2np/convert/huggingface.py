@@ -14,7 +14,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from ..config import Activation, GPT2Config
+from ..activations import ACTIVATIONS
+from ..config import GPT2Config
 from ..errors import ModelFileError, UnsupportedModelError, WeightError
 from ..files import MAX_JSON, File, json_object
 from ..onnx.read.tensors import Tensor
@@ -23,19 +24,7 @@ from ..weights import Array, WeightSource, weight_shapes
 # Types that a weight may have. ml_dtypes' bfloat16 is float32 without its lower half.
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "bfloat16"}
 OTHERS = {"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}  # buffers, such as the causal mask
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-    "gelu": "gelu_erf",
-    "gelu_python": "gelu_erf",
-    "quick_gelu": "gelu_quick",
-    "relu": "relu",
-    "silu": "silu",
-    "swish": "silu",
-    "tanh": "tanh",
-}
+CHECKPOINT_ACTIVATIONS = {name: ours for ours, row in ACTIVATIONS.items() for name in row.checkpoint_names}
 
 
 @dataclass(frozen=True)
@@ -167,9 +156,9 @@ def read_config(path: Path) -> GPT2Config:
     if C % H:
         raise ModelFileError(f"{path}: n_embd {C} is not divisible by n_head {H}")
     activation = config.get("activation_function", "gelu_new")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in CHECKPOINT_ACTIVATIONS:
         raise UnsupportedModelError(
-            f"{path}: activation_function {str(activation)[:80]!r} is none of {', '.join(ACTIVATIONS)}"
+            f"{path}: activation_function {str(activation)[:80]!r} is none of {', '.join(CHECKPOINT_ACTIVATIONS)}"
         )
     epsilon = config.get("layer_norm_epsilon", 1e-5)
     if not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
@@ -188,7 +177,7 @@ def read_config(path: Path) -> GPT2Config:
         n_inner=size("n_inner", 4 * C),
         head_size=C // H,
         layer_norm_epsilon=float(epsilon),
-        activation=ACTIVATIONS[activation],
+        activation=CHECKPOINT_ACTIVATIONS[activation],
         attn_scale=scale,
         tied=bool(config.get("tie_word_embeddings", True)),
         overrides=overrides,

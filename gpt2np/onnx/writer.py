@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 
 from .. import __version__
+from ..activations import ACTIVATIONS
 from ..config import GPT2Config
 from ..errors import InputError, UnsupportedModelError, WeightError
 from ..weights import Array, WeightSource, weight_shapes
@@ -120,7 +121,7 @@ def write_model(
     path : str or path
         The file to write, customarily model.onnx. Its folder must exist.
     config : GPT2Config
-        `mask_value` is what the graph masks with; the zoo's -1e4 suits opset 10, float32's minimum a modern file.
+        `mask.value` is what the graph masks with; the zoo's -1e4 suits opset 10, float32's minimum a modern file.
     weights : mapping
         Every name of `weights.weight_shapes(config)` to an array, or to a WeightSource that is loaded when its
         turn comes; float16 and other types become float32. "lm_head.bias" (V,) may be among them.
@@ -194,7 +195,7 @@ def build_graph(
     if with_past and (opset < FIRST_MODERN_OPSET or not lm_head):
         raise InputError(f"past inputs need opset {FIRST_MODERN_OPSET} or newer, and the LM head")
     _check_weights(config, weights)
-    if config.mask_kind == "none":
+    if config.mask.kind == "none":
         raise UnsupportedModelError("its queries see later keys: the graphs that are written hide those")
     builder = _Modern if opset >= FIRST_MODERN_OPSET else _Zoo
     return builder(config, weights, opset, lm_head, with_past).build()
@@ -248,32 +249,15 @@ class _Builder:
 
     def activation(self, scope: str, x: str, layer: int) -> str:
         """(..., F) -> (..., F), in the pieces that PyTorch's exporter makes of it."""
-        g = self.graph
-        kind = self.config.layer_activation(layer)
+        g, form = self.graph, ACTIVATIONS[self.config.layer_activation(layer)]
+        if g.opset >= 20 and form.onnx_gelu:
+            return str(g.op(scope, "Gelu", x, approximate=form.onnx_gelu))
 
-        def number(value: float) -> str:
-            return g.constant(scope, value, np.float32)
+        def op(op_type: str, *inputs: str | float) -> str:
+            named = (i if isinstance(i, str) else g.constant(scope, i, np.float32) for i in inputs)
+            return str(g.op(scope, op_type, *named))
 
-        if kind == "relu":
-            return str(g.op(scope, "Relu", x))
-        if kind == "tanh":
-            return str(g.op(scope, "Tanh", x))
-        if kind == "silu":
-            return str(g.op(scope, "Mul", x, g.op(scope, "Sigmoid", x)))
-        if kind == "gelu_quick":
-            return str(g.op(scope, "Mul", x, g.op(scope, "Sigmoid", g.op(scope, "Mul", x, number(1.702)))))
-        if g.opset >= 20 and kind in ("gelu_tanh", "gelu_erf"):
-            return str(g.op(scope, "Gelu", x, approximate="tanh" if kind == "gelu_tanh" else "none"))
-        if kind == "gelu_erf":
-            erf = g.op(scope, "Erf", g.op(scope, "Div", x, number(math.sqrt(2))))
-            return str(g.op(scope, "Mul", g.op(scope, "Mul", x, g.op(scope, "Add", erf, number(1))), number(0.5)))
-        if kind != "gelu_tanh":
-            raise UnsupportedModelError(f"there is no activation {kind!r} to write")
-        half = g.op(scope, "Mul", x, number(0.5))
-        cube = g.op(scope, "Pow", x, number(3))
-        inner = g.op(scope, "Add", x, g.op(scope, "Mul", cube, number(0.044715)))
-        tanh = g.op(scope, "Tanh", g.op(scope, "Mul", inner, number(math.sqrt(2 / math.pi))))
-        return str(g.op(scope, "Mul", half, g.op(scope, "Add", tanh, number(1))))
+        return form.onnx(op, x)
 
     def scaled(self, scope: str, scores: str, layer: int) -> str:
         """q·k times the scale, written as a division by sqrt(D) where it is that."""
@@ -299,8 +283,8 @@ class _Zoo(_Builder):
     def build(self) -> Graph:
         g, c, top = self.graph, self.config, self.scope
         C, H, D = c.n_embd, c.n_head, c.head_size
-        if not math.isfinite(c.mask_value):
-            raise UnsupportedModelError("the zoo's graph multiplies with mask_value, which must therefore be finite")
+        if not math.isfinite(c.mask.value):
+            raise UnsupportedModelError("the zoo's graph multiplies with mask.value, which must therefore be finite")
         axes: list[int | str] = [f"input1_dynamic_axes_{i}" for i in (1, 2, 3)]
         g.inputs.append(self.value("input1", np.int64, axes))
         g.outputs.append(self.value("output1", np.float32, [*axes, c.vocab_size if self.lm_head else C]))
@@ -380,7 +364,7 @@ class _Zoo(_Builder):
             f"{self.prefix}h.{i}.attn.bias",
             dtype,
             (1, 1, N, N),
-            lambda: iter([np.tri(N, N, self.config.causal_shift, dtype)]),
+            lambda: iter([np.tri(N, N, self.config.mask.shift, dtype)]),
         )
         rows, columns = g.dim(scope, scores, 2), g.dim(scope, scores, 3)
         first = g.op(scope, "Sub", columns, rows)
@@ -391,11 +375,11 @@ class _Zoo(_Builder):
         end = g.unsqueeze(scope, columns, 0)
         allowed = g.op(scope, "Slice", allowed, start, end, axis, g.constant(scope, [1]))
         if self.lm_head:
-            value = g.constant(scope, self.config.mask_value, np.float32)
+            value = g.constant(scope, self.config.mask.value, np.float32)
             return str(g.op(scope, "Where", g.op(scope, "Cast", allowed, to=9), scores, value))
         kept = g.op(scope, "Mul", scores, allowed)
         forbidden = g.op(scope, "Sub", g.constant(scope, 1, np.float32), allowed)
-        penalty = g.op(scope, "Mul", forbidden, g.constant(scope, -self.config.mask_value, np.float32))
+        penalty = g.op(scope, "Mul", forbidden, g.constant(scope, -self.config.mask.value, np.float32))
         return str(g.op(scope, "Sub", kept, penalty))
 
     def attention(self, i: int, x: str, scope: str) -> str:
@@ -471,13 +455,13 @@ class _Modern(_Builder):
         first = g.op(scope, "Sub", total, length)
         queries = g.op(scope, "Range", first, total, one)  # (T,) places in the whole sequence
         keys = g.op(scope, "Range", zero, total, one)  # (S,)
-        if self.config.causal_shift:
-            queries = g.op(scope, "Add", queries, g.constant(scope, self.config.causal_shift))
+        if self.config.mask.shift:
+            queries = g.op(scope, "Add", queries, g.constant(scope, self.config.mask.shift))
         causal = g.op(scope, "LessOrEqual", g.unsqueeze(scope, keys, 0), g.unsqueeze(scope, queries, 1))  # (T, S)
         real = g.op(scope, "Cast", "attention_mask", to=9)
         real = g.unsqueeze(scope, g.unsqueeze(scope, real, 1), 1)  # (B, S) -> (B, 1, 1, S)
         allowed = g.op(scope, "And", causal, real)
-        values = (g.constant(scope, value, np.float32) for value in (0, self.config.mask_value))
+        values = (g.constant(scope, value, np.float32) for value in (0, self.config.mask.value))
         return str(g.op(scope, "Where", allowed, *values))
 
     def layer_norm(self, x: str, name: str, scope: str, output: str = "") -> str:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..call import Call
 from ..errors import Gpt2npError, InputError
 from ..weights import Array
 from . import trace as traces
 from .cases import Case, gather_cases
-from .operations import Call, split_tap, tap_names, tap_shape
+from .operations import split_tap, tap_names, tap_shape
 from .parties import Ort, Ours, Runner, model_path
 from .subject import Subject
 

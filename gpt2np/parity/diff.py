@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..call import Call
 from ..errors import Gpt2npError, InputError, TraceError
 from ..weights import Array
 from . import trace as traces
@@ -16,7 +17,7 @@ from .cases import Case, pick
 from .compare import Comparison, compared, parties
 from .explain.diagnose import from_taps, misplaced
 from .localise import compare_taps, first_divergence, only_noise
-from .operations import Call, tap_inputs
+from .operations import tap_inputs
 from .parties import Ort, Runner, TraceRunner, model_of, runner_of
 from .report import Check, Report, show, tap_lines
 from .subject import Subject

@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 
+from ..call import Call
 from ..errors import Gpt2npError
 from ..weights import Array
 from .cases import Case
 from .compare import Comparison
 from .metrics import difference
-from .operations import Call, Program, split_tap, tap_inputs, tap_shape
+from .operations import Program, split_tap, tap_inputs, tap_shape
 from .parties import Runner
 from .subject import Subject, taps_of
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from .. import reference
+from ..activations import ACTIVATIONS
+from ..call import Call
 from ..config import GPT2Config
+from ..masks import mask_for
 from ..weights import Array, WeightSources
 
 HEAD_BLOCK = 8192  # rows of the head cast to the working dtype at a time
@@ -64,21 +67,6 @@ def tap_inputs(tap: str, config: GPT2Config) -> tuple[str, ...]:
         "mlp.out": (f"{name}.mlp.gelu",),
         "resid_post": (f"{name}.resid_mid", f"{name}.mlp.out"),
     }[part]
-
-
-class Call(NamedTuple):
-    """What one call of the model feeds to the operations besides their inputs."""
-
-    input_ids: Array  # (B, T) int64
-    position_ids: Array  # (B, T) int64, rows of wpe
-    past: list[Array] | None = None  # L x (2, B, H, P, D): keys and values of the cached positions
-    attention_mask: Array | None = None  # (B, S) or (B, 1, T, S), as GPT2 takes it
-    token_type_ids: Array | None = None  # (B, T), rows of wte
-
-    @property
-    def start(self) -> int:
-        """P, the number of cached positions."""
-        return 0 if self.past is None else int(self.past[0].shape[3])
 
 
 def tap_shape(tap: str, config: GPT2Config, call: Call) -> tuple[int, ...]:
@@ -237,11 +225,9 @@ def _scores(p: Program, call: Call, tap: str, inputs: list[Array], dtype: np.dty
 
 def masked_softmax(scores: Array, config: GPT2Config, attention_mask: Array | None) -> Array:
     """Probabilities of scores (B, H, T, S) under the mask that a config describes."""
-    from ..model import additive_mask
-
     B, _, T, S = scores.shape
-    mask = additive_mask(attention_mask, config, B, T, S, scores.dtype)
-    return reference.softmax(scores + (reference.causal_mask(T, S, scores.dtype) if mask is None else mask))
+    mask = mask_for(config.mask, attention_mask, B, T, S, scores.dtype) or reference.causal_mask
+    return reference.softmax(mask(scores))
 
 
 def _probs(p: Program, call: Call, tap: str, inputs: list[Array], dtype: np.dtype[Any]) -> Array:
@@ -272,7 +258,7 @@ def _c_fc(p: Program, call: Call, tap: str, inputs: list[Array], dtype: np.dtype
 def _gelu(p: Program, call: Call, tap: str, inputs: list[Array], dtype: np.dtype[Any]) -> Array:
     layer = split_tap(tap)[0]
     assert layer is not None
-    return reference.ACTIVATIONS[p.config.layer_activation(layer)](inputs[0])
+    return ACTIVATIONS[p.config.layer_activation(layer)](inputs[0])
 
 
 def _logits(p: Program, call: Call, tap: str, inputs: list[Array], dtype: np.dtype[Any]) -> Array:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from ..call import Call
 from ..errors import ComparisonError, InputError, TraceError
 from ..onnx.read.datasets import DataSet
 from ..weights import Array
-from .operations import Call
 from .subject import Feeds, Subject, output_names, sort_arrays
 from .trace import is_trace, load
 
@@ -77,14 +77,7 @@ class Ours:
 
     def call(self, call: Call, tap: Tap | None = None, logits: bool = False) -> Output:
         """One call of the model, past and padding included."""
-        B, T = call.input_ids.shape
-        cache = self.gpt2.new_cache(B, call.start + T)
-        if call.past is not None:
-            for layer, past in zip(cache.layers, call.past, strict=True):
-                layer[:, :, :, : call.start] = past
-            cache.advance(call.start)
-        positions = call.position_ids - self.gpt2.config.position_offset  # the model adds it again
-        return self.gpt2(call.input_ids, cache, tap, logits, call.attention_mask, positions, call.token_type_ids)
+        return self.gpt2.run(call, tap=tap, logits=logits)
 
 
 class Ort:
@@ -322,7 +315,7 @@ def runner_of(model: Subject, text: str, engine: str) -> Runner:
 
 def model_path(given: Path | None) -> Path:
     """The file of a MODEL argument: itself, the model.onnx in a folder, or the embedded model."""
-    from ..model import embedded_model_path
+    from ..paths import embedded_model_path
 
     place = embedded_model_path() if given is None else given
     return place / "model.onnx" if place.is_dir() else place

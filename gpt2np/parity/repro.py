@@ -6,16 +6,19 @@ so ONNX Runtime, onnx's own test runner, or the port under test can be pointed a
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..activations import ACTIVATIONS
+from ..call import Call
 from ..errors import UnsupportedModelError
+from ..masks import Mask, mask_for
 from ..onnx.read.datasets import save_set
+from ..reference import causal_mask
 from ..weights import Array
-from .operations import Call, Program, split_tap, tap_inputs
+from .operations import Program, split_tap, tap_inputs
 
 OPSET = 17  # the first with LayerNormalization
 
@@ -142,17 +145,14 @@ def _graph(
         ]  # fmt: skip
         return nodes, {"scale": np.array(c.layer_scale(layer), f32)}, past
     if part == "attn.probs":
-        from ..model import ReplacingMask, additive_mask
-        from ..reference import causal_mask
-
         S = call.start + T
-        mask = additive_mask(call.attention_mask, c, B, T, S, f32)
+        mask = mask_for(c.mask, call.attention_mask, B, T, S, f32) or Mask(causal_mask(np.zeros((1, 1, T, S), f32)))
         nodes = [node("Add", ["kept", "mask"], ["masked"]), node("Softmax", ["masked"], [y], axis=-1)]
-        if isinstance(mask, ReplacingMask):
+        if mask.keep is not None:
             hide = node("Where", ["keep", x[0], "zero"], ["kept"])
-            return [hide, *nodes], {"keep": mask.keep, "zero": np.zeros((), f32), "mask": mask.mask}, {}
+            return [hide, *nodes], {"keep": mask.keep, "zero": np.zeros((), f32), "mask": mask.added}, {}
         nodes[0].input[0] = x[0]
-        return nodes, {"mask": causal_mask(T, S, f32) if mask is None else mask}, {}
+        return nodes, {"mask": mask.added}, {}
     if part == "attn.heads":
         assert layer is not None
         nodes, values, past = _with_past(call, layer, 1, x[1])
@@ -182,27 +182,15 @@ def _with_past(call: Call, layer: int, which: int, new: str) -> tuple[list[Any],
 def _activation(form: str, x: str, y: str) -> tuple[list[Any], dict[str, Array], dict[str, Array]]:
     from onnx.helper import make_node as node
 
-    def numbers(**values: float) -> dict[str, Array]:
-        return {name: np.array(value, np.float32) for name, value in values.items()}
+    nodes: list[Any] = []
+    constants: dict[str, Array] = {}
 
-    if form == "relu":
-        return [node("Relu", [x], [y])], {}, {}
-    if form == "tanh":
-        return [node("Tanh", [x], [y])], {}, {}
-    if form == "silu":
-        return [node("Sigmoid", [x], ["g"]), node("Mul", [x, "g"], [y])], {}, {}
-    if form == "gelu_quick":
-        nodes = [node("Mul", [x, "c"], ["s"]), node("Sigmoid", ["s"], ["g"]), node("Mul", [x, "g"], [y])]
-        return nodes, numbers(c=1.702), {}
-    if form == "gelu_erf":
-        nodes = [
-            node("Mul", [x, "r"], ["s"]), node("Erf", ["s"], ["e"]), node("Add", ["e", "one"], ["p"]),
-            node("Mul", [x, "half"], ["h"]), node("Mul", ["h", "p"], [y]),
-        ]  # fmt: skip
-        return nodes, numbers(r=math.sqrt(0.5), one=1.0, half=0.5), {}
-    nodes = [
-        node("Mul", [x, x], ["x2"]), node("Mul", ["x2", x], ["x3"]), node("Mul", ["x3", "cube"], ["c"]),
-        node("Add", [x, "c"], ["a"]), node("Mul", ["a", "root"], ["s"]), node("Tanh", ["s"], ["t"]),
-        node("Add", ["t", "one"], ["p"]), node("Mul", [x, "half"], ["h"]), node("Mul", ["h", "p"], [y]),
-    ]  # fmt: skip
-    return nodes, numbers(cube=0.044715, root=math.sqrt(2 / math.pi), one=1.0, half=0.5), {}
+    def op(op_type: str, *inputs: str | float) -> str:
+        names = [i if isinstance(i, str) else f"constant_{len(constants) + n}" for n, i in enumerate(inputs)]
+        constants.update({n: np.array(i, np.float32) for n, i in zip(names, inputs, strict=True) if n != i})
+        nodes.append(node(op_type, names, [f"{op_type}_{len(nodes)}"]))
+        return str(nodes[-1].output[0])
+
+    ACTIVATIONS[form].onnx(op, x)
+    nodes[-1].output[0] = y
+    return nodes, constants, {}

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..call import Call, check_ids, checked_call
 from ..config import GPT2Config
 from ..errors import ComparisonError, Gpt2npError, InputError, UnsupportedModelError
 from ..weights import Array
-from .operations import Call, Program, tap_names, tap_shape
+from .operations import Program, tap_names, tap_shape
 
 if TYPE_CHECKING:
     from ..onnx.recognise import Port, Recognised
@@ -117,7 +118,6 @@ def as_tap(value: Array, tap: str, config: GPT2Config, call: Call) -> Array | No
 
 def call_of(recognised: Recognised, feeds: Feeds) -> Call:
     """Token ids, positions, past and mask as the operations take them, from the file's own inputs."""
-    from ..model import additive_mask, check_ids, check_positions
     from ..session import given_mask
 
     config = recognised.config
@@ -151,9 +151,15 @@ def call_of(recognised: Recognised, feeds: Feeds) -> Call:
     rows = by_role.get("position_ids")
     if recognised.positions.startswith("mask") and attention_mask is not None:
         rows = recognised.positions_from_mask(attention_mask)[:, start:]
-    positions = check_positions(rows, config, B, T, start)
-    additive_mask(attention_mask, config, B, T, start + T, np.dtype(np.float32))  # checks it
-    return Call(ids, positions, past if start else None, attention_mask, by_role.get("token_type_ids"))
+    return checked_call(
+        config,
+        ids,
+        start=start,
+        past=past,
+        attention_mask=attention_mask,
+        position_ids=rows,
+        token_type_ids=by_role.get("token_type_ids"),
+    )
 
 
 def output_names(model: Subject) -> list[str]:

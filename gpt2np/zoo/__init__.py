@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..errors import DownloadError, ModelFileError
-from ..model import embedded_model_path, weights_folder
+from ..paths import embedded_model_path, weights_folder
 from .facts import KnownFile
 from .transfer import DISK_FULL, Mirror, Unreachable, Wanted, download, file_hash, nothing
 

@@ -22,6 +22,7 @@ from gpt2np.commands.convert import choose, convert, open_source, parse_size, sa
 from gpt2np.commands.synth import parse_config, synth
 from gpt2np.convert.huggingface import read_checkpoint
 from gpt2np.errors import Gpt2npError, InputError, ModelFileError, UnsupportedModelError, WeightError
+from gpt2np.masks import MaskRule
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
 from gpt2np.onnx.synthetic import make_config, random_weights
@@ -411,10 +412,10 @@ def test_synth_names_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     shutil.rmtree(tmp_path / "gpt2np-synth-1-1-4-4-7-3")
 
 
-@pytest.mark.parametrize("mask", [{"mask_kind": "none"}, {"mask_value": -2.0}], ids=str)
+@pytest.mark.parametrize("mask", [{"kind": "none"}, {"value": -2.0}], ids=str)
 def test_a_graph_that_hides_nothing_is_not_converted(tmp_path: Path, mask: dict[str, Any]) -> None:
     """The written graphs would give other numbers."""
-    config = tiny_config(**mask)
+    config = tiny_config(mask=MaskRule(**mask))
     with pytest.raises(UnsupportedModelError, match="later keys"):
         write_folder(tmp_path / "out", config, tiny_sources(config), choose(None, False, False, False, None), [])
     assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ import pytest
 from gpt2np.commands.convert import Sample, run_textbook
 from gpt2np.config import GPT2Config
 from gpt2np.errors import InputError, UnsupportedModelError, WeightError
+from gpt2np.masks import MaskRule
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
 from gpt2np.onnx.synthetic import make_config, random_weights
@@ -36,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "by layer": {
         "overrides": (("h.1.attn.scale", 0.25), ("h.1.mlp.activation", "relu"), ("h.0.ln_2.epsilon", 1e-2)),
     },
-    "shifted": {"causal_shift": 1, "position_offset": 2},
+    "shifted": {"mask": MaskRule(shift=1), "position_offset": 2},
 }
 # opset, lm_head, with_past
 KINDS = [
@@ -48,7 +49,7 @@ KINDS = [
     (20, True, True),
 ]
 WRITTEN = ["n_layer", "n_head", "n_embd", "n_ctx", "vocab_size", "n_inner", "head_size", "activation", "tied"]
-WRITTEN += ["layer_norm_epsilon", "mask_value", "causal_shift", "position_offset"]
+WRITTEN += ["layer_norm_epsilon", "position_offset"]
 MODERN_MASK = float(np.finfo(np.float32).min)
 
 
@@ -73,7 +74,9 @@ def run(path: Path, config: GPT2Config, sample: Sample) -> tuple[list[np.ndarray
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_runs_and_is_read_back(tmp_path: Path, variant: str, kind: tuple[int, bool, bool]) -> None:
     opset, lm_head, with_past = kind
-    config = tiny_config(**VARIANTS[variant], mask_value=MODERN_MASK if opset >= 17 else -1e4)
+    changes: dict[str, Any] = {"mask": MaskRule(), **VARIANTS[variant]}
+    rule = replace(changes["mask"], value=MODERN_MASK if opset >= 17 else -1e4)
+    config = tiny_config(**{**changes, "mask": rule})
     weights = tiny_sources(config)
     path = tmp_path / "model.onnx"
     assert write_model(path, config, weights, opset=opset, lm_head=lm_head, with_past=with_past) == (path,)
@@ -97,6 +100,7 @@ def test_every_variant_runs_and_is_read_back(tmp_path: Path, variant: str, kind:
     wanted = config if lm_head else replace(config, tied=True)
     for field in WRITTEN:
         assert getattr(found.config, field) == getattr(wanted, field), field
+    assert (found.config.mask.value, found.config.mask.shift) == (rule.value, rule.shift)
     for i in range(config.n_layer):
         assert found.config.layer_scale(i) == pytest.approx(config.layer_scale(i), rel=1e-6)
         assert found.config.layer_activation(i) == config.layer_activation(i)
@@ -108,7 +112,7 @@ def test_every_variant_runs_and_is_read_back(tmp_path: Path, variant: str, kind:
 
 @pytest.mark.parametrize("opset", [11, 12, 14, 16, 19, 21])
 def test_further_opsets(tmp_path: Path, opset: int) -> None:
-    config = tiny_config(mask_value=-1e4)
+    config = tiny_config()
     weights = tiny_sources(config)
     write_model(tmp_path / "model.onnx", config, weights, opset=opset, lm_head=True)
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)
@@ -215,7 +219,7 @@ def test_options_that_contradict_each_other(tmp_path: Path, options: dict[str, A
 
 
 def test_the_zoos_graph_needs_a_finite_mask(tmp_path: Path) -> None:
-    config = tiny_config(mask_value=-np.inf)
+    config = tiny_config(mask=MaskRule(value=-np.inf))
     with pytest.raises(UnsupportedModelError, match="finite"):
         write_model(tmp_path / "m.onnx", config, tiny_sources(config))
 

@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2np import get_num_threads, kernels, reference, set_num_threads
+from gpt2np.activations import ACTIVATIONS
 from gpt2np.errors import InputError
+from gpt2np.masks import Mask
 from gpt2np.reference import no_tap
 from gpt2np.weights import MLP, Attention, BlockWeights, LayerNorm, Linear
 from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
@@ -118,13 +120,13 @@ def test_layer_norm(C, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", list(reference.ACTIVATIONS))
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_activations(name, dtype):
     x = np.linspace(-12, 12, 500).astype(dtype)
     x[:5] = 0, -0.0, np.inf, np.nan, -1e30
     got = getattr(kernels, name)(x)
     with np.errstate(all="ignore"):
-        expected = reference.ACTIVATIONS[name](x.astype(np.float64))
+        expected = ACTIVATIONS[name](x.astype(np.float64))
     assert got.dtype == dtype
     finite = np.isfinite(expected)
     assert np.isnan(got[3])
@@ -161,7 +163,9 @@ def test_block(H, D, activation, dtype):
             for part in plain
         )
     )
-    expected = reference.block(as_double[0], double, as_double[1], start, None, expected_taps.__setitem__, "h")
+    expected = reference.block(
+        as_double[0], double, as_double[1], start, reference.causal_mask, expected_taps.__setitem__, "h"
+    )
     got = kernels.block(x, packed_block, cache, start, None, taps.__setitem__, "h")
     close(got, expected, dtype, 4 * (C + F))
     close(cache, as_double[1], dtype, 4 * C)
@@ -239,8 +243,8 @@ def test_masks_are_added_as_softmax_says():
     for mask_row in ([0.0] * T, [lowest] * T, [-np.inf] * T, [-1.0, 0.5, -np.inf, 0, lowest, 2]):
         mask = np.tile(np.array(mask_row), (2, 1, T, 1))
         got, expected = (
-            module.attention(x, block.attn, np.zeros((2, 2, H, T, D)), 0, mask, no_tap, "")
-            for module, block in ((kernels, w), (reference, plain))
+            module.attention(x, block.attn, np.zeros((2, 2, H, T, D)), 0, hide, no_tap, "")
+            for module, block, hide in ((kernels, w, mask), (reference, plain, Mask(mask)))
         )
         close(got, expected, np.float64, 100)
 

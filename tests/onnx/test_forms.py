@@ -30,10 +30,9 @@ from forms import (
     written_out,
 )
 from gpt2np.errors import InputError, ModelFileError, UnsupportedModelError, WeightError
-from gpt2np.model import additive_mask
+from gpt2np.masks import MaskRule, mask_for
 from gpt2np.session import InferenceSession
 from runtime import assert_close, feeds_for, runtime
-from tiny import tiny_config
 
 ENGINES = ["numpy", "numba"]
 Array = np.ndarray
@@ -133,7 +132,7 @@ def test_small_numbers_may_be_added_to_scores(tmp_path):
 
     session = agree(masked(tmp_path, "added"), change=bias)
     assert {p.role for p in session.model.recognised.inputs} >= {"attention_bias"}
-    assert session.model.config.mask_kind == "given"
+    assert session.model.config.mask.kind == "given"
 
 
 @pytest.mark.parametrize("value", [-np.inf, float(np.finfo(np.float32).min)])
@@ -329,7 +328,7 @@ def test_fused_attention(tmp_path, kind):
     attention, inputs, sizes = FUSED[kind]
     path = with_inputs(tmp_path, attention, inputs, sizes is ONE)
     session = agree(path, sizes)
-    assert session.model.config.causal_shift == 0
+    assert session.model.config.mask.shift == 0
     assert len(session.model.recognised.notes) == (kind == "GroupQuery, scale")
 
 
@@ -562,10 +561,11 @@ def test_onnx_runtimes_own_format_is_named(tmp_path):
 def test_rows_without_a_key_in_a_float64_file():
     """Its lowest number hides all keys alike, which float32 can only say with its own lowest."""
     lowest = float(np.finfo(np.float64).min)
-    config = tiny_config(mask_value=lowest, padding=(0.0, lowest), padding_later=(0.0, lowest), blind_rows="masked")
+    rule = MaskRule("replaced", lowest, 0, padding=(0.0, lowest), padding_later=(0.0, lowest), blind_rows="masked")
     for dtype in (np.float32, np.float64):
-        mask = additive_mask(np.array([[0, 1, 1]]), config, 1, 3, 3, np.dtype(dtype))
-        assert np.asarray(mask)[0, 0, 0].tolist() == [np.finfo(dtype).min] * 3
+        mask = mask_for(rule, np.array([[0, 1, 1]]), 1, 3, 3, np.dtype(dtype))
+        assert mask is not None
+        assert mask.added[0, 0, 0].tolist() == [np.finfo(dtype).min] * 3
 
 
 def parity_files() -> dict[str, Callable[[Path], Path]]:

@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 
 from gpt2np.config import GPT2Config
 from gpt2np.errors import Gpt2npError, UnsupportedModelError, WeightError
+from gpt2np.masks import MaskRule
 from gpt2np.model import GPT2
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import Recognised, recognise
@@ -42,7 +43,7 @@ def zoo(tmp_path_factory) -> Path:
 def modern(tmp_path_factory) -> Path:
     """LayerNormalization, attention_mask, past inputs."""
     folder = tmp_path_factory.mktemp("modern")
-    config = tiny_config(mask_value=float(np.finfo(np.float32).min))
+    config = tiny_config(mask=MaskRule(value=float(np.finfo(np.float32).min)))
     write_model(folder / "model.onnx", config, tiny_sources(config), opset=17, lm_head=True, with_past=True)
     return folder / "model.onnx"
 
@@ -128,7 +129,7 @@ def test_config_and_weights_of_written_files_come_back(tmp_path, opset, changes)
         pytest.skip(f"the writer cannot: {error}")
     found = read(tmp_path / "model.onnx")
     for name in GPT2Config.__dataclass_fields__:
-        if name not in ("overrides", "attn_scale", "mask_kind", "mask_value", "padding", "padding_later", "blind_rows"):
+        if name not in ("overrides", "attn_scale", "mask"):
             assert getattr(found.config, name) == getattr(config, name), name
     for i in range(config.n_layer):
         assert found.config.layer_activation(i) == config.layer_activation(i)
@@ -188,15 +189,15 @@ def test_all_exports_show_the_same_sizes(name):
     assert (config.vocab_size, config.n_ctx, config.activation) == (64, 16, "gelu_tanh")
     assert config.attn_scale == 8**-0.5
     assert config.layer_norm_epsilon == 1e-5
-    assert config.causal_shift == 0
+    assert config.mask.shift == 0
 
 
 def test_masks_of_real_exports():
-    old = read(DATA / "old_past.onnx").config
-    assert (old.mask_kind, old.mask_value, old.blind_rows) == ("replaced", -1e4, "masked")
+    old = read(DATA / "old_past.onnx").config.mask
+    assert (old.kind, old.value, old.blind_rows) == ("replaced", -1e4, "masked")
     assert (old.padding, old.padding_later) == ((1.0, -1e4), (0.0, -2e4))
-    new = read(DATA / "optimum_past.onnx").config
-    assert (new.mask_value, new.blind_rows) == (-math.inf, "zeros")
+    new = read(DATA / "optimum_past.onnx").config.mask
+    assert (new.value, new.blind_rows) == (-math.inf, "zeros")
 
 
 def test_quantised_weights_are_seen_through():
@@ -400,7 +401,7 @@ def test_a_shifted_mask_is_read_and_run(zoo, tmp_path, shift):
                 tensor.CopyFrom(numpy_helper.from_array(np.tril(np.ones_like(value), shift), tensor.name))
 
     path = edited(zoo, tmp_path, edit)
-    assert read(path).config.causal_shift == shift
+    assert read(path).config.mask.shift == shift
     assert any("GPT-2 sees keys up to i" in note for note in read(path).notes)
     check_taps(path, tmp_path, set())
 
@@ -425,7 +426,7 @@ def test_another_mask_value_is_read_and_run(zoo, tmp_path, value):
                     continue
 
     path = edited(zoo, tmp_path, edit)
-    assert read(path).config.mask_value == value
+    assert read(path).config.mask.value == value
     check_taps(path, tmp_path, set())
 
 

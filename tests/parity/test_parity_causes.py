@@ -12,6 +12,7 @@ import pytest
 import gpt2np
 import gpt2np.reference
 from gpt2np.errors import ComparisonError
+from gpt2np.masks import MaskRule
 from gpt2np.parity import capture, parties, trace
 from gpt2np.parity.cases import Case, case_from_ids
 from gpt2np.parity.diff import diff
@@ -293,11 +294,13 @@ def test_a_crash_is_never_taken_for_a_failed_comparison(
 def test_the_repro_of_a_mask_that_replaces_scores(mini: Path, tmp_path: Path) -> None:
     import onnxruntime as ort
 
+    from gpt2np.call import Call
     from gpt2np.onnx.read.datasets import load_set
-    from gpt2np.parity.operations import Call, Program
+    from gpt2np.parity.operations import Program
     from gpt2np.parity.repro import dump
 
-    program = Subject(mini / "model.onnx").program.with_(mask_value=-2.0)  # it shows: later keys keep a share
+    program = Subject(mini / "model.onnx").program
+    program = program.with_(mask=MaskRule(value=-2.0))  # it shows: later keys keep a share
     assert isinstance(program, Program)
     scores = np.random.default_rng(0).standard_normal((1, 6, 16, 16))
     dump(tmp_path, program, Call(IDS, np.arange(16)[None]), "h.1.attn.probs", [scores], None)

@@ -45,7 +45,7 @@ def outside(got: list[Array], expected: list[Array]) -> float:
 def written(folder: Path, opset: int, **changes: Any) -> Path:
     """A tiny float32 file: the zoo's graph, or a modern one with past inputs."""
     path = folder / "float32.onnx"
-    config = tiny_config(mask_value=-1e4, **changes)
+    config = tiny_config(**changes)
     modern = opset >= 17
     write_model(path, config, tiny_sources(config), opset=opset, lm_head=True, with_past=modern)
     return path

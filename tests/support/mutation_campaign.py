@@ -27,6 +27,7 @@ import onnxruntime
 
 import forms
 from gpt2np.errors import Gpt2npError
+from gpt2np.masks import MaskRule
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import Recognised, recognise
 from gpt2np.onnx.writer import write_model
@@ -52,7 +53,7 @@ def written(folder: Path) -> dict[str, Path]:
     }
     made = {}
     for name, how in kinds.items():
-        config = tiny_config(mask_value=-1e4 if how["opset"] < 17 else float(np.finfo(np.float32).min))
+        config = tiny_config(mask=MaskRule(value=-1e4 if how["opset"] < 17 else float(np.finfo(np.float32).min)))
         made[name] = folder / f"{name}.onnx"
         write_model(made[name], config, tiny_sources(config), **how)
     plain: dict[str, tuple[forms.Attention, str]] = {

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
-Array = np.ndarray
-Effect = tuple[float, float]  # (factor, addend): a hidden score s becomes factor * s + addend
+from ...arrays import Array
+from ...masks import Effect, MaskRule
+
 Run = Callable[[Array | None], tuple[Array, Array]]
-
-
-@dataclass(frozen=True)
-class Mask:
-    """What a graph does to scores before the softmax; see GPT2Config for the fields."""
-
-    kind: Literal["replaced", "added", "none", "given"]
-    value: float
-    shift: int
-    padding: Effect = (0.0, -math.inf)
-    padding_later: Effect = (0.0, -math.inf)
-    blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "zeros"
-    adds: bool = False  # attention_mask is added to the scores: it does not say 1 or 0
-
-    def __str__(self) -> str:
-        how = {"replaced": "becomes", "added": "is lowered by"}.get(self.kind, "is left as it is:")
-        return f"a later score {how} {self.value:g}, query i sees keys up to i{self.shift:+d}"
 
 
 def mask_shapes(
@@ -61,7 +45,7 @@ def per_query(mask: Array, T: int, S: int, cut: bool) -> Array:
 
 def read_mask(
     run: Run, T: int, S: int, shape: tuple[int, ...] | None, cut: bool, floating: bool, guarded: bool
-) -> tuple[float, Mask]:
+) -> tuple[float, MaskRule]:
     """Read the factor and the mask from what happens to scores.
 
     `run(attention_mask)` gives (factor, added), (B, H, T, S) each: a score s becomes factor * s + added.
@@ -84,16 +68,16 @@ def read_mask(
     blind = later.all(axis=-1)
     unguarded: Literal["nan", "masked"] = "masked"
     if seen.all():
-        mask = Mask("none", 0.0, S)
+        mask = MaskRule("none", 0.0, S)
         if T == 1:  # one new position sees all keys in any GPT-2
-            mask = Mask("replaced", -math.inf, 0)
+            mask = MaskRule("replaced", -math.inf, 0)
         elif shape is not None and len(shape) > 2:
-            mask = Mask("given", -math.inf, 0)
+            mask = MaskRule("given", -math.inf, 0)
         later = np.zeros_like(later)
     else:
         f, value = one_effect(factor, added, later & ~blind[:, None], scale, "keys after a query's own")
         kind: Literal["replaced", "added"] = "added" if f else "replaced"
-        mask = Mask(kind, value, shift)
+        mask = MaskRule(kind, value, shift)
         unguarded = "nan" if value == -math.inf else "masked"
     if full is None:
         return scale, replace(mask, blind_rows="zeros" if guarded and unguarded == "nan" else unguarded)

@@ -14,13 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ... import reference
-from ...config import Activation, GPT2Config
+from ...activations import ACTIVATIONS
+from ...config import GPT2Config
 from ...errors import UnsupportedModelError, WeightError
+from ...masks import CAUSAL, MaskRule
 from ...weights import weight_shapes
 from ..evaluate.evaluator import Evaluator
 from ..evaluate.operators import is_float
@@ -31,7 +32,7 @@ from . import blocks
 from .blocks import Branch, Roles
 from .linear import Linear, nearest_linears
 from .lookup import Lookup
-from .masks import Mask, mask_shapes, read_mask
+from .masks import mask_shapes, read_mask
 from .norm import LayerNorm
 from .probe import Probe, declared_shape, element_type, unknown
 from .products import AttentionCore
@@ -102,10 +103,10 @@ class _Recogniser(Probe):
         self.taps: dict[str, TapLocation] = {}
         self.moved: set[int] = set()  # layers where a bias is added to q, k and v apart from their maps
         self.epsilons: dict[str, float] = {}
-        self.activations: dict[int, Activation] = {}
+        self.activations: dict[int, str] = {}
         self.unmasked: dict[int, float] = {}  # what q·k is multiplied by before the product's output
         self.scales: dict[int, float] = {}
-        self.masks: dict[int, Mask] = {}
+        self.masks: dict[int, MaskRule] = {}
         self.heads: dict[int, tuple[int, int]] = {}
         self.float16 = False
         self.mask_cut = False
@@ -211,13 +212,13 @@ class _Recogniser(Probe):
         if not branch.out.bias_later:
             self.taps[f"{name}.out"] = self.stream(self.widest(branch.out.out))
 
-    def activation(self, fc: Linear, out: Linear, shape: tuple[int, ...]) -> Activation:
+    def activation(self, fc: Linear, out: Linear, shape: tuple[int, ...]) -> str:
         """Which function lies between the two maps of an MLP: that whose values come out."""
         points = np.linspace(-8, 8, min(int(np.prod(shape)), 2047))
         (got,) = self.run_with({fc.out: np.resize(points, shape)}, out.x)
         got = got.ravel()[: len(points)]
-        errors = {name: float(np.abs(got - f(points)).max()) for name, f in reference.ACTIVATIONS.items()}
-        best = cast(Activation, min(errors, key=lambda n: errors[n]))
+        errors = {name: float(np.abs(got - f(points)).max()) for name, f in ACTIVATIONS.items()}
+        best = min(errors, key=lambda n: errors[n])
         # GELU by erf and by tanh lie 4.7e-4 apart; its constants are off by up to 4e-4 in bfloat16
         rivals = sorted(errors.values())
         if not errors[best] < 2e-4 and not (errors[best] < 4e-4 and errors[best] < 0.75 * rivals[1]):
@@ -418,7 +419,7 @@ class _Recogniser(Probe):
             given = list(mask_shapes(declared_shape(port), B, T, S))
         for i, core in enumerate(cores):
             H, D = self.heads[i]
-            after, mask, error = 1.0, Mask("replaced", -1e4, 0), None
+            after, mask, error = 1.0, CAUSAL, None
             for shape, cut in given:
                 try:
                     after, mask = read_mask(partial(run, core), T, S, shape, cut, floating, core.guarded)
@@ -551,7 +552,7 @@ class _Recogniser(Probe):
         for i, other in self.masks.items():
             if other != mask:
                 usual = next(j for j, m in self.masks.items() if m == mask)
-                what = f"layer {i} is masked otherwise ({other}) than layer {usual} ({mask})"
+                what = f"layer {i} is masked otherwise ({other.describe()}) than layer {usual} ({mask.describe()})"
                 self.graph.object(UnsupportedModelError(what))
         epsilon = _usual(self.epsilons, 1e-5)
         activation = _usual(self.activations, "gelu_tanh")
@@ -577,12 +578,7 @@ class _Recogniser(Probe):
             activation=activation,
             attn_scale=scale,
             tied=tied,
-            mask_kind=mask.kind,
-            mask_value=mask.value,
-            causal_shift=mask.shift,
-            padding=mask.padding,
-            padding_later=mask.padding_later,
-            blind_rows=mask.blind_rows,
+            mask=mask,
             position_offset=offset,
             overrides=tuple(overrides),
         )

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ...call import Call
 from ...weights import Array
-from ..operations import Call, Program, Run, masked_softmax, split_tap, tap_inputs
+from ..operations import Program, Run, masked_softmax, split_tap, tap_inputs
 from .gradients import F64
 from .problem import Guess, Problem, other_weights
 
@@ -158,37 +159,37 @@ def scale(problem: Problem, tap: str) -> Iterator[Guess]:
 
 
 def mask(problem: Problem, tap: str) -> Iterator[Guess]:
-    """Masks by what GPT2Config can say of them: which keys are forbidden, and what their scores become."""
-    now = problem.program.config
-    call = problem.call
+    """Masks by what MaskRule can say of them: which keys are forbidden, and what their scores become."""
+    config = problem.program.config
+    now, call = config.mask, problem.call
 
     def masked(**change: Any) -> Run:
-        config = replace(now, **change)
+        other = replace(config, mask=replace(now, **change))
 
-        return lambda p, call, name, x, dtype: masked_softmax(x[0], config, call.attention_mask)
+        return lambda p, call, name, x, dtype: masked_softmax(x[0], other, call.attention_mask)
 
     def keys(shift: int) -> str:
         return "query i sees keys up to i" + (f" {'+-'[shift < 0]} {abs(shift)}" if shift else "")
 
     S = call.start + call.input_ids.shape[1]
     for shift in (0, 1, -1, 2):
-        if shift != now.causal_shift or now.mask_kind == "none":
-            cause = "mask_missing" if now.mask_kind == "none" else "mask_shift"
-            text = f"mask off by {abs(shift - now.causal_shift)}: {keys(shift)}, not {keys(now.causal_shift)}"
-            change = {"mask_kind": "replaced", "mask_value": -1e4} if now.mask_kind == "none" else {}
-            yield Guess(cause, tap, text, runs={tap: masked(causal_shift=shift, **change)})
-    yield Guess("mask_missing", tap, "no causal mask at all", runs={tap: masked(mask_kind="none", causal_shift=S)})
+        if shift != now.shift or now.kind == "none":
+            cause = "mask_missing" if now.kind == "none" else "mask_shift"
+            text = f"mask off by {abs(shift - now.shift)}: {keys(shift)}, not {keys(now.shift)}"
+            change = {"kind": "replaced", "value": -1e4} if now.kind == "none" else {}
+            yield Guess(cause, tap, text, runs={tap: masked(shift=shift, **change)})
+    yield Guess("mask_missing", tap, "no causal mask at all", runs={tap: masked(kind="none", shift=S)})
     values: list[tuple[float, str]] = [
         (v, k) for v in (-1e4, -1.0, -2.0, -5.0, -10.0, -20.0, -50.0, -100.0, -1e3) for k in ("replaced", "added")
     ]
     for value, kind in [*values, (0.0, "replaced"), *_fitted_mask(problem, tap)]:
-        if (value, kind) != (now.mask_value, now.mask_kind):
-            text = f"mask value: {now.mask_value:.5g} {now.mask_kind}, not {value:.5g} {kind}"
-            yield Guess("mask_value", tap, text, runs={tap: masked(mask_value=value, mask_kind=kind)})
+        if (value, kind) != (now.value, now.kind):
+            text = f"mask value: {now.value:.5g} {now.kind}, not {value:.5g} {kind}"
+            yield Guess("mask_value", tap, text, runs={tap: masked(value=value, kind=kind)})
 
 
 def other_softmax(problem: Problem, tap: str) -> Iterator[Guess]:
-    """Softmaxes that are none, and masks that GPT2Config has no words for: the probabilities show both."""
+    """Softmaxes that are none, and masks that MaskRule has no words for: the probabilities show both."""
     scores = problem.values.get(source := tap_inputs(tap, problem.program.config)[0], problem.given.get(source))
     probs = problem.observed[tap]
     if scores is None or not np.isfinite(scores).all():

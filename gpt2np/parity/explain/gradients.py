@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from ...call import Call
 from ...weights import Array
-from ..operations import Call, Program, split_tap, tap_inputs
+from ..operations import Program, split_tap, tap_inputs
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ... import reference
+from ...activations import ACTIVATIONS
+from ...call import Call
 from ...weights import Array
-from ..operations import Call, Program, Run, embed_at, split_tap, tap_inputs
+from ..operations import Program, Run, embed_at, split_tap, tap_inputs
 from .gradients import F64
 from .problem import Guess, Problem, norm_names, other_weights, swap_text, together
 
@@ -56,7 +57,7 @@ def other_input(problem: Problem, tap: str) -> Iterator[Guess]:
 
 
 def activation(form: str) -> Run:
-    return lambda p, call, tap, x, dtype: reference.ACTIVATIONS[form](x[0])
+    return lambda p, call, tap, x, dtype: ACTIVATIONS[form](x[0])
 
 
 def other_activation(problem: Problem, tap: str, now: str) -> Iterator[Guess]:

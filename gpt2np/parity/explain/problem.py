@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from ...call import Call
 from ...weights import Array
 from ..metrics import difference
-from ..operations import Call, Program, Run, split_tap, tap_inputs, tap_names
+from ..operations import Program, Run, split_tap, tap_inputs, tap_names
 from .gradients import F32, F64
 
 NOISE_FACTOR = 10.0  # a guess explains an error if it leaves no more than so many times float32's own error

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from ... import reference
+from ...activations import ACTIVATIONS
 from ...weights import Array
 from ..operations import split_tap
 from .attention_mistakes import c_attn, mask, merge, other_softmax, scale
@@ -120,7 +120,7 @@ def catalogue(problem: Problem, tap: str, forward: bool, alone: bool = False) ->
         yield from linear(problem, tap, tap.replace(".out", ".c_proj"), forward)
     elif part == "mlp.gelu":
         now = problem.program.config.layer_activation(layer)  # type: ignore[arg-type]
-        for form in reference.ACTIVATIONS:
+        for form in ACTIVATIONS:
             if form != now:
                 yield Guess(
                     "gelu_form", tap, f"GELU form: {swap_text(form, now, forward)}", runs={tap: activation(form)}

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ...call import Call
 from ...weights import Array
-from ..operations import RUNS, Call, Program, Run, split_tap, tap_inputs
+from ..operations import RUNS, Program, Run, split_tap, tap_inputs
 from .gradients import F64
 from .problem import Guess, Problem, together, weight_names
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ...call import Call
 from ...weights import Array
-from ..operations import Call, Program, split_tap
+from ..operations import Program, split_tap
 from .gradients import F64, Gradients
 from .problem import Guess, Problem
 

@@ -1,0 +1,134 @@
+"""What hides a key from a query: the rule that a file's graph follows, and the mask that one call makes of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from .arrays import Array
+
+Effect = tuple[float, float]  # (factor, addend): a hidden score s becomes factor * s + addend
+
+NEGLIGIBLE = -9000.0  # a score that much below others has probability exp(-9000) = 0, in float64 too
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """What a graph does to the scores of hidden keys before the softmax.
+
+    Every GPT-2 hides keys that come later than the query. Files differ in how, and in what they do about padding;
+    recorded outputs show these differences in the rows of padded positions.
+    """
+
+    # The score of a later key becomes `value`, has that added, stays as it is, or ("given") the caller's
+    # attention_mask (B, 1, T, S) tells; where the caller has none, queries see no later key.
+    kind: Literal["replaced", "added", "none", "given"] = "replaced"
+    value: float = -1e4
+    shift: int = 0  # query i sees keys j <= i + shift; 0 in any sound GPT-2
+    # What a score becomes where attention_mask is 0, and where besides the key lies later.
+    padding: Effect = (0.0, -math.inf)
+    padding_later: Effect = (0.0, -math.inf)
+    # What a query that may see no key (padding on the left) gets: zeros in place of values, NaN, what the masked
+    # scores give, or what the scores give without a mask.
+    blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "zeros"
+    adds: bool = False  # attention_mask is added to the scores: it does not say 1 or 0
+
+    def describe(self) -> str:
+        """One phrase about later keys, as `gpt2np info` prints it."""
+        text = {
+            "replaced": f"scores of later keys become {self.value:g}",
+            "added": f"scores of later keys have {self.value:g} added",
+            "none": "later keys are not masked",
+            "given": "attention_mask says which keys each query sees",
+        }[self.kind]
+        return f"{text}, where query i sees keys up to i{self.shift:+d}" if self.shift else text
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether without padding this is the causal mask: keys up to the query's own, no weight on later ones."""
+        return self.kind != "none" and self.value < NEGLIGIBLE and self.shift == 0
+
+
+CAUSAL = MaskRule()  # that of GPT-2's own code
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """The mask of one call, a function of the scores (B, H, T, S).
+
+    `added` is added to the scores. Where `keep` is False it takes their place: this is for graphs whose replaced
+    scores can be noticed in the result.
+    """
+
+    added: Array  # (B, 1, T, S)
+    keep: Array | None = None  # (B, 1, T, S) bool
+
+    def __call__(self, scores: Array) -> Array:
+        """Masked scores, (B, H, T, S)."""
+        kept = scores if self.keep is None else np.where(self.keep, scores, 0)
+        return np.asarray(kept + self.added)
+
+    @property
+    def is_additive(self) -> bool:
+        """Whether it can be told by adding numbers to the scores that are looked at, as the kernels do.
+
+        They leave hidden keys out, whose NaN would reach the result here.
+        """
+        return self.keep is None and not np.isnan(self.added).any()
+
+
+def mask_for(rule: MaskRule, attention_mask: Array | None, B: int, T: int, S: int, dtype: np.dtype[Any]) -> Mask | None:
+    """The mask of T new positions over S keys, or None where that is the causal mask alone.
+
+    It is what the file's graph does, as the rule describes it, with -inf for every hidden score that cannot be
+    noticed in the result. A row of -inf alone gives zeros. `attention_mask`: as `call.checked_call` returns it.
+    """
+    if rule.is_causal and attention_mask is None:
+        return None
+    padded = np.zeros((B, 1, 1, S), bool)
+    bias: Array | None = None  # numbers that the caller adds to the scores
+    for_each_query = attention_mask is not None and attention_mask.ndim == 4
+    if attention_mask is not None:
+        if for_each_query and attention_mask.dtype.kind == "f":
+            bias = attention_mask
+        else:
+            padded = attention_mask == 0 if for_each_query else (attention_mask == 0)[:, None, None, :]
+    if rule.is_causal and not for_each_query and not padded.any():
+        return None
+
+    # 1. What the graph makes of each score: factor * s + mask.
+    later = np.arange(S) > np.arange(S - T, S)[:, None] + rule.shift  # (T, S)
+    if rule.kind == "none" or (rule.kind == "given" and for_each_query):
+        later = np.zeros_like(later)
+    factor, mask = np.ones((B, 1, T, S)), np.zeros((B, 1, T, S))
+    for where, (f, added) in (
+        (later & ~padded, (float(rule.kind == "added"), rule.value)),
+        (padded & ~later, rule.padding),
+        (padded & later, rule.padding_later),
+    ):
+        where = np.broadcast_to(where, mask.shape)
+        factor[where], mask[where] = f, added
+    if bias is not None:
+        mask += bias
+
+    # 2. Queries that see no key.
+    hidden = (later | padded | (mask < NEGLIGIBLE)) & np.ones_like(mask, bool)
+    blind = hidden.all(axis=-1, keepdims=True) & np.ones_like(hidden)
+    unseen = blind if bias is None else blind & np.isneginf(mask).all(axis=-1, keepdims=True)
+    if rule.blind_rows == "zeros":
+        mask[unseen] = -np.inf
+    elif rule.blind_rows == "nan":
+        mask[unseen] = np.nan
+    elif rule.blind_rows == "unmasked":
+        factor[unseen], mask[unseen] = 1, 0
+
+    # 3. The same in numbers of `dtype`, with -inf where no one can tell.
+    mask[~blind & (mask < NEGLIGIBLE)] = -np.inf
+    mask[np.isfinite(mask) & (mask < -1e300)] = np.finfo(dtype).min  # the lowest number in a float64 file
+    with np.errstate(over="ignore"):  # twice float32's lowest number is -inf, in the graph too
+        mask = mask.astype(dtype)
+    keep = (factor == 1) | np.isinf(mask) | (mask < -1e30)  # a score vanishes beside such a number
+    return Mask(mask, None if keep.all() else keep)
