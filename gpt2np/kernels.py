@@ -539,8 +539,8 @@ def _multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, out, out_
 
 
 @_jit()
-def _linear_range(first, last, scratch, x, weight, bias, activation, add, out):
-    """Pieces first..last-1; a piece is one panel of columns for one chunk of rows."""
+def _linear_range(first, last, scratch, x, weight, bias, activation, add, block, out):
+    """Pieces first..last-1; a piece is one panel of columns for one chunk of rows. block: see BLOCK."""
     (R, K), N = x.shape, out.shape[1]
     chunks = -(-R // CHUNK)
     for piece in range(first, last):
@@ -553,8 +553,8 @@ def _linear_range(first, last, scratch, x, weight, bias, activation, add, out):
         if bias.size > 0:
             for r in range(rows):
                 _copy(bias[column : column + width], totals[r * PANEL : r * PANEL + width])
-        for k in range(0, K, BLOCK):
-            depth = min(BLOCK, K - k)
+        for k in range(0, K, block):
+            depth = min(block, K - k)
             _multiply(rows, x, row * K + k, K, weight, column * K + k * PANEL, PANEL, depth, totals, 0, PANEL)
 
         # 2. the activation, and the way out: stored, or added to the residual stream
@@ -567,11 +567,11 @@ def _linear_range(first, last, scratch, x, weight, bias, activation, add, out):
 
 
 @_jit(parallel=True)
-def _linear(turn, parts, pieces, smallest, scratch, x, weight, bias, activation, add, out):
+def _linear(turn, parts, pieces, smallest, scratch, x, weight, bias, activation, add, block, out):
     for part in prange(parts):
         first, last = _share(turn, parts, pieces, smallest)
         while first < pieces:
-            _linear_range(first, last, scratch[part], x, weight, bias, activation, add, out)
+            _linear_range(first, last, scratch[part], x, weight, bias, activation, add, block, out)
             first, last = _share(turn, parts, pieces, smallest)
 
 
@@ -827,12 +827,13 @@ def _rows(x: Array) -> Array:
 
 
 def _linear_into(
-    out: Array, x: Array, weight: Any, bias: Array, threads: int, scratch: Array, activation: int = 0, add: bool = False
-) -> None:
+    out: Array, x: Array, weight: Any, bias: Array, threads: int, scratch: Array, activation: int = 0,
+    add: bool = False, block: int = BLOCK,
+) -> None:  # fmt: skip
     """out = activation(x @ weight + bias), or out += that: (R, K) @ (K, N) -> (R, N)."""
     pieces = len(weight.data) * -(-len(x) // CHUNK)
     work = (READ + len(x)) * weight.data.size
-    _deal(pieces, work, threads, _linear_range, _linear, scratch, x, weight.data, bias, activation, add, out)
+    _deal(pieces, work, threads, _linear_range, _linear, scratch, x, weight.data, bias, activation, add, block, out)
 
 
 def _layer_norm_into(
@@ -892,6 +893,19 @@ def linear(x: Array, weight: Any, bias: Array) -> Array:
     out = _aligned((*x.shape[:-1], weight.columns), x.dtype)
     with _pool() as threads:
         _linear_into(_rows(out), _rows(x), weight, bias, threads, _scratch(threads, x.dtype))
+    return out
+
+
+def chained_product(x: Array, matrix: Array, bias: Array, block: int) -> Array:
+    """x @ matrix + bias with sums cut into blocks of so many terms: (R, K) @ (K, N) -> (R, N); bias (N,) or empty.
+
+    For those who compute what other programs compute, to the bit; `linear` itself has blocks of BLOCK.
+    """
+    out = _aligned((len(x), matrix.shape[1]), x.dtype)
+    with _pool() as threads:
+        _linear_into(
+            out, _rows(x), pack_matrix(matrix), bias, threads, _scratch(threads, x.dtype), block=block
+        )  # fmt: skip
     return out
 
 

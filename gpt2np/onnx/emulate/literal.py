@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..evaluate.evaluator import Evaluator
-from ..evaluate.operators import OPERATORS, Operator, axes, biased, cast, erf, one, reduced, sigmoid, softmax, two
+from ..evaluate.operators import OPERATORS, Operator, axes, biased, cast, erf, gemm, one, reduced, sigmoid, softmax, two
 from ..graph import ROUND, Graph, Node
 from ..normalise.build import Rules, build_graph
 from ..normalise.rewriter import inner, rewritten
@@ -42,11 +42,23 @@ def _optimised_matmul(graph: Graph, node: Node) -> list[Node] | None:
     return [*made, rewritten(origin, "MatMul", (a, weight), node.outputs[0])]
 
 
-def literal_operators(saturating: bool) -> dict[str, Operator]:
+def literal_operators(graph: Graph, saturating: bool) -> dict[str, Operator]:
     """As ONNX Runtime's kernels for an x86 CPU with AVX-512 and VNNI round, or for one with AVX2 and no more."""
+
+    def packed(name: str) -> bool:  # a matrix that is there before the first run is put into panels then
+        return name in graph.constants and graph.constants[name].dtype == np.float32
+
+    def matmul(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+        return mlas.matmul(inputs[0], inputs[1], packed(node.inputs[1]))
+
+    def product(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+        return gemm(node, inputs, opset, partial(mlas.gemm, packed=packed(node.inputs[1])))
+
     return {
         **OPERATORS,
         **integers.OPERATORS,
+        "MatMul": matmul,
+        "Gemm": product,
         "Cast": _cast_unrounded,
         "Tanh": one(mlas.tanh),
         "Pow": two(mlas.power),
@@ -121,7 +133,7 @@ class Emulation:
         rounding = way != "unrounded"
         self.graph = build_graph(file, branch, rounding=rounding, more=OPTIMISED if way == "optimised" else None)
         self.graph.keep = True
-        self.operators = literal_operators(way == "saturating")
+        self.operators = literal_operators(self.graph, way == "saturating")
         self.values, self.nodes = float16(self.graph) if rounding else (set[str](), set[int]())
 
     def evaluator(self, feeds: Mapping[str, Array]) -> Evaluator:

@@ -3,7 +3,7 @@
 A file that rounds results to float16 or 8 bits turns a last bit of float32 into a whole step of the coarse type now
 and then, and a step into a thousandth of the output. So a literal run takes ONNX Runtime's own formulas and orders of
 summation: those of MLAS (https://github.com/microsoft/onnxruntime/tree/main/onnxruntime/core/mlas/lib: tanh.cpp,
-compute.cpp) and of Eigen's vectorised sum.
+compute.cpp, sgemm.cpp) and of Eigen's vectorised sum.
 """
 
 from __future__ import annotations
@@ -89,3 +89,62 @@ def power(x: Array, exponent: Array) -> Array:
     if exponent.size == 1 and exponent.reshape(-1)[0] in (2, 3):
         return np.asarray(x * x if exponent.reshape(-1)[0] == 2 else x * x * x)
     return np.asarray(np.power(x, exponent).astype(x.dtype))
+
+
+def matmul(a: Array, b: Array, packed: bool) -> Array:
+    """(..., M, K) @ (..., K, N), or by one (K, N) for all; packed: b is an initializer of float32."""
+    if a.dtype != F32 or b.dtype != F32 or a.ndim < 2 or b.ndim < 2 or 0 in (*a.shape, *b.shape):
+        return np.asarray(np.matmul(a, b))
+    if b.ndim == 2:
+        return gemm(a.reshape(-1, a.shape[-1]), b, None, packed).reshape(*a.shape[:-1], b.shape[-1])
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    a, b = (np.broadcast_to(v, (*batch, *v.shape[-2:])) for v in (a, b))
+    out = np.empty((*batch, a.shape[-2], b.shape[-1]), F32)
+    for index in np.ndindex(batch):
+        out[index] = gemm(a[index], b[index], None, False)
+    return out
+
+
+def gemm(a: Array, b: Array, c: Array | None, packed: bool) -> Array:
+    """(M, K) @ (K, N) + (M, N), or what broadcasts to it.
+
+    Each sum is cut into blocks, a block is one chain of fused multiply-adds, and the blocks are added up in order
+    (MlasSgemmOperation). One row by a matrix that is not packed beforehand takes products four at a time
+    (SgemmKernelM1Avx.S).
+    """
+    from ... import kernels
+
+    (M, K), N = a.shape, b.shape[1]
+    added = c is not None and c.size == N and c.shape[-1] == N
+    if M == 1 and not packed:
+        out = c.reshape(1, N).copy() if c is not None and added else np.zeros((1, N), F32)
+        for k, width in _by_fours(K):
+            products = a[0, k : k + width, None] * b[k : k + width]
+            total = products[0]
+            for product in products[1:]:
+                total = total + product
+            out += total
+    else:
+        bias = c.reshape(N) if c is not None and added else np.zeros(0, F32)
+        out = kernels.chained_product(np.ascontiguousarray(a), np.ascontiguousarray(b), bias, _terms(K, N, packed))
+    return np.asarray(out if c is None or added else out + c)
+
+
+def _by_fours(K: int) -> list[tuple[int, int]]:
+    """Where each group of 4 terms begins, and its size: the last ones of 2 and of 1."""
+    groups, k = [], 0
+    for width in (4, 2, 1):
+        while K - k >= width:
+            groups.append((k, width))
+            k += width
+    return groups
+
+
+def _terms(K: int, N: int, packed: bool) -> int:
+    """How many terms make a block: more where the matrix is narrow."""
+    if packed:
+        return 256
+    terms, columns = 128, 128
+    while N < K and columns > 16 and columns // 2 >= N:
+        terms, columns = 2 * terms, columns // 2
+    return terms

@@ -351,12 +351,18 @@ def _rms_normalization(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     return np.asarray(x / np.sqrt((x * x).mean(-1, keepdims=True) + node.attributes.get("epsilon", 1e-5)) * inputs[1])
 
 
-def _gemm(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+def _product_and_sum(a: Array, b: Array, c: Array | None) -> Array:
+    return np.asarray(a @ b if c is None else a @ b + c)
+
+
+def gemm(node: Node, inputs: Sequence[Any], opset: int, product: Callable[..., Array] = _product_and_sum) -> Array:
     a = inputs[0].T if node.attributes.get("transA", 0) else inputs[0]
     b = inputs[1].T if node.attributes.get("transB", 0) else inputs[1]
-    c = _optional(inputs, 2)
-    out = node.attributes.get("alpha", 1.0) * (a @ b)
-    return np.asarray(out if c is None else out + node.attributes.get("beta", 1.0) * c)
+    c, alpha, beta = _optional(inputs, 2), node.attributes.get("alpha", 1.0), node.attributes.get("beta", 1.0)
+    if alpha == 1:
+        return product(a, b, c if c is None or beta == 1 else beta * c)
+    out = alpha * product(a, b, None)
+    return np.asarray(out if c is None else out + beta * c)
 
 
 def one(function: Callable[[Any], Any]) -> Operator:
@@ -433,7 +439,7 @@ OPERATORS: dict[str, Operator] = {
     "Clip": _clip,
     "MatMul": two(np.matmul),
     "Einsum": lambda node, inputs, opset: np.einsum(node.attributes["equation"], *inputs),
-    "Gemm": _gemm,
+    "Gemm": gemm,
     "DequantizeLinear": _dequantize,
     "com.microsoft.DequantizeLinear": _dequantize,
     UNPACK: _unpack_bits,
