@@ -1,0 +1,180 @@
+"""How often the debugger is right: files and ports with one mistake, and right ones, judged kind by kind.
+
+    python tests/support/judge.py [--kind file,taps,outputs,cache,clean] [--only WORD] [--verbose]
+
+Everything is made from a small GPT-2 that the program writes itself. For each case: is the first place right, is
+the cause among the first two, is a cause named "most likely" that is not one of the case's, is a right one failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+import gpt2np
+from cache_ports import CACHE_BUGS, call_on
+from mutants import MUTANTS
+from ports import PORTS, Bug, port_of
+
+KINDS = ("file", "taps", "outputs", "cache", "clean")
+SIZES = "3,4,64,32,96"
+
+
+class Verdict(NamedTuple):
+    failed: bool  # the report says FAIL
+    place: str
+    causes: list[str]
+    likely: str  # the cause that is called most likely, or ""
+    text: str
+
+
+class Case(NamedTuple):
+    kind: str
+    name: str
+    run: Callable[[Path], Verdict]  # given an empty folder
+    place: str = ""  # empty: nothing is wrong
+    causes: tuple[str, ...] = ()
+
+
+def write_small(folder: Path, kind: str, seed: int = 0) -> Path:
+    """A small random GPT-2 with recorded data; kind: base, lm or past."""
+    from gpt2np.commands.synth import synth
+
+    target = folder / kind
+    if not target.exists():
+        synth(SIZES, seed, target, kind == "lm", kind == "past", False, None, None)
+    return target
+
+
+def verdict_of(report: Any) -> Verdict:
+    found = report.details.get("diagnosis") or {}
+    guesses = found.get("guesses", [])
+    likely = guesses[0]["cause"] if guesses and guesses[0].get("likely", "most likely" in report.headline) else ""
+    return Verdict(report.exit_code == 1, found.get("tap", ""), [g["cause"] for g in guesses[:2]], likely, report.headline)
+
+
+def diff(model: Path, other: Path, feeds: dict[str, np.ndarray]) -> Verdict:
+    from gpt2np.parity import debugger
+    from gpt2np.parity.compare import Case as Input
+
+    return verdict_of(debugger.diff(str(model), str(other), lambda m: [Input("input", feeds, None)]))
+
+
+def from_files(source: Path, names: list[str] | None = None) -> Iterator[Case]:
+    import onnx
+
+    from gpt2np.parity.debugger import Options, parity
+
+    for name, mutant in MUTANTS.items():
+        model = onnx.load(source / "model.onnx")
+        if (names is not None and name not in names) or not mutant.apply(model):
+            continue
+
+        def run(folder: Path, model: Any = model) -> Verdict:
+            for path in sorted(source.glob("test_data_set_*"))[:2]:
+                shutil.copytree(path, folder / path.name, copy_function=shutil.copyfile)
+            onnx.save(model, folder / "model.onnx")
+            return verdict_of(parity(Options(folder / "model.onnx", engine="numpy")))
+
+        yield Case("file", f"{source.name}: {name}", run, mutant.tap, mutant.causes)
+
+
+def from_ports(source: Path, bugs: dict[str, Bug], kinds: tuple[str, ...]) -> Iterator[Case]:
+    model = gpt2np.load(source, engine="numpy")
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 12))
+    for name, bug in bugs.items():
+        for kind in kinds:
+
+            def run(folder: Path, bug: Bug = bug, kind: str = kind) -> Verdict:
+                port = port_of(model.weights, bug)
+                presents = port.run(ids)
+                arrays = {f"output{i + 2}": p for i, p in enumerate(presents)} | {"output1": port.taps["logits"][None]}
+                np.savez(folder / "port.npz", **({**arrays, **port.taps} if kind == "taps" else arrays))
+                return diff(source, folder / "port.npz", {"input1": ids[None]})
+
+            yield Case(kind, name, run, bug.tap, bug.causes)
+
+
+def from_caches(source: Path) -> Iterator[Case]:
+    model = gpt2np.load(source, engine="numpy")
+    for name, bug in CACHE_BUGS.items():
+
+        def run(folder: Path, bug: Any = bug) -> Verdict:
+            port = port_of(model.weights, None)
+            call, feeds = call_on(port, 0, model.config.vocab_size)
+            past = call["past"]
+            if bug.change is not None:
+                bug.change(port, call)
+            presents = port.run(**call)
+            presents = presents if bug.after is None else bug.after(presents, past)
+            arrays = {f"present.{i}.{n}": x for i, p in enumerate(presents) for n, x in zip(("key", "value"), p)}
+            np.savez(folder / "port.npz", logits=port.taps["logits"], **arrays)
+            return diff(source, folder / "port.npz", feeds)
+
+        yield Case("cache", name, run, bug.place, bug.causes)
+
+
+def judge(case: Case) -> tuple[Verdict | None, str, list[bool]]:
+    """The verdict, or what went wrong in getting one; [place right, cause in two, false likely, false alarm]."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            v = case.run(Path(folder))
+        except Exception as error:  # a crash is a miss
+            return None, f"{type(error).__name__}: {error}", [False, False, False, not case.place]
+    if not case.place:
+        return v, v.text, [True, True, False, v.failed]
+    place = v.place == case.place or (case.place.startswith("present") and v.place.startswith(case.place))
+    cause = bool(set(v.causes) & set(case.causes))
+    return v, v.text, [v.failed and place, cause, bool(v.likely) and v.likely not in case.causes, False]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", default=",".join(KINDS))
+    parser.add_argument("--only", default="")
+    parser.add_argument("--verbose", action="store_true")
+    options = parser.parse_args()
+    kinds = options.kind.split(",")
+    totals = {k: [0, 0, 0, 0, 0, 0.0] for k in kinds}
+    with tempfile.TemporaryDirectory() as folder:
+        for case in cases(Path(folder), kinds):
+            if options.only not in case.name:
+                continue
+            start = time.process_time()
+            v, text, marks = judge(case)
+            took = time.process_time() - start
+            row = totals[case.kind]
+            row[0] += 1
+            row[5] += took
+            for i, mark in enumerate(marks):
+                row[i + 1] += mark
+            good = marks == [True, True, False, False]
+            if options.verbose or not good:
+                words = f"{v.place} {v.causes}{' LIKELY' if v.likely else ''}" if v else "CRASH"
+                flags = "".join(c if m else "-" for c, m in zip("PCFA", marks, strict=True))
+                print(f"{flags} {case.kind:8}{case.name:34} wanted {case.place} {case.causes}; {words}; {text}"[:400], flush=True)
+    print(f"{'kind':10}{'cases':>6}{'place':>7}{'cause':>7}{'false likely':>14}{'false alarm':>13}{'seconds':>9}")
+    for kind, (n, *marks, took) in totals.items():
+        print(f"{kind:10}{n:6}{marks[0]:7}{marks[1]:7}{marks[2]:14}{marks[3]:13}{took:9.0f}")
+
+
+def cases(folder: Path, kinds: list[str]) -> Iterator[Case]:
+    base, lm = write_small(folder, "base", 2), write_small(folder, "lm", 0)
+    if "file" in kinds:
+        yield from from_files(base)
+        yield from from_files(lm, ["untied_head", "untied_head_slightly", "gelu_erf", "element_c_fc", "bf16_q"])
+    yield from from_ports(lm, PORTS, tuple(k for k in ("taps", "outputs") if k in kinds))
+    if "cache" in kinds:
+        yield from from_caches(write_small(folder, "past", 1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
