@@ -27,8 +27,9 @@ from ..weights import Array
 from .cases import Case
 from .compare import Comparison
 from .metrics import difference
-from .operations import Program, split_tap, tap_inputs, tap_shape
+from .operations import split_tap, tap_inputs, tap_shape
 from .parties import Runner
+from .program import Program
 from .subject import Subject, taps_of
 
 F32, F64 = np.dtype(np.float32), np.dtype(np.float64)

@@ -7,18 +7,14 @@ so ONNX Runtime, onnx's own test runner, or the port under test can be pointed a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ..activations import ACTIVATIONS
 from ..call import Call
-from ..errors import UnsupportedModelError
-from ..masks import Mask, mask_for
 from ..onnx.read.datasets import save_set
-from ..reference import causal_mask
 from ..weights import Array
-from .operations import Program, split_tap, tap_inputs
+from .operations import OPERATIONS, split_tap, tap_inputs
+from .program import Program
 
 OPSET = 17  # the first with LayerNormalization
 
@@ -60,7 +56,7 @@ def dump(folder: Path, program: Program, call: Call, tap: str, inputs: list[Arra
     feeds = {n: np.ascontiguousarray(x, np.float32) for n, x in zip(names, inputs, strict=True)}
     expected = program.run(tap, call, list(feeds.values()), np.dtype(np.float64)).astype(np.float32)
     output = tap.replace(".", "_")
-    nodes, constants, extra = _graph(program, call, tap, names, output)
+    nodes, constants, extra = OPERATIONS[split_tap(tap)[1]].graph(program, call, tap, names, output)
     feeds |= extra
     model = onnx.helper.make_model(
         onnx.helper.make_graph(
@@ -85,112 +81,3 @@ def dump(folder: Path, program: Program, call: Call, tap: str, inputs: list[Arra
     (folder / "replay.py").write_text(REPLAY, encoding="utf-8")
     if seen is not None:
         np.save(folder / "seen.npy", seen)
-
-
-def _graph(
-    p: Program, call: Call, tap: str, x: list[str], y: str
-) -> tuple[list[Any], dict[str, Array], dict[str, Array]]:
-    """Nodes, constants and further inputs of one operation."""
-    from onnx.helper import make_node as node
-
-    layer, part = split_tap(tap)
-    c = p.config
-    f32 = np.dtype(np.float32)
-    B, T = call.input_ids.shape
-
-    def linear(name: str, columns: slice = slice(None)) -> tuple[list[Any], dict[str, Array]]:
-        w, b = p.weights(f"{name}.weight", f32)[:, columns], p.weights(f"{name}.bias", f32)[columns]
-        return [node("MatMul", [x[0], "weight"], ["product"]), node("Add", ["product", "bias"], [y])], {
-            "weight": w,
-            "bias": b,
-        }
-
-    if part == "embed":
-        nodes = [
-            node("Gather", ["wte", "input_ids"], ["tokens"]), node("Gather", ["wpe", "position_ids"], ["positions"]),
-            node("Add", ["tokens", "positions"], [y]),
-        ]  # fmt: skip
-        feeds = {"input_ids": call.input_ids, "position_ids": call.position_ids}
-        if call.token_type_ids is not None:
-            nodes[-1].output[0] = "sum"
-            nodes += [node("Gather", ["wte", "token_type_ids"], ["types"]), node("Add", ["sum", "types"], [y])]
-            feeds["token_type_ids"] = call.token_type_ids
-        tables = {"wte": p.weights("wte.weight", f32).astype(f32), "wpe": p.weights("wpe.weight", f32)}
-        return nodes, tables, feeds
-    if part in ("ln_1", "ln_2", "ln_f"):
-        w, b, eps = p.norm(tap, f32)
-        return (
-            [node("LayerNormalization", [x[0], "weight", "bias"], [y], axis=-1, epsilon=eps)],
-            {"weight": w, "bias": b},
-            {},
-        )
-    if part in ("attn.q", "attn.k", "attn.v"):
-        width = c.n_head * c.head_size
-        which = "qkv".index(part[-1])
-        nodes, constants = linear(f"{tap[:-2]}.c_attn", slice(which * width, (which + 1) * width))
-        nodes[-1].output[0] = "flat"
-        nodes += [node("Reshape", ["flat", "shape"], ["split"]), node("Transpose", ["split"], [y], perm=[0, 2, 1, 3])]
-        return nodes, {**constants, "shape": np.array([B, T, c.n_head, c.head_size])}, {}
-    if part in ("attn.out", "mlp.out", "mlp.c_fc"):
-        nodes, constants = linear(tap.replace(".out", ".c_proj"))
-        return nodes, constants, {}
-    if part in ("resid_mid", "resid_post"):
-        return [node("Add", x, [y])], {}, {}
-    if part == "attn.scores":
-        assert layer is not None
-        nodes, keys, past = _with_past(call, layer, 0, x[1])
-        nodes += [
-            node("Transpose", [keys], ["columns"], perm=[0, 1, 3, 2]), node("MatMul", [x[0], "columns"], ["product"]),
-            node("Mul", ["product", "scale"], [y]),
-        ]  # fmt: skip
-        return nodes, {"scale": np.array(c.layer_scale(layer), f32)}, past
-    if part == "attn.probs":
-        S = call.start + T
-        mask = mask_for(c.mask, call.attention_mask, B, T, S, f32) or Mask(causal_mask(np.zeros((1, 1, T, S), f32)))
-        nodes = [node("Add", ["kept", "mask"], ["masked"]), node("Softmax", ["masked"], [y], axis=-1)]
-        if mask.keep is not None:
-            hide = node("Where", ["keep", x[0], "zero"], ["kept"])
-            return [hide, *nodes], {"keep": mask.keep, "zero": np.zeros((), f32), "mask": mask.added}, {}
-        nodes[0].input[0] = x[0]
-        return nodes, {"mask": mask.added}, {}
-    if part == "attn.heads":
-        assert layer is not None
-        nodes, values, past = _with_past(call, layer, 1, x[1])
-        nodes += [
-            node("MatMul", [x[0], values], ["mixed"]), node("Transpose", ["mixed"], ["moved"], perm=[0, 2, 1, 3]),
-            node("Reshape", ["moved", "shape"], [y]),
-        ]  # fmt: skip
-        return nodes, {"shape": np.array([B, T, c.n_head * c.head_size])}, past
-    if part == "mlp.gelu":
-        assert layer is not None
-        return _activation(c.layer_activation(layer), x[0], y)
-    if part == "logits":
-        head = p.weights(p.head, f32).astype(f32)
-        return [node("MatMul", [x[0], "head"], [y])], {"head": head.T}, {}
-    raise UnsupportedModelError(f"no graph for the operation of {tap}")
-
-
-def _with_past(call: Call, layer: int, which: int, new: str) -> tuple[list[Any], str, dict[str, Array]]:
-    from onnx.helper import make_node
-
-    if call.past is None:
-        return [], new, {}
-    past = np.ascontiguousarray(call.past[layer][which], np.float32)
-    return [make_node("Concat", ["past", new], ["all"], axis=2)], "all", {"past": past}
-
-
-def _activation(form: str, x: str, y: str) -> tuple[list[Any], dict[str, Array], dict[str, Array]]:
-    from onnx.helper import make_node as node
-
-    nodes: list[Any] = []
-    constants: dict[str, Array] = {}
-
-    def op(op_type: str, *inputs: str | float) -> str:
-        names = [i if isinstance(i, str) else f"constant_{len(constants) + n}" for n, i in enumerate(inputs)]
-        constants.update({n: np.array(i, np.float32) for n, i in zip(names, inputs, strict=True) if n != i})
-        nodes.append(node(op_type, names, [f"{op_type}_{len(nodes)}"]))
-        return str(nodes[-1].output[0])
-
-    ACTIVATIONS[form].onnx(op, x)
-    nodes[-1].output[0] = y
-    return nodes, constants, {}

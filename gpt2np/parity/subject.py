@@ -15,7 +15,8 @@ from ..call import Call, check_ids, checked_call
 from ..config import GPT2Config
 from ..errors import ComparisonError, Gpt2npError, InputError, UnsupportedModelError
 from ..weights import Array
-from .operations import Program, tap_names, tap_shape
+from .operations import tap_names, tap_shape
+from .program import Program
 
 if TYPE_CHECKING:
     from ..onnx.recognise import Port, Recognised

@@ -23,8 +23,9 @@ from gpt2np.parity import trace
 from gpt2np.parity.capture import Options, record
 from gpt2np.parity.cases import gather_cases
 from gpt2np.parity.diff import diff
-from gpt2np.parity.operations import Program, tap_inputs, tap_names
+from gpt2np.parity.operations import tap_inputs, tap_names
 from gpt2np.parity.parties import Ort, Ours
+from gpt2np.parity.program import Program
 from gpt2np.parity.report import lines_of
 from gpt2np.parity.run import parity
 from gpt2np.parity.subject import Subject

@@ -296,7 +296,7 @@ def test_the_repro_of_a_mask_that_replaces_scores(mini: Path, tmp_path: Path) ->
 
     from gpt2np.call import Call
     from gpt2np.onnx.read.datasets import load_set
-    from gpt2np.parity.operations import Program
+    from gpt2np.parity.program import Program
     from gpt2np.parity.repro import dump
 
     program = Subject(mini / "model.onnx").program

@@ -53,24 +53,52 @@ def overwrite(self: Port, i: int, past: Array, new: Array) -> Array:
 
 
 CACHE_BUGS: dict[str, CacheBug] = {
-    "past read as (B, P, H, D)": CacheBug("h.0.attn.scores", ("cache_layout",), on_past(lambda p: [mis_read(x) for x in p])),
-    "past keys and values exchanged": CacheBug("h.0.attn.scores", ("cache_exchanged",), on_past(lambda p: [x[::-1] for x in p])),
-    "past ignored as zeros": CacheBug("h.0.attn.scores", ("cache_zeroed",), on_past(lambda p: [np.zeros_like(x) for x in p])),
+    "past read as (B, P, H, D)": CacheBug(
+        "h.0.attn.scores", ("cache_layout",), on_past(lambda p: [mis_read(x) for x in p])
+    ),
+    "past keys and values exchanged": CacheBug(
+        "h.0.attn.scores", ("cache_exchanged",), on_past(lambda p: [x[::-1] for x in p])
+    ),
+    "past ignored as zeros": CacheBug(
+        "h.0.attn.scores", ("cache_zeroed",), on_past(lambda p: [np.zeros_like(x) for x in p])
+    ),
     "past of the layer before": CacheBug("h.0.attn.scores", ("cache_layer",), on_past(lambda p: [p[-1], *p[:-1]])),
     "past of layer 0 everywhere": CacheBug("h.1.attn.scores", ("cache_layer",), on_past(lambda p: [p[0]] * len(p))),
-    "past rows reversed": CacheBug("h.0.attn.scores", ("cache_reversed",), on_past(lambda p: [x[:, :, :, ::-1] for x in p])),
-    "past of the other sequence": CacheBug("h.0.attn.scores", ("cache_batch",), on_past(lambda p: [x[:, ::-1] for x in p])),
-    "new before old": CacheBug("h.0.attn.scores", ("cache_order",), step("joined", lambda s, i, old, new: np.concatenate([new, old], 2))),
+    "past rows reversed": CacheBug(
+        "h.0.attn.scores", ("cache_reversed",), on_past(lambda p: [x[:, :, :, ::-1] for x in p])
+    ),
+    "past of the other sequence": CacheBug(
+        "h.0.attn.scores", ("cache_batch",), on_past(lambda p: [x[:, ::-1] for x in p])
+    ),
+    "new before old": CacheBug(
+        "h.0.attn.scores", ("cache_order",), step("joined", lambda s, i, old, new: np.concatenate([new, old], 2))
+    ),
     "last row overwritten": CacheBug("h.0.attn.scores", ("cache_overwritten",), step("joined", overwrite)),
     "positions from 0": CacheBug("embed", ("position_offset", "positions"), new_positions),
     "mask not moved on": CacheBug("h.0.attn.probs", ("mask_shift", "mask_shape"), step("seen", unmoved)),
     "presents exchanged": CacheBug("present.0", ("output_order",), after=lambda new, old: [x[::-1] for x in new]),
     "presents of the next layer": CacheBug("present.0", ("output_order",), after=lambda new, old: [*new[1:], new[0]]),
-    "presents not advanced": CacheBug("present.0", ("output_order", "cache_order"), after=lambda new, old: [np.concatenate([o, np.zeros_like(n[:, :, :, P:])], 3) for n, o in zip(new, old, strict=True)]),
-    "presents without the past": CacheBug("present.0", ("output_order", "cache_order"), after=lambda new, old: [np.concatenate([np.zeros_like(o), n[:, :, :, P:]], 3) for n, o in zip(new, old, strict=True)]),
-    "presents new before old": CacheBug("present.0", ("output_order",), after=lambda new, old: [np.roll(x, T, 3) for x in new]),
-    "presents as (B, S, H, D)": CacheBug("present.0", ("output_order",), after=lambda new, old: [x.swapaxes(2, 3).reshape(x.shape) for x in new]),
-}  # fmt: skip
+    "presents not advanced": CacheBug(
+        "present.0",
+        ("output_order", "cache_order"),
+        after=lambda new, old: [
+            np.concatenate([o, np.zeros_like(n[:, :, :, P:])], 3) for n, o in zip(new, old, strict=True)
+        ],
+    ),
+    "presents without the past": CacheBug(
+        "present.0",
+        ("output_order", "cache_order"),
+        after=lambda new, old: [
+            np.concatenate([np.zeros_like(o), n[:, :, :, P:]], 3) for n, o in zip(new, old, strict=True)
+        ],
+    ),
+    "presents new before old": CacheBug(
+        "present.0", ("output_order",), after=lambda new, old: [np.roll(x, T, 3) for x in new]
+    ),
+    "presents as (B, S, H, D)": CacheBug(
+        "present.0", ("output_order",), after=lambda new, old: [x.swapaxes(2, 3).reshape(x.shape) for x in new]
+    ),
+}
 
 
 def call_on(port: Port, seed: int, vocabulary: int) -> tuple[dict[str, Any], Feeds]:

@@ -22,7 +22,7 @@ import numpy as np
 import gpt2np
 from cache_ports import CACHE_BUGS, call_on
 from mutants import MUTANTS
-from ports import PORTS, Bug, port_of
+from port_bugs import PORTS, Bug, port_of
 
 KINDS = ("file", "taps", "outputs", "cache", "clean")
 SIZES = "3,4,64,32,96"
@@ -58,7 +58,9 @@ def verdict_of(report: Any) -> Verdict:
     found = report.details.get("diagnosis") or {}
     guesses = found.get("guesses", [])
     likely = guesses[0]["cause"] if guesses and guesses[0].get("likely", "most likely" in report.headline) else ""
-    return Verdict(report.exit_code == 1, found.get("tap", ""), [g["cause"] for g in guesses[:2]], likely, report.headline)
+    return Verdict(
+        report.exit_code == 1, found.get("tap", ""), [g["cause"] for g in guesses[:2]], likely, report.headline
+    )
 
 
 def diff(model: Path, other: Path, feeds: dict[str, np.ndarray]) -> Verdict:
@@ -70,7 +72,6 @@ def diff(model: Path, other: Path, feeds: dict[str, np.ndarray]) -> Verdict:
 
 def from_files(source: Path, names: list[str] | None = None) -> Iterator[Case]:
     import onnx
-
     from gpt2np.parity.debugger import Options, parity
 
     for name, mutant in MUTANTS.items():
@@ -115,7 +116,9 @@ def from_caches(source: Path) -> Iterator[Case]:
                 bug.change(port, call)
             presents = port.run(**call)
             presents = presents if bug.after is None else bug.after(presents, past)
-            arrays = {f"present.{i}.{n}": x for i, p in enumerate(presents) for n, x in zip(("key", "value"), p)}
+            arrays = {
+                f"present.{i}.{n}": x for i, p in enumerate(presents) for n, x in zip(("key", "value"), p, strict=True)
+            }
             np.savez(folder / "port.npz", logits=port.taps["logits"], **arrays)
             return diff(source, folder / "port.npz", feeds)
 
@@ -160,7 +163,10 @@ def main() -> None:
             if options.verbose or not good:
                 words = f"{v.place} {v.causes}{' LIKELY' if v.likely else ''}" if v else "CRASH"
                 flags = "".join(c if m else "-" for c, m in zip("PCFA", marks, strict=True))
-                print(f"{flags} {case.kind:8}{case.name:34} wanted {case.place} {case.causes}; {words}; {text}"[:400], flush=True)
+                print(
+                    f"{flags} {case.kind:8}{case.name:34} wanted {case.place} {case.causes}; {words}; {text}"[:400],
+                    flush=True,
+                )
     print(f"{'kind':10}{'cases':>6}{'place':>7}{'cause':>7}{'false likely':>14}{'false alarm':>13}{'seconds':>9}")
     for kind, (n, *marks, took) in totals.items():
         print(f"{kind:10}{n:6}{marks[0]:7}{marks[1]:7}{marks[2]:14}{marks[3]:13}{took:9.0f}")

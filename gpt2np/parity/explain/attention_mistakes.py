@@ -12,7 +12,8 @@ import numpy as np
 
 from ...call import Call
 from ...weights import Array
-from ..operations import Program, Run, masked_softmax, split_tap, tap_inputs
+from ..operations import Run, masked_softmax, split_tap, tap_inputs
+from ..program import Program
 from .gradients import F64
 from .problem import Guess, Problem, other_weights
 

@@ -24,7 +24,8 @@ from ...weights import Array
 from ..compare import Comparison
 from ..localise import F32, F64, LOCAL_FACTOR, TapRow
 from ..metrics import difference, measure
-from ..operations import Program, split_tap, tap_inputs, tap_names
+from ..operations import split_tap, tap_inputs, tap_names
+from ..program import Program
 from .problem import Guess, Problem
 from .rank import rank
 from .solve import tap_of_element

@@ -12,7 +12,8 @@ import numpy as np
 from ...activations import ACTIVATIONS
 from ...call import Call
 from ...weights import Array
-from ..operations import Program, Run, embed_at, split_tap, tap_inputs
+from ..operations import Run, embed_at, split_tap, tap_inputs
+from ..program import Program
 from .gradients import F64
 from .problem import Guess, Problem, norm_names, other_weights, swap_text, together
 

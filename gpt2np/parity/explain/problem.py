@@ -20,7 +20,8 @@ import numpy as np
 from ...call import Call
 from ...weights import Array
 from ..metrics import difference
-from ..operations import Program, Run, split_tap, tap_inputs, tap_names
+from ..operations import Run, split_tap, tap_inputs, tap_names, tap_weights
+from ..program import Program
 from .gradients import F32, F64
 
 NOISE_FACTOR = 10.0  # a guess explains an error if it leaves no more than so many times float32's own error
@@ -143,19 +144,7 @@ def weight_names(problem: Problem) -> Iterator[tuple[str, str]]:
     """Every weight of the suspected operations with its tap, once each."""
     seen = set()
     for tap in problem.suspects:
-        _, part = split_tap(tap)
-        names: list[str] = []
-        if part in ("ln_1", "ln_2", "ln_f"):
-            names = [f"{tap}.weight", f"{tap}.bias"]
-        elif part in ("attn.q", "attn.k", "attn.v"):
-            names = [f"{tap[:-2]}.c_attn.weight", f"{tap[:-2]}.c_attn.bias"]
-        elif part in ("attn.out", "mlp.out", "mlp.c_fc"):
-            names = [f"{tap.replace('.out', '.c_proj')}.{kind}" for kind in ("weight", "bias")]
-        elif part == "embed":
-            names = ["wte.weight", "wpe.weight"]
-        elif part == "logits":
-            names = [problem.program.head]
-        for name in names:
+        for name in tap_weights(tap, problem.program):
             if name not in seen:
                 seen.add(name)
                 yield name, tap

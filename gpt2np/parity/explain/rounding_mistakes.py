@@ -9,7 +9,8 @@ import numpy as np
 
 from ...call import Call
 from ...weights import Array
-from ..operations import RUNS, Program, Run, split_tap, tap_inputs
+from ..operations import OPERATIONS, Run, split_tap, tap_inputs
+from ..program import Program
 from .gradients import F64
 from .problem import Guess, Problem, together, weight_names
 
@@ -83,7 +84,7 @@ def narrow_types(problem: Problem, tap: str) -> Iterator[Guess]:
 
 def rounded_run(p: Program, kind: str, which: set[int], result: bool) -> Run:
     def run(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
-        base = q.with_(runs={tap: RUNS[split_tap(tap)[1]]})
+        base = q.with_(runs={tap: OPERATIONS[split_tap(tap)[1]].run})
         value = base.run(tap, call, [rounded(v, kind) if i in which else v for i, v in enumerate(x)], dtype)
         return rounded(value, kind) if result else value
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from ...call import Call
 from ...weights import Array
-from ..operations import Program, split_tap
+from ..operations import split_tap
+from ..program import Program
 from .gradients import F64, Gradients
-from .problem import Guess, Problem
+from .problem import Guess, Problem, weight_names
 
 
 def tap_of_element(program: Program, call: Call, name: str, index: tuple[int, ...]) -> str:
@@ -126,20 +127,7 @@ def absent_biases(problem: Problem) -> list[Guess]:
 
 def suspect_biases(problem: Problem) -> Iterator[tuple[str, str]]:
     """Name of each bias that a suspected tap adds, with that tap; c_attn's once, at its first tap."""
-    seen = set()
-    for tap in problem.suspects:
-        _, part = split_tap(tap)
-        if part in ("ln_1", "ln_2", "ln_f"):
-            name = f"{tap}.bias"
-        elif part in ("attn.q", "attn.k", "attn.v"):
-            name = f"{tap[:-2]}.c_attn.bias"
-        elif part in ("attn.out", "mlp.out", "mlp.c_fc"):
-            name = f"{tap.replace('.out', '.c_proj')}.bias"
-        else:
-            continue
-        if name not in seen:
-            seen.add(name)
-            yield name, tap
+    return ((name, tap) for name, tap in weight_names(problem) if name.endswith(".bias"))
 
 
 def solve_bias(problem: Problem, name: str, tap: str, rounds: int = 3, steps: int = 24) -> Guess:
