@@ -1,4 +1,4 @@
-"""The mistakes of ports: which steps of `ports.Port` are replaced, which tap goes wrong first, what the cause is called."""
+"""The mistakes of ports: the steps of `ports.Port` that they replace, the first wrong tap, the name of the cause."""
 
 from __future__ import annotations
 
