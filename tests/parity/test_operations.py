@@ -34,7 +34,7 @@ def walked() -> tuple[Program, Call, dict[str, np.ndarray]]:
     config = tiny_config()
     ids = random_ids(config, 2, 7)
     past = [np.random.default_rng(i).standard_normal((2, 2, 3, 4, 4)) for i in range(config.n_layer)]
-    call = Call(ids, np.broadcast_to(np.arange(4, 11), (2, 7)), past)
+    call = Call(ids, np.broadcast_to(np.arange(4, 11), (2, 7)), past, start=4)
     program = Program.of(config, tiny_sources(config))
     return program, call, dict(program.walk(call))
 

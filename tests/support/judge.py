@@ -64,15 +64,17 @@ def verdict_of(report: Any) -> Verdict:
 
 
 def diff(model: Path, other: Path, feeds: dict[str, np.ndarray]) -> Verdict:
-    from gpt2np.parity import debugger
-    from gpt2np.parity.compare import Case as Input
+    from gpt2np.parity import diff
+    from gpt2np.parity.cases import Case as Input
 
-    return verdict_of(debugger.diff(str(model), str(other), lambda m: [Input("input", feeds, None)]))
+    return verdict_of(diff.diff(str(model), str(other), lambda m: [Input("input", feeds, None)]))
 
 
 def from_files(source: Path, names: list[str] | None = None) -> Iterator[Case]:
     import onnx
-    from gpt2np.parity.debugger import Options, parity
+
+    from gpt2np.parity.capture import Options
+    from gpt2np.parity.run import parity
 
     for name, mutant in MUTANTS.items():
         model = onnx.load(source / "model.onnx")
