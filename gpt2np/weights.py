@@ -69,6 +69,7 @@ class WeightSource(Protocol):
 
 
 WeightSources = Mapping[str, WeightSource]  # under the names of `weight_shapes`
+Read = Callable[[str], Array]
 
 
 def weight_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -92,7 +93,7 @@ def weight_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_sources(config: GPT2Config, sources: WeightSources) -> None:
+def check_sources(config: GPT2Config, sources: Mapping[str, WeightSource | Array]) -> None:
     """Raise WeightError unless every weight of the config is there in its shape, and no other."""
     shapes = weight_shapes(config)
     if "lm_head.bias" in sources:
@@ -101,48 +102,53 @@ def check_sources(config: GPT2Config, sources: WeightSources) -> None:
         if name not in sources:
             raise WeightError(f"weight {name} {shape} is missing")
         if tuple(sources[name].shape) != shape:
-            raise WeightError(f"weight {name} has shape {tuple(sources[name].shape)}, expected {shape}")
+            describe = getattr(sources[name], "describe", None)  # where it comes from in a file
+            origin = f" from {describe()}" if describe else ""
+            raise WeightError(f"weight {name}{origin} has shape {tuple(sources[name].shape)}, expected {shape}")
     for name in sources:
         if name not in shapes:
             raise WeightError(f"weight {name} {tuple(sources[name].shape)} is left over: no place for it in this GPT-2")
 
 
-def assemble(config: GPT2Config, read: Callable[[str], Array], head_bias: bool = False) -> GPT2Weights:
-    """Build the tree of weights from a function that reads one weight by its name.
+def _layer_norm(config: GPT2Config, read: Read, name: str) -> LayerNorm:
+    return LayerNorm(read(f"{name}.weight"), read(f"{name}.bias"), config.epsilon(name))
+
+
+def _linear(read: Read, name: str) -> Linear:
+    return Linear(read(f"{name}.weight"), read(f"{name}.bias"))
+
+
+def assemble_block(config: GPT2Config, read: Read, i: int) -> BlockWeights:
+    """The weights of layer i, from a function that reads one weight by its name."""
+    return BlockWeights(
+        ln_1=_layer_norm(config, read, f"h.{i}.ln_1"),
+        attn=Attention(
+            c_attn=_linear(read, f"h.{i}.attn.c_attn"),
+            c_proj=_linear(read, f"h.{i}.attn.c_proj"),
+            n_head=config.n_head,
+            scale=config.layer_scale(i),
+        ),
+        ln_2=_layer_norm(config, read, f"h.{i}.ln_2"),
+        mlp=MLP(
+            c_fc=_linear(read, f"h.{i}.mlp.c_fc"),
+            c_proj=_linear(read, f"h.{i}.mlp.c_proj"),
+            activation=config.layer_activation(i),
+        ),
+    )
+
+
+def assemble(config: GPT2Config, read: Read, head_bias: bool = False) -> GPT2Weights:
+    """The whole tree of weights, from a function that reads one weight by its name.
 
     Weights are read one at a time, in file order, so that a `read` which converts or packs needs room for
     one original at most. `head_bias` says whether `lm_head.bias` can be read.
     """
-
-    def layer_norm(name: str) -> LayerNorm:
-        return LayerNorm(read(f"{name}.weight"), read(f"{name}.bias"), config.epsilon(name))
-
-    def linear(name: str) -> Linear:
-        return Linear(read(f"{name}.weight"), read(f"{name}.bias"))
-
-    def block(i: int) -> BlockWeights:
-        return BlockWeights(
-            ln_1=layer_norm(f"h.{i}.ln_1"),
-            attn=Attention(
-                c_attn=linear(f"h.{i}.attn.c_attn"),
-                c_proj=linear(f"h.{i}.attn.c_proj"),
-                n_head=config.n_head,
-                scale=config.layer_scale(i),
-            ),
-            ln_2=layer_norm(f"h.{i}.ln_2"),
-            mlp=MLP(
-                c_fc=linear(f"h.{i}.mlp.c_fc"),
-                c_proj=linear(f"h.{i}.mlp.c_proj"),
-                activation=config.layer_activation(i),
-            ),
-        )
-
     wte, wpe = read("wte.weight"), read("wpe.weight")
     return GPT2Weights(
         wte=wte,
         wpe=wpe,
-        h=tuple(block(i) for i in range(config.n_layer)),
-        ln_f=layer_norm("ln_f"),
+        h=tuple(assemble_block(config, read, i) for i in range(config.n_layer)),
+        ln_f=_layer_norm(config, read, "ln_f"),
         lm_head=wte if config.tied else read("lm_head.weight"),
         lm_head_bias=read("lm_head.bias") if head_bias else np.zeros(0, wpe.dtype),
     )

@@ -9,10 +9,10 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from gpt2np.convert.writer import write_model
 from gpt2np.errors import ContextOverflowError, InputError, TokenRangeError
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
-from gpt2np.onnx.writer import write_model
 from gpt2np.session import InferenceSession
 from runtime import DATA, assert_close, feeds_for, runtime
 from tiny import tiny_config, tiny_sources

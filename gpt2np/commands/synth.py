@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .convert import check_output, choose, write_folder
 
 if TYPE_CHECKING:
     from ..config import GPT2Config
@@ -37,18 +36,21 @@ def synth(
     ] = None,
 ) -> None:
     """Write a GPT-2 with random weights of a trained model's spread, with recorded sample data."""
-    from ..onnx.synthetic import random_weights
+    from ..convert.folder import check_output, choose, write_folder
+    from ..convert.synthetic import random_weights
+    from ._terminal import note
+    from .convert import show_written
 
     config = parse_config(size)
     options = choose(opset, lm_head, with_past, external_data, max_file_size)
     output = Path(f"gpt2np-synth-{size.replace(',', '-')}-{seed}") if output is None else output
     check_output(output)
-    write_folder(output, config, random_weights(config, seed), options, [])
+    show_written(output, write_folder(output, config, random_weights(config, seed), options, [], note))
 
 
 def parse_config(size: str) -> GPT2Config:
     """The configuration of "gpt2", "medium", "large", "xl", "L,H,C", "L,H,C,N" or "L,H,C,N,V"."""
-    from ..onnx.synthetic import SIZES, make_config
+    from ..convert.synthetic import SIZES, make_config
 
     if size in SIZES:
         return make_config(*SIZES[size])

@@ -18,15 +18,17 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from gpt2np.commands.convert import choose, convert, open_source, parse_size, samples, write_folder
+from gpt2np.commands.convert import convert
 from gpt2np.commands.synth import parse_config, synth
+from gpt2np.convert.folder import choose, open_source, parse_size, write_folder
 from gpt2np.convert.huggingface import read_checkpoint
+from gpt2np.convert.sample_data import samples
+from gpt2np.convert.synthetic import make_config, random_weights
+from gpt2np.convert.writer import write_model
 from gpt2np.errors import Gpt2npError, InputError, ModelFileError, UnsupportedModelError, WeightError
 from gpt2np.masks import MaskRule
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
-from gpt2np.onnx.synthetic import make_config, random_weights
-from gpt2np.onnx.writer import write_model
 from tiny import tiny_config, tiny_sources
 
 NAMES = {"<f8": "F64", "<f4": "F32", "<f2": "F16", "bfloat16": "BF16", "int64": "I64"}
@@ -253,7 +255,7 @@ def test_never_overwrites_and_leaves_nothing_half_done(tmp_path: Path) -> None:
 
 def test_a_failure_in_the_middle_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint(tmp_path / "hf")
-    monkeypatch.setattr("gpt2np.commands.convert.save_set", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("gpt2np.convert.sample_data.save_set", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         convert(tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()

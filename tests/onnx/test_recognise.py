@@ -13,12 +13,12 @@ import pytest
 from onnx import helper, numpy_helper
 
 from gpt2np.config import GPT2Config
+from gpt2np.convert.writer import write_model
 from gpt2np.errors import Gpt2npError, UnsupportedModelError, WeightError
 from gpt2np.masks import MaskRule
 from gpt2np.model import GPT2
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import Recognised, recognise
-from gpt2np.onnx.writer import write_model
 from runtime import DATA, feeds_for, runtime
 from tiny import tiny_config, tiny_model, tiny_sources
 

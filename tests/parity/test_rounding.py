@@ -18,6 +18,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from test_session import merged_decoder
 
+from gpt2np.convert.writer import write_model
 from gpt2np.errors import UnsupportedModelError
 from gpt2np.onnx.emulate import integers, mlas
 from gpt2np.onnx.emulate.literal import Emulation, Literally
@@ -25,7 +26,6 @@ from gpt2np.onnx.evaluate.evaluator import Evaluator
 from gpt2np.onnx.normalise.build import build_graph
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise.sources import constant_source
-from gpt2np.onnx.writer import write_model
 from gpt2np.parity.capture import Options
 from gpt2np.parity.parties import Captured, Ours
 from gpt2np.parity.report import Report

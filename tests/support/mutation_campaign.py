@@ -26,11 +26,11 @@ import onnx
 import onnxruntime
 
 import forms
+from gpt2np.convert.writer import write_model
 from gpt2np.errors import Gpt2npError
 from gpt2np.masks import MaskRule
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import Recognised, recognise
-from gpt2np.onnx.writer import write_model
 from gpt2np.session import InferenceSession
 from harmless_rewrites import rewrite
 from runtime import DATA, feeds_for

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gpt2np.convert.writer import write_model
 from gpt2np.model import GPT2
-from gpt2np.onnx.writer import write_model
 from tiny import tiny_config, tiny_sources
 from toy_tokenizer import train
 

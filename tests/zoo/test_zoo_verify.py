@@ -21,11 +21,11 @@ from gpt2np.commands.convert import convert
 from gpt2np.commands.fetch import fetch as fetch_command
 from gpt2np.commands.verify import verify as verify_command
 from gpt2np.config import GPT2Config
+from gpt2np.convert.writer import write_model
 from gpt2np.errors import ModelFileError
 from gpt2np.model import GPT2
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
-from gpt2np.onnx.writer import write_model
 from gpt2np.zoo.facts import Facts, load_facts
 from gpt2np.zoo.transfer import file_hash
 from gpt2np.zoo.verify import (

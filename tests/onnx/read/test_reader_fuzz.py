@@ -17,9 +17,9 @@ from onnx import TensorProto, helper, numpy_helper
 from test_reader import external, model_of, same
 
 from gpt2np.convert.huggingface import read_checkpoint
+from gpt2np.convert.writer import write_model
 from gpt2np.errors import Gpt2npError, ModelFileError
 from gpt2np.onnx.read.reader import open_model
-from gpt2np.onnx.writer import write_model
 from tiny import tiny_config, tiny_sources
 
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))

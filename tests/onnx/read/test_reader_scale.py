@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2np.onnx.synthetic import SIZES, make_config, random_weights
-from gpt2np.onnx.writer import write_model
+from gpt2np.convert.synthetic import SIZES, make_config, random_weights
+from gpt2np.convert.writer import write_model
 from gpt2np.weights import weight_shapes
 
 # In a process of its own: what is held at most while loading, beyond the interpreter with its imports.
@@ -20,7 +20,7 @@ LOAD = """
 import json, sys
 from pathlib import Path
 import onnx
-import gpt2np.onnx.synthetic
+import gpt2np.convert.synthetic
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
 
@@ -33,7 +33,7 @@ file = open_model(sys.argv[1])
 sources = recognise(file).sources
 weights = {name: source.load() for name, source in sources.items()}
 peak = held("VmHWM") - before
-expected = gpt2np.onnx.synthetic.RandomWeight("h.31.mlp.c_fc.weight", (1600, 6400), 0).load()
+expected = gpt2np.convert.synthetic.RandomWeight("h.31.mlp.c_fc.weight", (1600, 6400), 0).load()
 same = bool((weights["h.31.mlp.c_fc.weight"] == expected).all())
 print(json.dumps({"bytes": sum(w.nbytes for w in weights.values()), "peak": peak, "same": same,
                   "files": len(file.files)}))

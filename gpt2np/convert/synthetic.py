@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..arrays import empty_aligned
 from ..config import GPT2Config
 from ..weights import Array, weight_shapes
-from .read.tensors import empty_aligned
 
-BLOCK = 1 << 16  # weights drawn at once
+DRAWN_AT_ONCE = 1 << 16  # weights drawn at once
 # L, H, C of OpenAI's four models; all have N = 1024, V = 50257, D = 64.
 SIZES = {"gpt2": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280), "xl": (48, 25, 1600)}
 
@@ -64,8 +64,8 @@ class RandomWeight:
         bits = np.random.PCG64(np.random.SeedSequence([self.seed, zlib.crc32(self.name.encode())]))
         array = empty_aligned(self.shape, np.dtype(np.float32))
         flat = array.reshape(-1)
-        for start in range(0, flat.size, BLOCK):
-            block = flat[start : start + BLOCK]
+        for start in range(0, flat.size, DRAWN_AT_ONCE):
+            block = flat[start : start + DRAWN_AT_ONCE]
             parts = bits.random_raw(block.size).view(np.uint16)
             block[:] = -2 * 65535  # takes the mean off; every sum is a whole number below 2**18, and so exact
             for i in range(4):
