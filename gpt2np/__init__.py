@@ -26,7 +26,19 @@ _PUBLIC = {
     "get_num_threads": "kernels",
     "Gpt2npError": "errors",
 }
-_MODULES = ("bpe", "errors", "generate", "kernels", "parity", "reference", "sampling", "testing", "tokenizer", "zoo")
+_MODULES = (
+    "bpe",
+    "errors",
+    "generate",
+    "kernels",
+    "parity",
+    "pictures",
+    "reference",
+    "sampling",
+    "testing",
+    "tokenizer",
+    "zoo",
+)
 
 if TYPE_CHECKING:
     from .cache import KVCache as KVCache

@@ -33,6 +33,7 @@ COMMANDS = {
     "generate": ("generate", "Use"),
     "score": ("score", "Use"),
     "embed": ("embed", "Use"),
+    "look": ("look", "Learn"),
     "warmup": ("warmup", "Use"),
     "convert": ("convert", "Files"),
     "synth": ("synth", "Files"),

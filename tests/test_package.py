@@ -23,13 +23,24 @@ def test_every_public_name_is_there():
 
 
 def test_importing_is_light():
-    heavy = {"numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "rich", "typer", "httpx2", "google.protobuf"}
+    heavy = {
+        "numba",
+        "llvmlite",
+        "onnx",
+        "onnxruntime",
+        "tokenizers",
+        "altair",
+        "rich",
+        "typer",
+        "httpx2",
+        "google.protobuf",
+    }
     code = f"import sys, gpt2np; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_the_command_line_is_light_and_lists_every_command():
-    heavy = {"numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "httpx2"}
+    heavy = {"numba", "llvmlite", "onnx", "onnxruntime", "tokenizers", "altair", "httpx2"}
     code = f"import sys, gpt2np.cli; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
     done = command("--help")
@@ -42,6 +53,7 @@ def test_the_command_line_is_light_and_lists_every_command():
         "generate",
         "score",
         "embed",
+        "look",
         "convert",
         "synth",
         "fetch",
