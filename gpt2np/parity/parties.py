@@ -16,8 +16,9 @@ import numpy as np
 from ..call import Call
 from ..errors import ComparisonError, InputError, TraceError
 from ..onnx.read.datasets import DataSet
+from ..signature import Feeds
 from ..weights import Array
-from .subject import Feeds, Subject, output_names, sort_arrays
+from .subject import Subject, output_names, sort_arrays
 from .trace import is_trace, load
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Ours:
     def session(self) -> InferenceSession:
         from ..session import InferenceSession
 
-        return InferenceSession(self.model.path, self.engine, self.dtype)
+        return InferenceSession(self.model.path, engine=self.engine, dtype=self.dtype)
 
     @property
     def gpt2(self) -> GPT2:

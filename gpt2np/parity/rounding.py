@@ -93,13 +93,13 @@ class Rounding:
             return None
         if "saturating" in ways and all(case.data is None for case in cases):  # nothing was recorded on another CPU
             ways.remove(True if saturates() else "saturating")
-        exact = InferenceSession(model.path, "numpy", emulate_rounding="unrounded")
+        exact = InferenceSession(model.path, engine="numpy", emulate_rounding="unrounded")
         names = [o.name for o in exact.get_outputs()]
         unrounded = {c.name: dict(zip(names, exact.run(names, c.feeds), strict=True)) for c in cases}
         changes = dict.fromkeys(names, 0.0)
         imitated: dict[Literally, dict[str, dict[str, Array]]] = {}
         for way in ways:
-            session = InferenceSession(model.path, "numpy", emulate_rounding=way)
+            session = InferenceSession(model.path, engine="numpy", emulate_rounding=way)
             imitated[way] = {}
             for case in cases:
                 outputs = dict(zip(names, session.run(names, case.feeds), strict=True))

@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..call import Call, check_ids, checked_call
+from ..call import Call
 from ..config import GPT2Config
-from ..errors import ComparisonError, Gpt2npError, InputError, UnsupportedModelError
+from ..errors import ComparisonError, Gpt2npError, UnsupportedModelError
+from ..signature import Feeds, Signature
 from ..weights import Array
 from .operations import tap_names, tap_shape
 from .program import Program
 
 if TYPE_CHECKING:
     from ..onnx.recognise import Port, Recognised
-
-Feeds = Mapping[str, Array]
 
 
 @dataclass
@@ -67,7 +66,7 @@ class Subject:
 
     def call(self, feeds: Feeds) -> Call:
         """The file's inputs as what our operations take."""
-        return call_of(self.recognised, feeds)
+        return Signature(self.recognised).call(feeds)
 
     def has_logits(self) -> bool:
         return any(port.role == "logits" for port in self.recognised.outputs)
@@ -115,52 +114,6 @@ def as_tap(value: Array, tap: str, config: GPT2Config, call: Call) -> Array | No
     if value.ndim < len(inner) or value.shape[value.ndim - len(inner) :] != inner:
         return None
     return value.reshape(shape)
-
-
-def call_of(recognised: Recognised, feeds: Feeds) -> Call:
-    """Token ids, positions, past and mask as the operations take them, from the file's own inputs."""
-    from ..session import given_mask
-
-    config = recognised.config
-    by_role: dict[str, Array] = {}
-    keys: dict[int, Array] = {}
-    values: dict[int, Array] = {}
-    for port in recognised.inputs:
-        if port.name not in feeds:
-            continue
-        value = feeds[port.name]
-        if port.role == "past" and port.layer is not None:
-            keys[port.layer], values[port.layer] = value
-        elif port.role == "past_key" and port.layer is not None:
-            keys[port.layer] = value
-        elif port.role == "past_value" and port.layer is not None:
-            values[port.layer] = value
-        else:
-            by_role[port.role] = value
-    if "input_ids" not in by_role:
-        raise InputError(f"no token ids among the inputs {sorted(feeds)}")
-    ids = check_ids(by_role["input_ids"], config)
-    B, T = ids.shape
-    past = None
-    start = 0
-    if keys:
-        held = keys[0].shape[2]
-        count = recognised.past_length(feeds, T)
-        start = held if count is None else min(count, held)
-        past = [np.stack([keys[i], values[i]])[..., :start, :].astype(np.float32) for i in range(config.n_layer)]
-    attention_mask = given_mask(recognised, feeds, B, T, start + T)
-    rows = by_role.get("position_ids")
-    if recognised.positions.startswith("mask") and attention_mask is not None:
-        rows = recognised.positions_from_mask(attention_mask)[:, start:]
-    return checked_call(
-        config,
-        ids,
-        start=start,
-        past=past,
-        attention_mask=attention_mask,
-        position_ids=rows,
-        token_type_ids=by_role.get("token_type_ids"),
-    )
 
 
 def output_names(model: Subject) -> list[str]:

@@ -228,6 +228,22 @@ def _plain_softmax(x: Array) -> Array:
     return np.asarray(exps / exps.sum(-1, keepdims=True))
 
 
+def _log_softmax(x: Array) -> Array:
+    low = x - x.max(-1, keepdims=True)
+    return np.asarray(low - np.log(np.exp(low).sum(-1, keepdims=True)))
+
+
+def _top_k(node: Node, inputs: Sequence[Any], opset: int) -> list[Array]:
+    """The k largest (or smallest) and their indices; of equal ones the first."""
+    x, k = inputs[0], int(np.asarray(inputs[1]).reshape(-1)[0])
+    axis = node.attributes.get("axis", -1)
+    if not 0 <= k <= x.shape[axis]:
+        raise ValueError(f"k = {k} of {x.shape[axis]}")
+    key = -x if node.attributes.get("largest", 1) else x
+    index = np.take(np.argsort(key, axis, kind="stable"), np.arange(k), axis)
+    return [np.take_along_axis(x, index, axis), index.astype(np.int64)]
+
+
 def _dequantize(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     axis, block = node.attributes.get("axis", 1), node.attributes.get("block_size", 0)
     return dequantize(inputs[0], inputs[1], _optional(inputs, 2), axis, block)
@@ -473,6 +489,8 @@ OPERATORS: dict[str, Operator] = {
     "Sigmoid": one(sigmoid),
     "Relu": one(lambda x: np.maximum(x, 0)),
     "Softmax": softmax(_plain_softmax),
+    "LogSoftmax": softmax(_log_softmax),
+    "TopK": _top_k,
     "Gelu": _gelu,
     "com.microsoft.Gelu": one(_gelu_erf),
     "com.microsoft.BiasGelu": biased(_gelu_erf),

@@ -48,12 +48,8 @@ def build_graph(
         proto = onnx.inliner.inline_local_functions(proto)
     graph = Graph({_domain(o.domain): o.version for o in proto.opset_import}, objections, rounding)
     builder = _Builder(file, graph, [fused.RULES, fold.RULES, more or {}])
-    outer = proto.graph
-    inner = search_decoder(outer) or outer
-    if inner is not outer:
-        builder.add_initializers(outer)  # a body may read the initializers around it
-    builder.add(inner, branch)
-    graph.ports([i for i in inner.input if i.name not in graph.initializers], list(inner.output))
+    builder.add(proto.graph, branch)
+    graph.ports([i for i in proto.graph.input if i.name not in graph.initializers], list(proto.graph.output))
     graph.check_order()
     return graph
 
@@ -144,14 +140,6 @@ def _inputs_needed(op: str, opset: int) -> int | None:
         return int(defs.get_schema(op, opset, "").min_input)
     except defs.SchemaError:
         return None
-
-
-def search_decoder(graph: onnx.GraphProto) -> onnx.GraphProto | None:
-    """The GPT-2 inside a node that searches for a continuation, as ONNX Runtime's tools make it."""
-    for node in graph.node:
-        if node.domain == "com.microsoft" and node.op_type in ("BeamSearch", "GreedySearch", "Sampling"):
-            return next((a.g for a in node.attribute if a.name == "decoder"), None)
-    return None
 
 
 def _domain(domain: str) -> str:

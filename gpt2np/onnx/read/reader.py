@@ -13,7 +13,7 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -58,6 +58,17 @@ class ModelFile:
     def sha256(self) -> str:
         """SHA-256 of model.onnx itself, in hexadecimal."""
         return self._file.sha256()
+
+    def with_graph(self, graph: onnx.GraphProto) -> ModelFile:
+        """This file with a graph that is made of its own parts in the place of its graph."""
+        import onnx
+
+        proto = onnx.ModelProto()
+        proto.CopyFrom(self.proto)
+        proto.graph.CopyFrom(graph)
+        made = replace(self, proto=proto, tensors={})
+        _collect(made, proto.graph, made.tensors)
+        return made
 
     def tensor(self, proto: onnx.TensorProto, name: str = "") -> Tensor:
         """The tensor of any TensorProto of `proto`, checked: initializer, node attribute, or inside a body.

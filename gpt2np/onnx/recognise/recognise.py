@@ -26,7 +26,7 @@ from ...weights import weight_shapes
 from ..evaluate.evaluator import Evaluator
 from ..evaluate.operators import is_float
 from ..graph import VIEWS, Graph
-from ..normalise.build import build_graph, search_decoder
+from ..normalise.build import build_graph
 from ..read.reader import ModelFile
 from . import blocks
 from .blocks import Branch, Roles
@@ -37,6 +37,7 @@ from .norm import LayerNorm
 from .probe import Probe, declared_shape, element_type, unknown
 from .products import AttentionCore
 from .recognised import Port, Recognised, TapLocation
+from .search import find_search
 from .sources import Source, joined, ones, zeros
 
 if TYPE_CHECKING:
@@ -69,10 +70,10 @@ def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = 
 
 
 def _recognise(file: ModelFile, objections: list[UnsupportedModelError] | None) -> Recognised:
-    if search_decoder(file.proto.graph) is not None:
-        inner = _Recogniser(build_graph(file, objections=objections)).run()
-        note = "this is the decoder inside a search node: inputs and outputs are the decoder's, not the file's"
-        return replace(inner, taps={}, notes=(note, *inner.notes))
+    search = find_search(file)
+    if search is not None:
+        inner = _recognise(search.decoder, objections)
+        return replace(inner, taps={}, search=search.named(inner.inputs))
     condition = merged_condition(file)
     if not condition:
         return _Recogniser(build_graph(file, objections=objections)).run()

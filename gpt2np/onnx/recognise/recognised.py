@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from ...errors import InputError
 from ..evaluate.evaluator import Evaluator
 from ..graph import Graph
 from .sources import Source
+
+if TYPE_CHECKING:
+    from .search import Search
 
 Array = np.ndarray
 
@@ -69,6 +72,8 @@ class Recognised:
     # How many positions of the past inputs count, and which values of the graph tell; none: all of them.
     lengths: Mapping[str, str] = field(default_factory=dict)
     graph: Graph | None = field(default=None, repr=False, compare=False)  # kept where `lengths` need it
+    # The search whose decoder this is: inputs and outputs above are the decoder's then, the file's own are in it.
+    search: Search | None = field(default=None, repr=False, compare=False)
 
     def positions_from_mask(self, attention_mask: Array) -> Array:
         """Position of every key, (B, S), as graphs count them that do not take position_ids."""
