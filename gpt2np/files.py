@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import stat
+import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -132,6 +134,53 @@ class File:
         with ThreadPoolExecutor(len(starts)) as pool:
             parts = [target[start : start + part] for start in starts]
             list(pool.map(lambda start, view: self.read_into(view, [(offset + start, len(view))]), starts, parts))
+
+
+def read_arrays(path: Path, kind: type[Gpt2npError] = ModelFileError) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, by name: writable, each the caller's own.
+
+    `numpy.load` asks for memory before it has seen the bytes that fill it; here what the archive and each array's
+    header claim is compared with what is there.
+
+    Raises
+    ------
+    kind
+        If the file is missing, truncated, no .npz, holds anything but numbers, or unpacks to more than `allowance`.
+    """
+    file = File(path, kind)
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        with file.open() as opened, zipfile.ZipFile(opened) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+            if unpacked > allowance(file.size):
+                raise kind(f"{path} unpacks to {unpacked:,} bytes; one of its size may have {allowance(file.size):,}")
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # what NumPy writes
+                    raise kind(f"{path}: array {name!r} is compressed in another way than NumPy does")
+                with archive.open(member) as stream:
+                    arrays[name] = _npy_array(stream)
+    except Gpt2npError:
+        raise
+    except Exception as error:  # of zipfile, zlib and NumPy, each of their own kinds
+        raise kind(f"{path}: truncated, damaged, or no .npz file: {error or type(error).__name__}") from error
+    return arrays
+
+
+def _npy_array(stream: IO[bytes]) -> np.ndarray:
+    """The array of one .npy; ValueError if it is not of numbers, or its bytes do not fill its shape."""
+    form = np.lib.format
+    version = form.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of .npy")
+    read_header = form.read_array_header_1_0 if version == (1, 0) else form.read_array_header_2_0
+    shape, by_columns, dtype = read_header(stream)
+    if dtype.kind not in "biufcV" or dtype.names or dtype.subdtype or not dtype.itemsize:
+        raise ValueError(f"an array of {dtype}, not of numbers")
+    content = bytearray(stream.read())
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content):
+        raise ValueError(f"{len(content)} bytes for {dtype} {list(shape)}")
+    return np.ndarray(shape, dtype, content, order="F" if by_columns else "C")
 
 
 def json_object(text: bytes, where: str, kind: type[Gpt2npError] = ModelFileError) -> dict[str, Any]:

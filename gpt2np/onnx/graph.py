@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import UnsupportedModelError
+from .budget import Budget
 from .read.tensors import Tensor
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Graph:
         self.opsets = dict(opsets)
         self.objections = objections
         self.rounding = rounding
+        self.budget: Budget | None = None  # of what nodes make, while strangers' nodes are looked at
         self.keep = rounding  # constants of any size, once they are read
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TraceError
+from ..files import json_object, read_arrays
 from ..weights import Array
 
 SCHEMA = 1
@@ -89,36 +89,27 @@ def load(path: Path, sha256: str | None = None) -> Trace:
         If the file is missing, truncated, no trace, of a newer schema, or its arrays do not match the manifest;
         with `sha256`, also if it was recorded from another model file.
     """
-    if not path.is_file():
-        raise TraceError(f"{path}: no such trace")
-    try:
-        with open(path, "rb") as handle, np.load(handle, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise TraceError(f"{path}: truncated, damaged, or no .npz file: {error}") from error
-    except Exception as error:  # zlib.error and others from inside a damaged member
-        raise TraceError(f"{path}: damaged: {error}") from error
+    arrays = read_arrays(path, TraceError)
     text = arrays.pop("manifest", None)
     if text is None and sha256 is None and not any("/" in name for name in arrays):
         return Trace({}, {}, arrays, {"kind": "arrays", "runner": "plain arrays", "stats_only": False})
-    try:
-        manifest = json.loads(bytes(np.asarray(text, np.uint8)).decode())
-        if manifest.get("kind") != KIND:
-            raise ValueError
-    except (TypeError, ValueError, AttributeError) as error:
-        raise TraceError(f"{path}: an .npz file, but no trace of gpt2np: it has no manifest") from error
+    if text is None:
+        raise TraceError(f"{path}: an .npz file, but no trace of gpt2np: it has no manifest")
+    manifest = json_object(text.tobytes(), f"{path}: its manifest", TraceError)
+    if manifest.get("kind") != KIND:
+        raise TraceError(f"{path}: an .npz file, but no trace of gpt2np: its manifest is another's")
     if manifest.get("schema") != SCHEMA:
         raise TraceError(f"{path}: trace schema {manifest.get('schema')}, this version reads {SCHEMA}")
-    declared = manifest.get("arrays", {})
+    declared = manifest.get("arrays")
+    if not isinstance(declared, dict) or not isinstance(manifest.get("stats_only"), bool):
+        raise TraceError(f"{path}: its manifest does not say what arrays there are, or whether they are statistics")
     for name in sorted({*declared, *arrays}):
         if name not in arrays or name not in declared:
             raise TraceError(f"{path}: array {name!r} is in {'the manifest' if name in declared else 'the file'} only")
-        value, entry = arrays[name], declared[name]
-        if list(value.shape) != entry["shape"] or value.dtype.str != entry["dtype"]:
-            raise TraceError(
-                f"{path}: {name!r} is {value.dtype.str} {list(value.shape)}, its manifest says "
-                f"{entry['dtype']} {entry['shape']}"
-            )
+        value = arrays[name]
+        found = {"shape": list(value.shape), "dtype": value.dtype.str}
+        if declared[name] != found:
+            raise TraceError(f"{path}: {name!r} is {found}, its manifest says {declared[name]}")
     if sha256 is not None and manifest.get("model_sha256") != sha256:
         raise TraceError(
             f"{path}: recorded from another model file: SHA-256 {manifest.get('model_sha256')}, this one has {sha256}"

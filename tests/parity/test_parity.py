@@ -259,7 +259,7 @@ def test_a_damaged_or_foreign_trace_is_refused(small: Path, tmp_path: Path) -> N
     np.savez(tmp_path / "foreign.npz", **{"tap/embed": np.zeros(3)})
     with pytest.raises(TraceError, match="no manifest"):
         trace.load(tmp_path / "foreign.npz")
-    with pytest.raises(TraceError, match="no such trace"):
+    with pytest.raises(TraceError, match="No such file"):
         trace.load(tmp_path / "nowhere.npz")
     path.write_bytes(whole)
     with pytest.raises(TraceError, match="another model file"):

@@ -133,6 +133,7 @@ class Emulation:
         rounding = way != "unrounded"
         self.graph = build_graph(file, branch, rounding=rounding, more=OPTIMISED if way == "optimised" else None)
         self.graph.keep = True
+        self.graph.budget = None  # it has been recognised before, and what it makes now is the caller's to bound
         self.operators = literal_operators(self.graph, way == "saturating")
         self.values, self.nodes = float16(self.graph) if rounding else (set[str](), set[int]())
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ...errors import UnsupportedModelError
 from ..graph import Graph, Node
+from .growth import most_elements
 from .operators import OPERATORS, Operator
 
 Array = np.ndarray
@@ -41,7 +42,8 @@ class Evaluator:
         Raises
         ------
         UnsupportedModelError
-            If it needs an operator that is not listed here, an input that was not given, or a node fails.
+            If it needs an operator that is not listed here, an input that was not given, or a node fails; or if
+            the graph has a budget, and a node asks for more than is left of it.
         """
         stack = [name]
         while stack:  # depth first without recursion: graphs are thousands of nodes deep
@@ -83,8 +85,11 @@ class Evaluator:
         if operator is None:
             raise UnsupportedModelError(f"{node.describe()}: gpt2np does not know what {node.op} means here")
         inputs = [self.values[i] if i else None for i in node.inputs]
+        budget = self.graph.budget
         try:
             inputs = self.taken(node, inputs)
+            if budget is not None:
+                budget.check(8 * most_elements(node, inputs), node.describe())
             with np.errstate(all="ignore"):
                 result = operator(node, inputs, self.graph.opset(node.domain))
         except UnsupportedModelError:
@@ -96,4 +101,6 @@ class Evaluator:
         for output, value in zip(node.outputs, outputs, strict=False):
             if not isinstance(value, tuple):  # a sequence of arrays
                 value = self.given(node, output, np.asarray(value))
+                if budget is not None and not any(np.may_share_memory(value, i) for i in inputs if i is not None):
+                    budget.spend(value.nbytes, node.describe())  # it is no view
             self.values[output] = value

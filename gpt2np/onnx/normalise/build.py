@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...errors import UnsupportedModelError
+from ..budget import Budget
 from ..graph import Graph, Node
+from ..guard import typed_errors
 from ..read.reader import ModelFile
 from ..read.sparse import sparse_tensor
 from ..read.tensors import Tensor
@@ -22,6 +25,11 @@ Array = np.ndarray
 Rules = Mapping[str, Callable[[Graph, Node], "list[Node] | None"]]
 
 
+# Nodes that a file may become when its functions are inlined: so many, and so many times those that it has.
+FREE_NODES, NODE_FACTOR = 20_000, 64
+
+
+@typed_errors()
 def build_graph(
     file: ModelFile,
     branch: str = "",
@@ -45,8 +53,10 @@ def build_graph(
     if proto.functions:
         import onnx.inliner
 
+        _check_functions(proto)
         proto = onnx.inliner.inline_local_functions(proto)
     graph = Graph({_domain(o.domain): o.version for o in proto.opset_import}, objections, rounding)
+    graph.budget = Budget(file.nbytes)
     builder = _Builder(file, graph, [fused.RULES, fold.RULES, more or {}])
     builder.add(proto.graph, branch)
     graph.ports([i for i in proto.graph.input if i.name not in graph.initializers], list(proto.graph.output))
@@ -68,15 +78,14 @@ class _Builder:
                     if inner.name != outer:
                         self.graph.add(Node("Identity", "", node.name, (inner.name,), (outer,), {}))
                 continue
+            _check_node(node, self.graph.opset())
             attributes = {a.name: self._attribute(node, a) for a in node.attribute}
             if node.op_type == "Constant":
                 self.graph.constants[node.output[0]] = _constant_value(attributes)
                 continue
             domain = _domain(node.domain)
             op = f"{domain}.{node.op_type}" if domain else node.op_type
-            made = Node(op, domain, node.name, tuple(node.input), tuple(node.output), attributes)
-            self._check_inputs(made)
-            self._rewrite(made)
+            self._rewrite(Node(op, domain, node.name, tuple(node.input), tuple(node.output), attributes))
 
     def add_initializers(self, proto: onnx.GraphProto) -> None:
         for tensor in proto.initializer:
@@ -102,14 +111,6 @@ class _Builder:
                 return
         self.graph.add(node)
 
-    def _check_inputs(self, node: Node) -> None:
-        """Raise if a node has fewer inputs than its operator needs."""
-        needed = _inputs_needed(node.op, self.graph.opset()) if not node.domain else None
-        if needed is None:
-            return
-        if len(node.inputs) < needed or not all(node.inputs[:needed]) or not node.outputs:
-            raise UnsupportedModelError(f"{node.describe()} has {len(node.inputs)} inputs, and needs {needed}")
-
     @staticmethod
     def _taken(node: onnx.NodeProto, branch: str) -> onnx.GraphProto | None:
         if node.op_type != "If" or not branch:
@@ -131,15 +132,82 @@ class _Builder:
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
+def _check_node(node: onnx.NodeProto, opset: int) -> None:
+    """Raise unless a node has the inputs that its operator needs, and attributes of the right types."""
+    if not node.output:
+        raise UnsupportedModelError(f"{_describe(node)} computes nothing")
+    names = [a.name for a in node.attribute]
+    if len(set(names)) < len(names):
+        raise UnsupportedModelError(f"{_describe(node)} has an attribute twice, of {', '.join(sorted(names))}")
+    needed, types, required = _signature(node.op_type, opset) if not _domain(node.domain) else (0, {}, frozenset())
+    if len(node.input) < needed or not all(node.input[:needed]):
+        raise UnsupportedModelError(f"{_describe(node)} has {len(node.input)} inputs, and needs {needed}")
+    if missing := required - set(names):
+        raise UnsupportedModelError(f"{_describe(node)} lacks its attribute {', '.join(sorted(missing))}")
+    for attribute in node.attribute:
+        given = attribute.AttributeType.Name(attribute.type)
+        if attribute.ref_attr_name:
+            raise UnsupportedModelError(
+                f"{_describe(node)}: its {attribute.name} is the attribute {attribute.ref_attr_name!r} of a function, "
+                "but it stands in none"
+            )
+        if given != types.get(attribute.name, given):
+            raise UnsupportedModelError(
+                f"{_describe(node)}: its {attribute.name} is of type {given}, not {types[attribute.name]}"
+            )
+
+
+def _describe(node: onnx.NodeProto) -> str:
+    return Node(node.op_type, node.domain, node.name, (), tuple(node.output), {}).describe()
+
+
 @cache
-def _inputs_needed(op: str, opset: int) -> int | None:
-    """How many inputs an operator of ONNX's own takes at least; None where the opset has none of that name."""
+def _signature(op: str, opset: int) -> tuple[int, dict[str, str], frozenset[str]]:
+    """What an operator of ONNX's own takes: inputs at least, types of attributes, attributes that it needs.
+
+    Nothing is known of an operator that the opset does not have.
+    """
     from onnx import defs
 
     try:
-        return int(defs.get_schema(op, opset, "").min_input)
+        schema = defs.get_schema(op, opset, "")
     except defs.SchemaError:
-        return None
+        return 0, {}, frozenset()
+    types = {name: attribute.type.name for name, attribute in schema.attributes.items()}  # type: ignore[attr-defined]
+    required = frozenset(name for name, attribute in schema.attributes.items() if attribute.required)
+    return int(schema.min_input), types, required
+
+
+def _check_functions(proto: onnx.ModelProto) -> None:
+    """Raise if the file's functions call themselves, or each other so often that the graph would be immense."""
+    functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
+    own = {key: Counter((n.domain, n.op_type, n.overload) for n in _nodes(f.node)) for key, f in functions.items()}
+    sizes: dict[tuple[str, str, str], int] = {}
+
+    def size(calls: Counter[tuple[str, str, str]]) -> int:
+        return sum(times * sizes.get(key, 1) for key, times in calls.items())
+
+    while len(sizes) < len(functions):  # those whose callees are all known
+        ready = [key for key in own if key not in sizes and not any(c in own and c not in sizes for c in own[key])]
+        if not ready:
+            name = next(key[1] for key in own if key not in sizes)
+            raise UnsupportedModelError(f"the function {name!r} calls itself, or one that does")
+        sizes.update((key, size(own[key])) for key in ready)
+    main = Counter((n.domain, n.op_type, n.overload) for n in _nodes(proto.graph.node))
+    limit = FREE_NODES + NODE_FACTOR * (main.total() + sum(calls.total() for calls in own.values()))
+    if size(main) > limit:
+        raise UnsupportedModelError(
+            f"with its functions inlined the graph would have {size(main):,} nodes; a file of this size gets {limit:,}"
+        )
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Nodes, and those in their bodies."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs):
+                yield from _nodes(body.node)
 
 
 def _domain(domain: str) -> str:

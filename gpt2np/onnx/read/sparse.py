@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...errors import ModelFileError
+from ...files import allowance
 from .reader import ModelFile
 from .tensors import Tensor, empty_aligned
 
 if TYPE_CHECKING:
     import onnx
-
-MAX_BYTES = 1 << 30  # of one dense tensor: a few bytes of a file may ask for any size; GPT-2 XL's wte has 0.32e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +55,7 @@ def sparse_tensor(file: ModelFile, proto: onnx.SparseTensorProto, name: str = ""
     Raises
     ------
     ModelFileError
-        If its parts contradict each other, or the dense tensor has more than `MAX_BYTES`.
+        If its parts contradict each other, or the dense tensor is out of proportion to the file.
     """
     name = name or proto.values.name
     values = file.tensor(proto.values, name)
@@ -70,10 +69,10 @@ def sparse_tensor(file: ModelFile, proto: onnx.SparseTensorProto, name: str = ""
             f"{indices.dtype} {list(indices.shape)} indices"
         )
     nbytes = math.prod(shape) * values.dtype.itemsize
-    if nbytes > MAX_BYTES:
+    if nbytes > allowance(file.nbytes):
         raise ModelFileError(
             f"{file.path}: sparse tensor {name!r} {list(shape)} would take {nbytes:,} bytes; "
-            f"at most {MAX_BYTES:,} are made of one"
+            f"a file of this size gets {allowance(file.nbytes):,}"
         )
     origin = "sparse_initializer"
     return SparseTensor(name, values.dtype, shape, values.nbytes, origin, values=values, indices=indices)

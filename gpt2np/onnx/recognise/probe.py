@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ class Probe:
         self.condition = condition
         self.notes: list[str] = []
         self.roles: Roles = {}
+        self.width = 0  # of the widest linear map
         self.mask = ""  # the input that masks scores
         self.known: dict[str, Array] = {}  # values of the probe at the borders of parts
         self.touched: set[str] = set()  # constants that were read
@@ -43,6 +45,7 @@ class Probe:
         self, words: Lookup, places: Lookup, types: Lookup | None, layers: list[tuple[Branch, Branch]]
     ) -> None:
         graph = self.graph
+        self.width = max(m.weight.shape[-1] for layer in layers for branch in layer for m in (*branch.maps, branch.out))
         self.roles[inputs_behind(self.graph, words)[0]] = "input_ids", None
         if types is not None:
             self.roles[graph.strip(types.rows)] = "token_type_ids", None
@@ -94,13 +97,15 @@ class Probe:
             raise UnsupportedModelError(f"input {ids!r} has {len(shape)} axes; token ids have 1 to 3")
         sizes = [1] * (len(shape) - 2) + [BATCH, NEW][-len(shape) :]
         sizes = [s if isinstance(s, int) and s > 0 else size for s, size in zip(shape, sizes, strict=True)]
-        self.B, self.T = int(np.prod(sizes[:-1])), sizes[-1]
+        self.B, self.T = math.prod(sizes[:-1]), sizes[-1]
         pasts = [declared[name] for name, (role, _) in self.roles.items() if role.startswith("past")]
         length = pasts[0][-2] if pasts and len(pasts[0]) > 1 else None
         self.P = (length if isinstance(length, int) and not self.lengths else PAST) if pasts else 0
         if self.graph.one_token:
             self.T = 1
             sizes = [*sizes[:-1], 1]
+        S = self.P + self.T
+        self._check_room(ids, (self.B, S, max(S, self.width)))
         for port in self.graph.inputs:
             role, shape = self.roles[port.name][0], declared[port.name]
             dtype = element_type(port)
@@ -116,6 +121,7 @@ class Probe:
                     size, _ = next(mask_shapes(shape, self.B, self.T, self.P + self.T))
                 except ValueError as error:
                     raise UnsupportedModelError(f"input {port.name!r}: {error}") from error
+                self._check_room(port.name, size)
                 self.know(port.name, np.ones(size, dtype))
             elif role.startswith("past"):
                 sizes_past = [s if isinstance(s, int) and s > 0 else 0 for s in shape]
@@ -128,6 +134,7 @@ class Probe:
                 sizes_past[-2] = max(sizes_past[-2], self.P) if self.lengths else self.P
                 if len(shape) == 5:
                     sizes_past[0] = 2
+                self._check_room(port.name, sizes_past)
                 self.know(port.name, unknown(sizes_past))
             elif role in (*LENGTHS, "beam_width", "cache_indirection"):
                 number = 1 if role == "beam_width" else 0
@@ -135,7 +142,13 @@ class Probe:
                     number = self.P - LENGTHS[role](self.T)
                 free = [self.B, 1, self.P + self.T] if role == "cache_indirection" else [self.B]
                 sizes_here = [s if isinstance(s, int) and s > 0 else n for s, n in zip(shape, free, strict=False)]
+                self._check_room(port.name, sizes_here)
                 self.know(port.name, np.full(sizes_here, number, dtype))
+
+    def _check_room(self, name: str, sizes: Sequence[int]) -> None:
+        """Raise if the sizes that an input declares make a probe that is out of proportion to the file."""
+        if self.graph.budget is not None:  # as float64, a few times over
+            self.graph.budget.check(32 * math.prod(sizes), f"input {name!r}, for which the probe is {list(sizes)},")
 
     def check_ids(self, words: Lookup) -> None:
         """Each token's row of wte must be looked up, in the order given."""

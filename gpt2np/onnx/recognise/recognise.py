@@ -10,6 +10,7 @@ mask is what it does to scores; the activation is the function whose values come
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -21,11 +22,13 @@ import numpy as np
 from ...activations import ACTIVATIONS
 from ...config import GPT2Config
 from ...errors import UnsupportedModelError, WeightError
+from ...files import allowance
 from ...masks import CAUSAL, MaskRule
 from ...weights import weight_shapes
 from ..evaluate.evaluator import Evaluator
 from ..evaluate.operators import is_float
 from ..graph import VIEWS, Graph
+from ..guard import typed_errors
 from ..normalise.build import build_graph
 from ..read.reader import ModelFile
 from . import blocks
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
+@typed_errors()
 def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = None) -> Recognised:
     """Find the GPT-2 in an ONNX file.
 
@@ -59,14 +63,16 @@ def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = 
     Raises
     ------
     UnsupportedModelError
-        If a part of the graph is no part of a GPT-2; the message names the node.
+        If a part of the graph is no part of a GPT-2, or malformed; the message names the node. Also if the file
+        asks for more memory than one of its size gets (see `budget`).
     WeightError
         If a floating-point initializer is left over, missing, or of a shape that does not fit.
     """
-    try:
-        return _recognise(file, objections)
-    except (IndexError, KeyError) as error:  # found while a node is looked at that is not what its operator asks for
-        raise UnsupportedModelError(f"a node lacks an input, output or attribute that it needs: {error!r}") from error
+    found = _recognise(file, objections)
+    nbytes = sum(4 * math.prod(source.shape) for source in found.sources.values())
+    if nbytes > allowance(file.nbytes):
+        raise WeightError(f"the weights would take {nbytes:,} bytes, which a file of {file.nbytes:,} cannot hold")
+    return found
 
 
 def _recognise(file: ModelFile, objections: list[UnsupportedModelError] | None) -> Recognised:
@@ -147,6 +153,7 @@ class _Recogniser(Probe):
         self.find_presents(layers, config)
         inputs, outputs = self.ports(graph.inputs, self.roles), self.ports(graph.outputs, self.output_roles)
         order = list(weight_shapes(config)) + (["lm_head.bias"] if head_bias else [])
+        graph.budget = None  # what is evaluated from now on has been looked at
         for op, count in graph.roundings.items():
             self.notes.append(f"activations are rounded as the file is run, by {op} ({count} nodes); here they are not")
         return Recognised(

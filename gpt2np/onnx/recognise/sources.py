@@ -11,6 +11,7 @@ from ...errors import WeightError
 from ..evaluate.evaluator import Evaluator
 from ..evaluate.operators import is_float
 from ..graph import UNPACK, Graph
+from ..guard import typed_errors
 from ..read.tensors import Tensor, empty_aligned
 
 Array = np.ndarray
@@ -31,13 +32,14 @@ class Source:
 
     def load(self) -> Array:
         """A new, 64-byte-aligned, C-contiguous float array: float32, or float64 if the file has float64."""
-        array = self._checked()
-        dtype = np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
-        if array.dtype == dtype and array.flags.c_contiguous and array.flags.writeable:
-            return array
-        out = empty_aligned(array.shape, dtype)
-        out[...] = array
-        return out
+        with typed_errors(f"the weight {self.describe()}"):
+            array = self._checked()
+            dtype = np.dtype(np.float64 if array.dtype == np.float64 else np.float32)
+            if array.dtype == dtype and array.flags.c_contiguous and array.flags.writeable:
+                return array
+            out = empty_aligned(array.shape, dtype)
+            out[...] = array
+            return out
 
     def blocks(self, rows: int) -> Iterable[Array]:
         """What `load` returns, some rows at a time, of the file's float type and perhaps read-only.

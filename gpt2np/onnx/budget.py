@@ -1,0 +1,31 @@
+"""How much the nodes of a file may make while gpt2np looks at it: in proportion to the bytes of the file."""
+
+from __future__ import annotations
+
+from ..errors import UnsupportedModelError
+from ..files import allowance
+
+
+class Budget:
+    """Bytes that may be made from a file, all together.
+
+    A few nodes can ask for any size: a dimension that is only declared, a Range, a Concat of a value with itself,
+    over and over. What is made to find a GPT-2 in its file is bounded by what the file holds, so that time and
+    memory are, too.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.total = self.left = allowance(nbytes)
+
+    def check(self, nbytes: int, what: str) -> None:
+        """Raise if so much more cannot be had; `what` asks for it."""
+        if nbytes > self.left:
+            raise UnsupportedModelError(
+                f"{what} asks for {nbytes:,} bytes; a file of this size gets {self.total:,}, of which "
+                f"{self.left:,} are left"
+            )
+
+    def spend(self, nbytes: int, what: str) -> None:
+        """Take so much; raises as `check` does."""
+        self.check(nbytes, what)
+        self.left -= nbytes
