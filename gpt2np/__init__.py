@@ -29,6 +29,7 @@ _PUBLIC = {
 _MODULES = (
     "bpe",
     "errors",
+    "exercises",
     "generate",
     "kernels",
     "parity",

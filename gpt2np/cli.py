@@ -34,6 +34,7 @@ COMMANDS = {
     "score": ("score", "Use"),
     "embed": ("embed", "Use"),
     "look": ("look", "Learn"),
+    "exercises": ("exercises", "Learn"),
     "warmup": ("warmup", "Use"),
     "convert": ("convert", "Files"),
     "synth": ("synth", "Files"),

@@ -54,6 +54,7 @@ def test_the_command_line_is_light_and_lists_every_command():
         "score",
         "embed",
         "look",
+        "exercises",
         "convert",
         "synth",
         "fetch",
