@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ContextOverflowError, InputError
-from .generate import prompt_ids
+from .prompts import prompt_ids
 from .weights import Array
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def embed(
         raise InputError(f'pool must be "last", "mean" or None, got {pool!r}')
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    rows = prompt_ids(texts, model, model.tokenizer if tokenizer is None else tokenizer)
+    rows = prompt_ids(texts, model.config.vocab_size, model.tokenizer if tokenizer is None else tokenizer)
     for i, ids in enumerate(rows, 1):
         if len(ids) > model.config.n_ctx:
             raise ContextOverflowError(f"text {i} of {len(rows)} has {len(ids)} tokens, n_ctx is {model.config.n_ctx}")

@@ -22,7 +22,7 @@ from .weights import Array, GPT2Weights, WeightSources, assemble, check_sources
 if TYPE_CHECKING:
     import tokenizers
 
-    from .generate import Step
+    from .decoding import Decoder, Step
     from .onnx.recognise import Recognised
 
 
@@ -180,9 +180,11 @@ class GPT2:
 
         # The compiled kernels are the fast path for a call without `tap`; with one they stop at every tap.
         watch = reference.no_tap if tap is None else tap
-        compiled = self.engine == "numba" and (mask is None or mask.is_additive)
-        kernels, w = (self._kernels, self._weights) if compiled else (reference, self.weights)
-        hide: Any = (mask or reference.causal_mask) if not compiled else None if mask is None else mask.added
+        hide: Any
+        if self.engine == "numba" and (mask is None or mask.is_additive):
+            kernels, w, hide = self._kernels, self._weights, None if mask is None else mask.added
+        else:
+            kernels, w, hide = reference, self.weights, mask or reference.causal_mask
         positions, scores = call.position_ids, None
         # A NaN or infinity in the weights shows in the result; NumPy's warnings would say it once for each operation.
         with np.errstate(invalid="ignore", over="ignore"):
@@ -254,6 +256,14 @@ class GPT2:
         taps: dict[str, Array] = {}
         self(input_ids, tap=lambda name, value: taps.__setitem__(name, np.array(value)), **kwargs)
         return taps
+
+    def decoder(self, rows: int, window: int | None = None, cache: KVCache | None = None) -> Decoder:
+        """What `generate` runs its texts with, see `decoding.LanguageModel`."""
+        from .decoding import SeparateCaches, SharedCache
+
+        # With the numpy engine a row's last bits depend on how many rows BLAS multiplies at once.
+        together = rows > 1 and cache is None and self.engine == "numba"
+        return SharedCache(self, window) if together else SeparateCaches(self, window, cache)
 
     def generate(self, prompt: Any, max_new_tokens: int | None = 64, **options: Any) -> Iterator[Step]:
         """Continue a text or token ids, one step at a time; see `gpt2np.generate.generate` for the options."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .arguments import real_number, whole_number
 from .errors import InputError
 from .weights import Array
 
@@ -53,19 +54,19 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.top_k is not None:
+            whole_number("top_k", self.top_k, 0)  # 0: all
+        if self.top_p is not None and not 0 < real_number("top_p", self.top_p) <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.min_p is not None and not 0 <= real_number("min_p", self.min_p) <= 1:
+            raise InputError(f"min_p must be in 0..1, got {self.min_p}")
+        if real_number("repetition_penalty", self.repetition_penalty) <= 0:
+            raise InputError(f"repetition_penalty must be a positive number (1: none), got {self.repetition_penalty}")
         if self.temperature is None:
             filtered = bool(self.top_k) or self.top_p not in (None, 1) or bool(self.min_p)
             object.__setattr__(self, "temperature", 1.0 if filtered else 0.0)
-        elif self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+        elif real_number("temperature", self.temperature) != 0 and self.temperature < COLDEST:
             raise InputError(f"temperature must be 0 (greedy) or a number from {COLDEST} up, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 0:
-            raise InputError(f"top_k must be at least 1, or 0 for all, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p must be in 0..1, got {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise InputError(f"repetition_penalty must be a positive number (1: none), got {self.repetition_penalty}")
 
     @property
     def greedy(self) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import threading
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,8 @@ HOW_TO_GET_ONE = (
     "give one with --tokenizer PATH (a tokenizer.json, or a folder with vocab.json or encoder.json and merges.txt "
     "or vocab.bpe), or put it beside the model; `gpt2np fetch tokenizer` downloads GPT-2's"
 )
+
+_switch = threading.Lock()  # held while a tokenizer's encode_special_tokens is not what its owner set
 
 
 def load(path: str | Path) -> tokenizers.Tokenizer:
@@ -189,12 +192,13 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str, special: bool = False) ->
     missing = {byte for byte in set(raw) if tokenizer.token_to_id(bytes_to_unicode()[byte]) is None}
     if missing:  # tokenizers would leave such bytes out
         raise TokenizerError(f"the vocabulary has no token for the byte {min(missing):#04x}, which the text needs")
-    before = tokenizer.encode_special_tokens
-    tokenizer.encode_special_tokens = not special
-    try:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    finally:
-        tokenizer.encode_special_tokens = before
+    with _switch:
+        before = tokenizer.encode_special_tokens
+        tokenizer.encode_special_tokens = not special
+        try:
+            ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        finally:
+            tokenizer.encode_special_tokens = before
     return ids
 
 

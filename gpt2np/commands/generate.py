@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import tokenizers
 
     from ..cache import KVCache
-    from ..generate import Step
+    from ..decoding import Step
     from ..model import GPT2
 
 NEW_TOKENS = 128

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2np import sampling
+from gpt2np.beams import beam_search
+from gpt2np.decoding import Stopper
 from gpt2np.errors import ContextOverflowError, InputError, TokenizerError, TokenRangeError
-from gpt2np.generate import _Stopper, beam_search, generate
+from gpt2np.generate import generate
 from gpt2np.model import GPT2
 from gpt2np.tokenizer import encode, end_of_text_id
 from tiny import random_ids, tiny_config, tiny_model, tiny_sources
@@ -217,29 +219,28 @@ def test_text_in_text_out(talker):
 
 def test_the_end_token_is_not_text(talker):
     end = end_of_text_id(TOY)
-    talker_ends = _speaking(talker, [*encode(TOY, "a é")[:-1], end])
+    talker_ends = Speaker(talker, [*encode(TOY, "a é")[:-1], end])
     steps = list(generate(talker_ends, "x", 20, eos_token_id=end))
     assert steps[-1].finish == "eos"
     assert "".join(s.text for s in steps) == "a �"  # an unfinished character comes out at the end
 
 
-def _speaking(talker, wanted):
-    """A model that answers any prompt with exactly these tokens (then with token 0)."""
-    made = GPT2(talker.config, talker._sources, "numpy")
-    made.tokenizer = talker.tokenizer
-    script = iter([*wanted, *[0] * 100])
+class Speaker:
+    """A language model that answers any prompt with exactly these tokens."""
 
-    def logits(hidden, *_):
-        scores = np.zeros((*hidden.shape[:2], talker.config.vocab_size), np.float32)
-        scores[..., next(script)] = 9
-        return scores
+    def __init__(self, talker, wanted):
+        self.config, self.tokenizer, self.script = talker.config, talker.tokenizer, iter(wanted)
 
-    class Kernels:
-        transformer = staticmethod(talker._kernels.transformer)
+    def decoder(self, rows, window=None, cache=None):
+        return self
 
-    Kernels.logits = staticmethod(logits)
-    made._kernels = Kernels
-    return made
+    def prefill(self, texts):
+        scores = np.zeros(self.config.vocab_size, np.float32)
+        scores[next(self.script)] = 9
+        return [scores]
+
+    def feed(self, rows, texts):
+        return self.prefill(texts)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def _speaking(talker, wanted):
 )
 def test_stop_strings_across_tokens(talker, spoken, stop, expected):
     ids = encode(TOY, spoken)
-    steps = list(generate(_speaking(talker, ids), "x", len(ids), stop=stop))
+    steps = list(generate(Speaker(talker, ids), "x", len(ids), stop=stop))
     assert "".join(s.text for s in steps) == expected
     assert steps[-1].finish == ("length" if expected == spoken else "stop")
     shown = list(itertools.accumulate(s.text for s in steps))
@@ -268,7 +269,7 @@ pieces = st.lists(st.text("ab.", max_size=4), max_size=12)
 @given(pieces, st.lists(st.text("ab.", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_the_cut_into_pieces_does_not_matter(parts, stops):
     def run(parts):
-        stopper, shown = _Stopper(stops), ""
+        stopper, shown = Stopper(stops), ""
         for part in parts:
             text, stopped = stopper.push(part)
             shown += text

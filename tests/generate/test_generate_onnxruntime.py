@@ -1,5 +1,8 @@
 """Greedy generation from a file against ONNX Runtime running that file in its own greedy loop."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,40 @@ class Runtime:
         output = session.run([self.session.get_outputs()[0].name], feeds)[0]
         last = output.reshape(-1, output.shape[-1])[len(ids) - 1]
         return last if len(last) == len(self.head) else self.head @ last.astype(np.float64)
+
+
+class RuntimeModel:
+    """ONNX Runtime as a language model: what `generate` needs, by reading each text anew."""
+
+    tokenizer = None
+
+    def __init__(self, runtime: Runtime, config: gpt2np.GPT2Config) -> None:
+        self.runtime, self.config = runtime, config
+
+    def decoder(self, rows: int, window: int | None = None, cache: Any = None) -> RuntimeModel:
+        return self
+
+    def prefill(self, texts: Sequence[list[int]]) -> list[np.ndarray]:
+        return [self.runtime.last_logits(ids).astype(np.float32) for ids in texts]
+
+    def feed(self, rows: Sequence[int], texts: Sequence[list[int]]) -> list[np.ndarray]:
+        return self.prefill(texts)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3, "logprobs": 2}, {"num_beams": 3}, {"repetition_penalty": 1.3}],
+    ids=str,
+)
+def test_onnxruntime_generates_through_the_same_loop(options: dict[str, Any]) -> None:
+    """A session of ONNX Runtime is a language model like any other: same tokens, same log-probabilities."""
+    model = gpt2np.load(MINI, engine="numpy")
+    runtime = RuntimeModel(Runtime(MINI, model.weights.lm_head), model.config)
+    prompts: list[Any] = [[10, 20, 30], [7, 8]]
+    expected = list(generate(model, prompts, 12, **options))
+    steps = list(generate(runtime, prompts, 12, **options))
+    assert [(s.row, s.token_id, s.finish) for s in steps] == [(s.row, s.token_id, s.finish) for s in expected]
+    np.testing.assert_allclose([s.logprob for s in steps], [s.logprob for s in expected], rtol=1e-3, atol=1e-4)
 
 
 ENGINES = ["numpy", pytest.param("numba", marks=pytest.mark.jit)]

@@ -1,0 +1,23 @@
+"""Checks of single arguments, for functions that take numbers from a caller."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+from .errors import InputError
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value` as an int; InputError unless it is a whole number (no bool) of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return int(value)
+
+
+def real_number(name: str, value: Any, meaning: str = "a number") -> float:
+    """`value` as a float; InputError unless it is a finite number (no bool). `meaning`: what it should be."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InputError(f"{name} must be {meaning}, got {value!r}")
+    return float(value)
