@@ -176,7 +176,8 @@ def ceilings_party(_: str) -> dict[str, Callable[..., Any]]:
     import numpy as np
     import threadpoolctl
 
-    from gpt2np.kernels import PANEL, ROWS, tile_full
+    from gpt2np.kernels.loops import tile_full
+    from gpt2np.kernels.tile import PANEL, ROWS
 
     @numba.njit(parallel=True, fastmath=True)
     def read(x):  # type: ignore[no-untyped-def]

@@ -1,7 +1,7 @@
 """GPT-2's weights under OpenAI's names.
 
 Each NamedTuple holds what one operation needs, in the order in which the function of that name in
-`reference.py` and `kernels.py` takes it, so that parameters unpack as arguments:
+`reference.py` and of the kernels takes it, so that parameters unpack as arguments:
 `layer_norm(x, *w.h[0].ln_1)`.
 """
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,10 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numba.core.registry import cpu_target
 
 from gpt2np import get_num_threads, kernels, reference, set_num_threads
 from gpt2np.activations import ACTIVATIONS
 from gpt2np.errors import InputError
+from gpt2np.kernels import jit, panels, threads, tile, vectors
 from gpt2np.masks import Mask
 from gpt2np.reference import no_tap
 from gpt2np.weights import MLP, Attention, BlockWeights, LayerNorm, Linear
@@ -94,7 +97,7 @@ class ReadInTurn(ArraySource):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", [ArraySource, ReadInTurn])
 def test_all_weights_are_packed_as_each_would_be(kind, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "READ_BYTES", 1)
+    monkeypatch.setattr(panels, "READ_BYTES", 1)
     sources = {name: kind(source.array) for name, source in tiny_sources(tiny_config(vocab_size=77, n_embd=39)).items()}
     packed = kernels.pack(sources, dtype)
     assert list(packed) == list(sources)
@@ -189,14 +192,14 @@ def test_a_row_of_a_product_does_not_depend_on_the_other_rows(data):
 
 @pytest.mark.jit
 def test_bits_do_not_depend_on_threads(monkeypatch):
-    monkeypatch.setattr(kernels, "GRAIN", 1)  # deal out even the smallest work
+    monkeypatch.setattr(threads, "GRAIN", 1)  # deal out even the smallest work
     before = get_num_threads()
     model, ids = tiny_model(n_ctx=150), random_ids(tiny_model().config, 2, 130)
     try:
         results = []
-        for threads in range(1, numba.config.NUMBA_NUM_THREADS + 1):
-            set_num_threads(threads)
-            assert get_num_threads() == threads
+        for count in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+            set_num_threads(count)
+            assert get_num_threads() == count
             results.append(model(ids))
     finally:
         set_num_threads(before)
@@ -277,7 +280,7 @@ def test_a_bad_number_in_the_cache_is_seen_by_later_tokens_only(bad, plane):
     wte = model._weights.wte
     token = int(ids[0, 8])
     clean = model(ids).last_hidden_state
-    wte.data[token // kernels.PANEL, :, token % kernels.PANEL] = bad
+    wte.data[token // tile.PANEL, :, token % tile.PANEL] = bad
     spoilt = model(ids).last_hidden_state
     first = int(np.argmax(ids[0] == token))
     np.testing.assert_array_equal(spoilt[:, :first], clean[:, :first])
@@ -290,7 +293,7 @@ def exp_of(x):
     @numba.njit
     def fill(x, out):
         for i in range(x.size):
-            out[i] = kernels.exp(x[i])
+            out[i] = vectors.exp(x[i])
 
     fill(x, out)
     return out
@@ -300,7 +303,7 @@ def exp_of(x):
 def erfc_of(x):
     out = np.empty_like(x)
     for i in range(x.size):
-        out[i] = kernels.erfc(x[i])
+        out[i] = vectors.erfc(x[i])
     return out
 
 
@@ -354,7 +357,7 @@ def test_exp_of_special_values():
 
 
 def test_callers_in_several_python_threads(monkeypatch):
-    monkeypatch.setattr(kernels, "GRAIN", 1)
+    monkeypatch.setattr(threads, "GRAIN", 1)
     model = tiny_model()
     ids = random_ids(model.config, 2, 15)
     expected = model(ids).logits
@@ -388,10 +391,10 @@ def in_a_new_process(code, **environment):
 def test_a_forked_child_gets_the_same_bits():
     code = """
         import os, warnings
-        from gpt2np import kernels
+        from gpt2np.kernels import threads
         from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
         warnings.simplefilter("ignore")
-        kernels.GRAIN = 1
+        threads.GRAIN = 1
         model = tiny_model()
         ids = random_ids(model.config, 2, 15)
         expected = model(ids).logits
@@ -416,7 +419,7 @@ def test_other_machines_compute_the_same_product(machine, features, tmp_path):
         pytest.skip("these are x86-64 machines")
     code = """
         import numba, numpy as np
-        from gpt2np import kernels, tile
+        from gpt2np.kernels import loops, tile
         assert tile.PANEL == 16
         rng = np.random.default_rng(0)
         x, w = rng.standard_normal((7, 30)), rng.standard_normal((30, 20))
@@ -424,7 +427,7 @@ def test_other_machines_compute_the_same_product(machine, features, tmp_path):
         for p in range(2):
             panels[p, :, : min(16, 20 - 16 * p)] = w[:, 16 * p : 16 * p + 16]
         out, x32 = np.zeros((7, 16), np.float32), x.astype(np.float32)
-        kernels._multiply(7, x32, 0, 30, panels, 0, 16, 30, out, 0, 16)
+        loops.multiply(7, x32, 0, 30, panels, 0, 16, 30, out, 0, 16)
         print(np.abs(out - x32.astype(float) @ panels[0]).max() < 1e-5)
     """
     environment = {"NUMBA_CPU_NAME": machine, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -437,10 +440,10 @@ def test_other_machines_compute_the_same_product(machine, features, tmp_path):
 @pytest.mark.jit
 def test_after_warmup_nothing_is_left_to_compile():
     code = """
-        from gpt2np import kernels
-        kernels.warmup()
-        names = [part + end for part in ("_embed", "_layer_norm", "_linear", "_attend") for end in ("", "_range")]
-        print([name for name in names if not getattr(kernels, name).signatures])
+        from gpt2np.kernels import loops, warmup
+        warmup()
+        names = [part + end for part in ("embed", "layer_norm", "linear", "attend") for end in ("_parallel", "_range")]
+        print([name for name in names if not getattr(loops, name).signatures])
     """
     assert in_a_new_process(code, NUMBA_NUM_THREADS="2") == "[]\n"
 
@@ -451,25 +454,25 @@ def double(x):
 
 @pytest.mark.jit
 def test_a_kernel_without_any_folder_for_its_code_still_runs(monkeypatch):
-    monkeypatch.setattr(kernels.FunctionCache._impl_class, "_locator_classes", [])
-    assert kernels._jit()(double)(2) == 4
+    monkeypatch.setattr(jit.FunctionCache._impl_class, "_locator_classes", [])
+    assert jit.jit()(double)(2) == 4
 
 
 @pytest.mark.jit
 def test_a_folder_that_cannot_be_written_to_or_holds_rubbish_does_no_harm(tmp_path, monkeypatch):
     monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
-    kernel = kernels._jit()(double)
+    kernel = jit.jit()(double)
     assert kernel(2) == 4
     [index] = tmp_path.rglob("*.nbi")
-    machine = kernels.cpu_target.target_context.codegen().magic_tuple()
+    machine = cpu_target.target_context.codegen().magic_tuple()
     assert kernel._cache.holds(machine)
 
-    again = kernels._jit()(double)
+    again = jit.jit()(double)
     index.write_bytes(b"rubbish")
     assert not again._cache.holds(machine)
     assert again(2) == 4
 
-    blocked = kernels._jit()(double)
+    blocked = jit.jit()(double)
     folder = index.parent
     for file in folder.iterdir():
         file.unlink()
@@ -496,22 +499,24 @@ def test_code_from_disk_runs_in_a_process_that_compiles_nothing(tmp_path):
 @pytest.mark.jit
 def test_code_compiled_with_another_tile_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path / "cache"))
-    kernel = kernels._jit()(double)
+    kernel = jit.jit()(double)
     kernel(2)
-    edited = tmp_path / "tile.py"
-    edited.write_text("# another tile\n")
-    monkeypatch.setattr(kernels.tile, "__file__", str(edited))
-    machine = kernels.cpu_target.target_context.codegen().magic_tuple()
-    assert kernel._cache.holds(machine)
-    assert not kernels._jit()(double)._cache.holds(machine)
+    edited = tmp_path / "kernels"
+    shutil.copytree(jit.FOLDER, edited, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(edited / "tile.py", "a") as file:
+        file.write("# another tile\n")
+    machine = cpu_target.target_context.codegen().magic_tuple()
+    assert jit.jit()(double)._cache.holds(machine)
+    monkeypatch.setattr(jit, "FOLDER", edited)
+    assert not jit.jit()(double)._cache.holds(machine)
 
 
 @given(st.integers(1, 5000), st.integers(1, 70), st.integers(1, 6000))
-def test_shares_hold_every_piece_once(pieces, parts, smallest):
-    turn, dealt = np.zeros(1, np.int64), []
-    first, last = kernels._share(turn, parts, pieces, smallest)
+def test_chunks_hold_every_piece_once(pieces, workers, smallest):
+    ticket, dealt = np.zeros(1, np.int64), []
+    first, last = threads.next_chunk(ticket, workers, pieces, smallest)
     while first < pieces:
         assert last == pieces or last - first >= smallest
         dealt += range(first, last)
-        first, last = kernels._share(turn, parts, pieces, smallest)
+        first, last = threads.next_chunk(ticket, workers, pieces, smallest)
     assert dealt == list(range(pieces))

@@ -28,10 +28,9 @@ import llvmlite.binding as llvm
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core import config as numba_config
 from numba.extending import intrinsic
 
-config: Any = numba_config  # its fields are made at run time, from NUMBA_... in the environment
+from .jit import config
 
 
 def _has_avx512() -> bool:
@@ -212,22 +211,3 @@ def _fma_in_python(a: Any, b: Any, c: Any) -> Any:
 
 # fma(a, b, c): a * b + c of three numbers of one float type; LLVM makes vectors of it in a loop over an array
 fma: Callable[..., Any] = _fma_in_python if config.DISABLE_JIT else _fma
-
-
-@intrinsic
-def _take(_, turn):
-    def generate(context, builder, _, values):
-        data = context.make_array(turn)(context, builder, values[0]).data
-        return builder.atomic_rmw("add", data, data.type.pointee(1), "monotonic")
-
-    return types.int64(turn), generate
-
-
-def _take_in_python(turn: Any) -> Any:
-    number = int(turn[0])
-    turn[0] += 1
-    return number
-
-
-# take(turn): the number in the int64 array `turn`, which is 1 higher for whoever asks next, from whatever thread
-take: Callable[..., Any] = _take_in_python if config.DISABLE_JIT else _take

@@ -1,0 +1,67 @@
+"""GPT-2 in numba: the functions of `reference.py` under the same names and arguments, made for speed.
+
+`reference.py` says what is computed; the files here say how, one job each:
+
+    loops     the kernels: linear maps, embedding, layer norm and attention; read this one first
+    tile      the register tile, the one loop that takes the time
+    vectors   loops over one vector; exp, erfc and the activations
+    panels    weights in the order in which the tile reads them
+    threads   work dealt out to threads
+    jit       how functions are compiled, and where compiled code is kept
+    forward   the functions of `reference.py`, by these kernels
+
+Every number of a result is computed by one fixed chain of operations: sums over a long axis are cut into blocks of
+TERMS terms, a block is one chain of fused multiply-adds from zero, and the blocks are added up in order. The chain
+depends on neither the number of rows, nor the batch, nor the threads, nor how a text was cut into calls: one call
+over a whole text, chunks, single tokens and padded batches give the same bits.
+"""
+
+from .forward import (
+    activate,
+    attention,
+    block,
+    chained_product,
+    embed,
+    gelu_erf,
+    gelu_quick,
+    gelu_tanh,
+    layer_norm,
+    linear,
+    logits,
+    mlp,
+    needs_compilation,
+    relu,
+    silu,
+    tanh,
+    transformer,
+    warmup,
+)
+from .panels import Panels, pack, pack_matrix, unpack
+from .threads import get_num_threads, set_num_threads
+
+__all__ = [
+    "Panels",
+    "activate",
+    "attention",
+    "block",
+    "chained_product",
+    "embed",
+    "gelu_erf",
+    "gelu_quick",
+    "gelu_tanh",
+    "get_num_threads",
+    "layer_norm",
+    "linear",
+    "logits",
+    "mlp",
+    "needs_compilation",
+    "pack",
+    "pack_matrix",
+    "relu",
+    "set_num_threads",
+    "silu",
+    "tanh",
+    "transformer",
+    "unpack",
+    "warmup",
+]

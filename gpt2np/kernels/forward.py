@@ -1,0 +1,298 @@
+"""The functions of `reference.py` under the same names and arguments, by the kernels of `loops.py`.
+
+Python does what happens once a call: it makes and reshapes arrays, and estimates what work is worth several threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba.core.registry import cpu_target
+
+from ..arrays import Array, empty_aligned
+from ..reference import Tap, no_tap, split_heads
+from ..weights import MLP, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear
+from . import loops, threads
+from .jit import DiskCache, config
+from .loops import PIECE_QUERIES, PIECE_ROWS, TERMS, VisibleKeys
+from .panels import pack_matrix
+from .threads import pool, run_pieces
+from .tile import PANEL, ROWS
+from .vectors import ACTIVATION_CODES, LANES, activate_in_place
+
+READ_COST = 8  # multiply-adds that take as long as to read one number from memory
+
+
+def needs_compilation() -> bool:
+    """Whether the first call will take some seconds longer, because compiled kernels are not on disk yet."""
+    if config.DISABLE_JIT or loops.attend_parallel.signatures:
+        return False
+    machine = cpu_target.target_context.codegen().magic_tuple()
+    return not (isinstance(loops.attend_parallel._cache, DiskCache) and loops.attend_parallel._cache.holds(machine))
+
+
+def scratch_for(count: int, dtype: Any, C: int = 0, S: int = 0, D: int = 0) -> Array:
+    """Memory for `count` threads: for linear maps, layer norms of C numbers, and attention over S keys of size D."""
+    length, width = -(-S // PANEL) * PANEL, -(-D // PANEL) * PANEL
+    size = max(PIECE_ROWS * PANEL, LANES + C, length * (D + width + ROWS) + ROWS * (width + 1) + LANES)
+    return empty_aligned((count, -(-size // 16) * 16), dtype)
+
+
+def _rows(x: Array) -> Array:
+    """(..., C) -> (R, C), contiguous and writable as the compiled kernels expect it (none of them writes to it)."""
+    return np.require(x.reshape(-1, x.shape[-1]), requirements=["C", "A", "W"])
+
+
+def _linear_into(
+    out: Array, x: Array, weight: Any, bias: Array, scratch: Array, activation: str = "none", added: bool = False,
+    terms: int = TERMS,
+) -> None:  # fmt: skip
+    """out = activation(x @ weight + bias), or out += that: (R, K) @ (K, N) -> (R, N)."""
+    pieces = len(weight.data) * -(-len(x) // PIECE_ROWS)
+    work = (READ_COST + len(x)) * weight.data.size
+    arguments = x, weight.data, bias, ACTIVATION_CODES[activation], added, terms, out
+    run_pieces(pieces, work, loops.linear_range, loops.linear_parallel, scratch, *arguments)
+
+
+def _layer_norm_into(out: Array, x: Array, weight: Array, bias: Array, epsilon: float, scratch: Array) -> None:
+    """out = layer_norm(x): (R, C) -> (R, C)."""
+    arguments = x, weight, bias, epsilon, out
+    run_pieces(len(x), 4 * x.size, loops.layer_norm_range, loops.layer_norm_parallel, scratch, *arguments)
+
+
+def _attend_into(
+    heads: Array, probs: Array, qkv: Array, cache: Array, start: int, scale: float, visible: VisibleKeys,
+    scratch: Array,
+) -> None:  # fmt: skip
+    """heads = softmax(q . k * scale, causal or + mask) @ v over the cache: (R, 3HD) -> (R, HD)."""
+    _, B, H, _, D = cache.shape
+    T = len(qkv) // B
+    loops.append_to_cache(qkv, cache, start, T)
+    pieces, work = B * H * -(-T // PIECE_QUERIES), 2 * (READ_COST + T) * B * (start + T) * H * D
+    arguments = qkv, cache, cache.reshape(-1), scale, visible, heads, probs
+    run_pieces(pieces, work, loops.attend_range, loops.attend_parallel, scratch, *arguments)
+
+
+def embed(input_ids: Array, position_ids: Array, wte: Any, wpe: Array) -> Array:
+    """Token vector plus position vector: ids and positions (B, T) -> (B, T, C)."""
+    out = empty_aligned((*input_ids.shape, wpe.shape[1]), wpe.dtype)
+    rows = _rows(out)
+    ids, positions = (np.require(i.reshape(-1), np.int64, ["C", "A", "W"]) for i in (input_ids, position_ids))
+    with pool() as count:
+        scratch = scratch_for(count, out.dtype)
+        arguments = ids, positions, wte.data, wpe, rows
+        run_pieces(len(rows), out.size, loops.embed_range, loops.embed_parallel, scratch, *arguments)
+    return out
+
+
+def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
+    """Give each vector mean 0 and variance 1, then scale and shift: (..., C) -> (..., C)."""
+    out = empty_aligned(x.shape, x.dtype)
+    with pool() as count:
+        _layer_norm_into(_rows(out), _rows(x), weight, bias, epsilon, scratch_for(count, x.dtype, x.shape[-1]))
+    return out
+
+
+def linear(x: Array, weight: Any, bias: Array) -> Array:
+    """x @ weight + bias: (..., inputs) -> (..., outputs)."""
+    out = empty_aligned((*x.shape[:-1], weight.columns), x.dtype)
+    with pool() as count:
+        _linear_into(_rows(out), _rows(x), weight, bias, scratch_for(count, x.dtype))
+    return out
+
+
+def chained_product(x: Array, matrix: Array, bias: Array, terms: int) -> Array:
+    """x @ matrix + bias with sums cut into chains of so many terms: (R, K) @ (K, N) -> (R, N); bias (N,) or empty.
+
+    For those who compute what another program computes, to the bit; the chains of `linear` have TERMS terms.
+    """
+    out = empty_aligned((len(x), matrix.shape[1]), x.dtype)
+    with pool() as count:
+        scratch = scratch_for(count, x.dtype)
+        _linear_into(out, _rows(x), pack_matrix(matrix), bias, scratch, terms=terms)
+    return out
+
+
+def visible_keys(mask: Array | None, B: int, T: int, start: int, dtype: Any) -> VisibleKeys:
+    """Which keys T new positions from `start` on may see; mask: (B, 1, T, S), or None for the causal mask."""
+    if mask is None:
+        mask = np.empty((0, 0, 0, 0), dtype)
+    mask = np.require(mask, dtype, ["C", "A", "W"])
+    keys, limits = np.empty((B, start + T), np.int64), np.empty((B, T), np.int64)
+    loops.find_visible_keys(mask, start, keys, limits)
+    return VisibleKeys(mask, keys, limits)
+
+
+def attention(x: Array, w: Attention, cache: Array, start: int, mask: Array | None, tap: Tap, name: str) -> Array:
+    """Causal self-attention of T new positions over all S = start + T: (B, T, C) -> (B, T, C).
+
+    cache: (2, B, H, >= S, D), the keys and values; positions 0..start-1 are read, start..S-1 written.
+    mask: (B, 1, T, S), added to the scores instead of the causal mask where a file's padding asks for it.
+    """
+    B, T, _ = x.shape
+    H, D = cache.shape[2], cache.shape[4]
+    qkv = linear(x, *w.c_attn)  # (B, T, C) -> (B, T, 3HD)
+    heads = empty_aligned((B, T, H * D), x.dtype)
+    shape = (B, H, T, start + T) if tap is not no_tap else (0, 0, 0, 0)
+    scores, probs = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
+    with pool() as count:
+        scratch = scratch_for(count, x.dtype, S=start + T, D=D)
+        visible = visible_keys(mask, B, T, start, x.dtype)
+        _attend_into(_rows(heads), probs, _rows(qkv), cache, start, w.scale, visible, scratch)
+        if tap is not no_tap:
+            loops.all_scores(_rows(qkv), cache, start, T, w.scale, scores)
+    for part, value in zip("qkv", split_heads(qkv, w.n_head), strict=True):
+        tap(f"{name}.{part}", value)
+    tap(f"{name}.scores", scores)
+    tap(f"{name}.probs", probs)
+    tap(f"{name}.heads", heads)
+    out = linear(heads, *w.c_proj)  # (B, T, HD) -> (B, T, C)
+    tap(f"{name}.out", out)
+    return out
+
+
+def activate(x: Array, activation: str) -> Array:
+    """One of ACTIVATIONS, element by element."""
+    out = x.copy()
+    with pool():
+        activate_in_place(out.reshape(-1), ACTIVATION_CODES[activation])
+    return out
+
+
+def gelu_tanh(x: Array) -> Array:
+    """GELU as GPT-2 computes it."""
+    return activate(x, "gelu_tanh")
+
+
+def gelu_erf(x: Array) -> Array:
+    """GELU exactly, x times the normal distribution's cumulative probability."""
+    return activate(x, "gelu_erf")
+
+
+def gelu_quick(x: Array) -> Array:
+    """GELU by a sigmoid, x * sigmoid(1.702 x)."""
+    return activate(x, "gelu_quick")
+
+
+def relu(x: Array) -> Array:
+    """max(x, 0); a NaN stays a NaN."""
+    return activate(x, "relu")
+
+
+def silu(x: Array) -> Array:
+    """x * sigmoid(x)."""
+    return activate(x, "silu")
+
+
+def tanh(x: Array) -> Array:
+    """The hyperbolic tangent."""
+    return activate(x, "tanh")
+
+
+def mlp(x: Array, w: MLP, tap: Tap, name: str) -> Array:
+    """Two linear maps with a GELU between, each position by itself: (B, T, C) -> (B, T, C)."""
+    hidden = linear(x, *w.c_fc)  # (B, T, C) -> (B, T, F)
+    tap(f"{name}.c_fc", hidden)
+    hidden = activate(hidden, w.activation)
+    tap(f"{name}.gelu", hidden)
+    out = linear(hidden, *w.c_proj)  # (B, T, F) -> (B, T, C)
+    tap(f"{name}.out", out)
+    return out
+
+
+def block(x: Array, w: BlockWeights, cache: Array, start: int, mask: Array | None, tap: Tap, name: str) -> Array:
+    """One transformer block; each half reads a normalised copy and adds to the stream: (B, T, C) -> (B, T, C)."""
+    normed = layer_norm(x, *w.ln_1)
+    tap(f"{name}.ln_1", normed)
+    x = x + attention(normed, w.attn, cache, start, mask, tap, f"{name}.attn")
+    tap(f"{name}.resid_mid", x)
+    normed = layer_norm(x, *w.ln_2)
+    tap(f"{name}.ln_2", normed)
+    x = x + mlp(normed, w.mlp, tap, f"{name}.mlp")
+    tap(f"{name}.resid_post", x)
+    return x
+
+
+def transformer(
+    input_ids: Array,
+    position_ids: Array,
+    w: GPT2Weights,
+    caches: list[Array],
+    start: int = 0,
+    mask: Array | None = None,
+    tap: Tap = no_tap,
+) -> Array:
+    """The whole stack: ids and positions (B, T) -> last_hidden_state (B, T, C).
+
+    caches: L arrays (2, B, H, >= start + T, D), read up to `start` and written from there, see `attention`.
+    Without a tap the residual additions and the activation happen inside the linear maps, with the same bits.
+    """
+    x = embed(input_ids, position_ids, w.wte, w.wpe)  # (B, T) -> (B, T, C)
+    tap("embed", x)
+    if tap is no_tap:
+        _blocks(x, w, caches, start, mask)
+    else:
+        for i, (block_weights, cache) in enumerate(zip(w.h, caches, strict=True)):
+            x = block(x, block_weights, cache, start, mask, tap, f"h.{i}")
+    x = layer_norm(x, *w.ln_f)
+    tap("ln_f", x)
+    return x
+
+
+def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Array | None) -> None:
+    """All blocks on the residual stream x (B, T, C), in place; they share their buffers."""
+    B, T, C = x.shape
+    H, D = caches[0].shape[2], caches[0].shape[4]
+    R, HD, F, dtype = B * T, H * D, w.h[0].mlp.c_fc.bias.size, x.dtype
+    normed, shared = empty_aligned((R, C), dtype), empty_aligned((R * max(4 * HD, F),), dtype)
+    qkv, heads = shared[: R * 3 * HD].reshape(R, 3 * HD), shared[R * 3 * HD : R * 4 * HD].reshape(R, HD)
+    hidden = shared[: R * F].reshape(R, F)  # made when qkv and heads are done with
+    rows, no_probs = _rows(x), np.empty((0, 0, 0, 0), dtype)
+    with pool() as count:
+        visible = visible_keys(mask, B, T, start, dtype)
+        scratch = scratch_for(count, dtype, C, start + T, D)
+        for b, cache in zip(w.h, caches, strict=True):
+            _layer_norm_into(normed, rows, *b.ln_1, scratch)
+            _linear_into(qkv, normed, *b.attn.c_attn, scratch)
+            _attend_into(heads, no_probs, qkv, cache, start, b.attn.scale, visible, scratch)
+            _linear_into(rows, heads, *b.attn.c_proj, scratch, added=True)
+            _layer_norm_into(normed, rows, *b.ln_2, scratch)
+            _linear_into(hidden, normed, *b.mlp.c_fc, scratch, b.mlp.activation)
+            _linear_into(rows, hidden, *b.mlp.c_proj, scratch, added=True)
+
+
+def logits(hidden: Array, lm_head: Any, lm_head_bias: Array, tap: Tap = no_tap) -> Array:
+    """A score for every token of the vocabulary: (B, T, C) @ (C, V) -> (B, T, V)."""
+    scores = linear(hidden, lm_head, lm_head_bias)
+    tap("logits", scores)
+    return scores
+
+
+def warmup(dtype: Any = np.float32) -> None:
+    """Compile every kernel for one dtype, or load it from disk, by running a model of zeros.
+
+    It is just large enough that each kernel deals work out to threads for many tokens, and does not for one.
+    """
+    if config.DISABLE_JIT:
+        return
+    C, V, H = 64, 4096, 2
+    T = 2 * threads.GRAIN // C  # tokens of which the embedding, the lightest kernel, is worth two threads
+
+    def zeros(*shape: int) -> Array:
+        return np.zeros(shape, dtype)
+
+    def zero_map(K: int, N: int) -> Linear:
+        weight: Any = pack_matrix(zeros(K, N))
+        return Linear(weight, zeros(N))
+
+    norm = LayerNorm(zeros(C), zeros(C), 1e-5)
+    attend = Attention(zero_map(C, 3 * C), zero_map(C, C), H, 1.0)
+    block_weights = BlockWeights(norm, attend, norm, MLP(zero_map(C, C), zero_map(C, C), "gelu_tanh"))
+    wte: Any = pack_matrix(zeros(V, C), transposed=True)
+    w = GPT2Weights(wte, zeros(1, C), (block_weights,), norm, wte, zeros(0))
+    for tokens in (1, T):
+        ids = np.zeros((1, tokens), np.int64)
+        for tap in (no_tap, lambda name, value: None):
+            hidden = transformer(ids, ids, w, [zeros(2, 1, H, tokens, C // H)], 0, None, tap if tokens == 1 else no_tap)
+            logits(hidden[:, -1:], w.lm_head, w.lm_head_bias)

@@ -1,0 +1,91 @@
+"""How functions are compiled, and where compiled code is kept."""
+
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# (numba infers the types of compiled functions from their arguments)
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding
+import numba
+from numba.core import config as numba_config
+from numba.core.caching import FunctionCache
+from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]
+
+config: Any = numba_config  # its fields are made at run time, from NUMBA_... in the environment
+
+FOLDER = Path(__file__).parent
+KNOWN_NUMBA = (0, 68)  # the newest version of which it is known what cached code needs: see `_link_runtime`
+
+
+@functools.cache
+def sources_stamp(folder: Path) -> str:
+    """A hash of the Python files in a folder."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        total.update(path.name.encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+class DiskCache(FunctionCache):
+    """numba's cache of compiled code, which also sees changes of the other files here and never fails a call.
+
+    The folder is numba's choice: NUMBA_CACHE_DIR, else __pycache__ beside the function's file, else the user's own
+    cache.
+    """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        # compiled code holds what it calls, and that may stand in another file of this folder
+        self._cache_file._source_stamp = self._cache_file._source_stamp, sources_stamp(FOLDER)
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        try:
+            if numba.version_info.short > KNOWN_NUMBA:
+                return super().load_overload(signature, context)
+            _link_runtime()
+            return self._load_overload(signature, context)
+        except Exception:  # a damaged file, of which pickle may raise anything: compile anew
+            return None
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        # a full or write-protected disk, or a damaged index there: compile anew the next time
+        with suppress(Exception):
+            super().save_overload(signature, data)
+
+    def holds(self, machine: Any) -> bool:
+        """Whether there is compiled code for this kind of machine."""
+        try:
+            return any(key[1] == machine for key in self._cache_file._load_index())
+        except Exception:
+            return False
+
+
+def jit(parallel: bool = False) -> Callable[[Any], Any]:
+    """numba.njit with the settings that all kernels share; compiled code is kept on disk where that is possible."""
+
+    def decorate(function: Any) -> Any:
+        kernel: Any = numba.njit(nogil=True, parallel=parallel, error_model="numpy")(function)
+        if not config.DISABLE_JIT:
+            with suppress(RuntimeError):  # no folder to write to: compile anew in every process
+                kernel._cache = DiskCache(function)
+        return kernel
+
+    return decorate
+
+
+@functools.cache
+def _link_runtime() -> None:
+    """Tell LLVM the addresses of numba's runtime.
+
+    That is all that compiled code needs. `CPUContext.refresh`, by which numba prepares itself before it looks into
+    its cache, is for compiling: 0.2 s and 45 MB. numba calls it itself when something is missing in the cache.
+    """
+    for name, address in _nrt_python.c_helpers.items():
+        llvmlite.binding.add_symbol(name if name.startswith("_") else f"NRT_{name}", address)

@@ -1,0 +1,390 @@
+"""The kernels: linear maps, embedding, layer norm and attention over a range of independent pieces of work.
+
+Each kernel is a pair of functions: `..._range` does pieces first..last-1 on one thread, `..._parallel` has several
+threads take chunks of pieces until none is left (`threads.run_pieces` chooses). scratch is memory of the thread.
+
+    B batch   T new positions   S cached + new positions   C width (n_embd)   H heads   D head size
+    R rows = B * T   K, N inputs and outputs of a linear map
+"""
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# (numba infers the types of compiled functions from their arguments)
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+
+from ..arrays import Array
+from . import tile
+from .jit import jit
+from .threads import next_chunk
+from .tile import PANEL, ROWS, fma
+from .vectors import LANES, activate_in_place, add, copy, exp, highest, span, total, transpose_block
+
+TERMS = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
+PIECE_ROWS = 48  # rows that share one pass over a panel of weights; a multiple of every ROWS
+PIECE_QUERIES = 96  # queries that share one transposition of the keys; likewise
+
+tile_1, tile_2, tile_4, tile_full = (tile.make_tile(rows) for rows in (1, 2, 4, ROWS))
+
+
+# ------------------------------------------------------------------------------------------------ linear maps
+
+
+@jit()
+def multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride):
+    """One panel: out[r] += a[r] @ b for r < rows, see `tile.make_tile`."""
+    r = 0
+    while r < rows:
+        left = rows - r
+        a_row, out_row = a_start + r * a_stride, out_start + r * out_stride
+        if left >= ROWS:
+            tile_full(a, a_row, a_stride, b, b_start, b_stride, depth, out, out_row, out_stride)
+            r += ROWS
+        elif left >= 4:
+            tile_4(a, a_row, a_stride, b, b_start, b_stride, depth, out, out_row, out_stride)
+            r += 4
+        elif left >= 2:
+            tile_2(a, a_row, a_stride, b, b_start, b_stride, depth, out, out_row, out_stride)
+            r += 2
+        else:
+            tile_1(a, a_row, a_stride, b, b_start, b_stride, depth, out, out_row, out_stride)
+            r += 1
+
+
+@jit()
+def linear_range(first, last, scratch, x, weight, bias, activation, added, terms, out):
+    """out (R, N) = activation(x (R, K) @ weight + bias), or with `added` out += that; weight: see `Panels`.
+
+    A piece is one panel of columns for PIECE_ROWS rows. terms: of one chain, see TERMS.
+    """
+    (R, K), N = x.shape, out.shape[1]
+    row_pieces = -(-R // PIECE_ROWS)
+    for piece in range(first, last):
+        column, row = piece // row_pieces * PANEL, piece % row_pieces * PIECE_ROWS
+        rows, width = min(PIECE_ROWS, R - row), min(PANEL, N - column)
+        totals = scratch[: rows * PANEL]
+
+        # 1. the bias, then the product, block by block of the sum; what one block reads stays in the caches
+        totals[:] = 0
+        if bias.size > 0:
+            for r in range(rows):
+                copy(bias[column : column + width], totals[r * PANEL : r * PANEL + width])
+        for k in range(0, K, terms):
+            depth = min(terms, K - k)
+            multiply(rows, x, row * K + k, K, weight, column * K + k * PANEL, PANEL, depth, totals, 0, PANEL)
+
+        # 2. the activation, and the way out: stored, or added to the residual stream
+        activate_in_place(totals, activation)
+        for r in range(rows):
+            if added:
+                add(totals[r * PANEL : r * PANEL + width], out[row + r, column : column + width])
+            else:
+                copy(totals[r * PANEL : r * PANEL + width], out[row + r, column : column + width])
+
+
+@jit(parallel=True)
+def linear_parallel(ticket, workers, pieces, smallest, scratch, x, weight, bias, activation, added, terms, out):
+    for worker in prange(workers):
+        first, last = next_chunk(ticket, workers, pieces, smallest)
+        while first < pieces:
+            linear_range(first, last, scratch[worker], x, weight, bias, activation, added, terms, out)
+            first, last = next_chunk(ticket, workers, pieces, smallest)
+
+
+# --------------------------------------------------------------------------------------------- embedding, norm
+
+
+@jit()
+def embed_range(first, last, scratch, ids, positions, wte, wpe, out):
+    """out (R, C) = token vector plus position vector; a piece is one row. wte: Panels of the transposed table."""
+    for r in range(first, last):
+        panel, column = ids[r] // PANEL, ids[r] % PANEL
+        for c in range(out.shape[1]):
+            out[r, c] = wte[panel, c, column] + wpe[positions[r], c]
+
+
+@jit(parallel=True)
+def embed_parallel(ticket, workers, pieces, smallest, scratch, ids, positions, wte, wpe, out):
+    for worker in prange(workers):
+        first, last = next_chunk(ticket, workers, pieces, smallest)
+        while first < pieces:
+            embed_range(first, last, scratch[worker], ids, positions, wte, wpe, out)
+            first, last = next_chunk(ticket, workers, pieces, smallest)
+
+
+@jit()
+def layer_norm_range(first, last, scratch, x, weight, bias, epsilon, out):
+    """out (R, C) = each row of x with mean 0 and variance 1, scaled and shifted; a piece is one row."""
+    C = x.shape[1]
+    number = x.dtype.type
+    lanes, squares = scratch[:LANES], scratch[LANES : LANES + C]
+    for r in range(first, last):
+        row, normed = x[r], out[r]
+        # 1. take off the mean
+        mean = total(row, lanes) / number(C)
+        for c in range(C):
+            normed[c] = row[c] - mean
+            squares[c] = normed[c] * normed[c]
+        # 2. divide by the root of what is left on average, the variance
+        deviation = np.sqrt(total(squares, lanes) / number(C) + number(epsilon))
+        for c in range(C):
+            normed[c] = normed[c] / deviation * weight[c] + bias[c]
+
+
+@jit(parallel=True)
+def layer_norm_parallel(ticket, workers, pieces, smallest, scratch, x, weight, bias, epsilon, out):
+    for worker in prange(workers):
+        first, last = next_chunk(ticket, workers, pieces, smallest)
+        while first < pieces:
+            layer_norm_range(first, last, scratch[worker], x, weight, bias, epsilon, out)
+            first, last = next_chunk(ticket, workers, pieces, smallest)
+
+
+# --------------------------------------------------------------------------------------------------- attention
+
+
+class VisibleKeys(NamedTuple):
+    """Which keys the queries may see, and what is added to their scores."""
+
+    mask: Array  # (B, 1, T, S), added to the scores; empty for the causal mask
+    keys: Array  # (B, S): positions of the keys that any query of a sequence may see, in order
+    limits: Array  # (B, T): how many of that list each query looks at
+
+
+@jit()
+def find_visible_keys(mask, start, keys, limits):
+    """Fill in keys and limits of VisibleKeys, for new positions from `start` on.
+
+    A key whose mask is -inf for all queries (padding) is left out of every loop from here on, so that a padded
+    sequence goes through the very operations of the sequence without padding.
+    """
+    (B, S), T = keys.shape, limits.shape[1]
+    for b in range(B):
+        count = 0
+        for j in range(S):
+            seen = mask.size == 0
+            for t in range(T if mask.size > 0 else 0):
+                seen = seen or mask[b, 0, t, j] != -np.inf
+            if seen:
+                keys[b, count] = j
+                count += 1
+        for t in range(T):
+            if mask.size == 0:
+                limits[b, t] = start + t + 1
+            else:
+                limits[b, t] = count
+                while limits[b, t] > 0 and mask[b, 0, t, keys[b, limits[b, t] - 1]] == -np.inf:
+                    limits[b, t] -= 1
+
+
+@jit()
+def append_to_cache(qkv, cache, start, T):
+    """Write the new keys and values into the cache: (B * T, 3HD) -> (2, B, H, start:start + T, D)."""
+    _, B, H, _, D = cache.shape
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                row = qkv[b * T + t]
+                copy(row[(H + h) * D : (H + h + 1) * D], cache[0, b, h, start + t])
+                copy(row[(2 * H + h) * D : (2 * H + h + 1) * D], cache[1, b, h, start + t])
+
+
+class AttentionRoom(NamedTuple):
+    """Where a thread keeps the parts of one piece of attention: slices of its scratch, each of one dimension.
+
+    S keys in panels of PANEL make `length` scores of a query; D in whole panels is the `width` of a value.
+    """
+
+    keys: Array  # (length / PANEL, D, PANEL)
+    values: Array  # (S, width)
+    scores: Array  # (ROWS, length)
+    heads: Array  # (ROWS, width)
+    sums: Array  # (ROWS,): of the probabilities before they are divided by it
+    lanes: Array  # (LANES,)
+
+
+@jit()
+def attention_room(scratch, S, D):
+    """See AttentionRoom; `forward.scratch_for` knows how much it takes."""
+    length, width = -(-S // PANEL) * PANEL, -(-D // PANEL) * PANEL
+    values = length * D
+    scores = values + length * width
+    heads = scores + ROWS * length
+    sums = heads + ROWS * width
+    lanes = sums + ROWS
+    return AttentionRoom(
+        scratch[:values],
+        scratch[values:scores],
+        scratch[scores:heads],
+        scratch[heads:sums],
+        scratch[sums:lanes],
+        scratch[lanes : lanes + LANES],
+    )
+
+
+@jit()
+def gather_keys(room, cache, flat_cache, b, h, keys):
+    """Put the keys of one head into panels of PANEL keys: (S, D) -> (S / PANEL, D, PANEL)."""
+    _, _, H, length, D = cache.shape
+    S = keys.size
+    if S == 0 or keys[S - 1] == S - 1:  # none is left out
+        plane = (b * H + h) * length * D
+        for j in range(0, S, PANEL):
+            transpose_block(flat_cache, plane + j * D, D, min(PANEL, S - j), D, room.keys, j * D, PANEL)
+    else:
+        for j in range(S):
+            for d in range(D):
+                room.keys[(j // PANEL * D + d) * PANEL + j % PANEL] = cache[0, b, h, keys[j], d]
+
+
+@jit()
+def gather_values(room, cache, b, h, keys):
+    """Copy the values of one head together, filled up to whole panels: (S, D) -> (S, width)."""
+    D = cache.shape[4]
+    width = -(-D // PANEL) * PANEL
+    for j in range(keys.size):
+        row = room.values[j * width : (j + 1) * width]
+        row[D:] = 0
+        copy(cache[1, b, h, keys[j]], row[:D])
+
+
+@jit()
+def score_queries(rows, qkv, query, stride, D, room, length, wide):
+    """scores[r, j] = q[r] . k[j] for j < wide; the queries are numbers query + r * stride ... of qkv."""
+    room.scores[: rows * length] = 0
+    for j in range(0, wide, PANEL):
+        for d in range(0, D, TERMS):
+            multiply(
+                rows, qkv, query + d, stride, room.keys, j * D + d * PANEL, PANEL, min(TERMS, D - d),
+                room.scores, j, length,
+            )  # fmt: skip
+
+
+@jit()
+def softmax(scores, limit, scale, masked, mask, keys, lanes):
+    """Turn the first `limit` scores of a query into exp(score - highest), the others into 0; return the sum."""
+    number = scores.dtype.type
+    if limit == 0:  # a query that may see no key gets zeros, as in reference.softmax
+        scores[:] = 0
+        return number(1)
+    lowest = number(-np.inf)
+    scale = number(scale)
+    for j in range(scores.size):
+        scores[j] *= scale
+    if masked:
+        for j in range(limit):
+            scores[j] += mask[keys[j]]
+    scores[limit:] = lowest
+    peak = highest(scores, lanes)
+    for j in range(scores.size):
+        scores[j] = exp(scores[j] - peak)
+    return total(scores, lanes)
+
+
+@jit()
+def weigh_values(limits, finite, room, length, values, value_start, width):
+    """heads[r] = sum over j < limits[r] of probability[r, j] * value[j], before the division by the sum.
+
+    A query's sum ends at its own last key: what comes after must not matter. For a group of queries the sum runs on
+    to the last key of all, with probability 0, which only is the same if the values after are `finite`.
+    """
+    rows = limits.size
+    shortest, longest = span(limits)
+    room.heads[: rows * width] = 0
+    for j in range(0, longest, TERMS):
+        for d in range(0, width, PANEL):
+            value = value_start + j * width + d
+            if finite or j + TERMS <= shortest:
+                multiply(
+                    rows, room.scores, j, length, values, value, width, min(TERMS, longest - j), room.heads, d, width
+                )
+            else:
+                for r in range(rows):
+                    if j < limits[r]:
+                        multiply(
+                            1, room.scores, r * length + j, length, values, value, width, min(TERMS, limits[r] - j),
+                            room.heads, r * width + d, width,
+                        )  # fmt: skip
+
+
+@jit()
+def attend_range(first, last, scratch, qkv, cache, flat_cache, scale, visible, heads, probs):
+    """heads (R, HD) = softmax(q . k * scale + mask) @ v; a piece is PIECE_QUERIES queries of one head of one sequence.
+
+    qkv: (R, 3HD), of which the queries are read. flat_cache: the cache as one row of numbers. probs: (B, H, T, S),
+    or empty where nobody wants the probabilities.
+    """
+    _, _, H, room_length, D = cache.shape
+    T = visible.limits.shape[1]
+    masked, width, half = visible.mask.size > 0, -(-D // PANEL) * PANEL, flat_cache.size // 2
+    query_pieces = -(-T // PIECE_QUERIES)
+    for piece in range(first, last):
+        b, h, start = piece // query_pieces // H, piece // query_pieces % H, piece % query_pieces * PIECE_QUERIES
+        limits = visible.limits[b, start : start + PIECE_QUERIES]
+        nearest, S = span(limits)
+        keys = visible.keys[b, :S]
+        room, length = attention_room(scratch, S, D), -(-S // PANEL) * PANEL
+
+        # 1. keys in panels; values as they lie in the cache if their rows fill whole panels and no key is left out
+        gather_keys(room, cache, flat_cache, b, h, keys)
+        if width == D and (S == 0 or keys[S - 1] == S - 1):
+            values, value_start = flat_cache, half + (b * H + h) * room_length * D
+        else:
+            gather_values(room, cache, b, h, keys)
+            values, value_start = room.values, 0
+        finite = total(values[value_start + nearest * width : value_start + S * width], room.lanes) * 0 == 0
+
+        for t in range(0, limits.size, ROWS):
+            group = limits[t : t + ROWS]
+            row, wide = b * T + start + t, -(-span(group)[1] // PANEL) * PANEL
+
+            # 2. scores = q . k, for ROWS queries and PANEL keys at a time
+            score_queries(group.size, qkv, (row * 3 * H + h) * D, 3 * H * D, D, room, length, wide)
+
+            # 3. softmax, without the division by its sum, which is left to the end
+            for r in range(group.size):
+                scores = room.scores[r * length : r * length + wide]
+                mask = visible.mask[b, 0, start + t + r] if masked else scores
+                room.sums[r] = softmax(scores, group[r], scale, masked, mask, keys, room.lanes)
+
+            # 4. the values, weighted
+            weigh_values(group, finite, room, length, values, value_start, width)
+            for r in range(group.size):
+                head = heads[row + r, h * D : (h + 1) * D]
+                for d in range(D):
+                    head[d] = room.heads[r * width + d] / room.sums[r]
+                if probs.size > 0:
+                    for j in range(group[r]):
+                        probs[b, h, start + t + r, keys[j]] = room.scores[r * length + j] / room.sums[r]
+
+
+@jit(parallel=True)
+def attend_parallel(
+    ticket, workers, pieces, smallest, scratch, qkv, cache, flat_cache, scale, visible, heads, probs
+):  # fmt: skip
+    for worker in prange(workers):
+        first, last = next_chunk(ticket, workers, pieces, smallest)
+        while first < pieces:
+            attend_range(first, last, scratch[worker], qkv, cache, flat_cache, scale, visible, heads, probs)
+            first, last = next_chunk(ticket, workers, pieces, smallest)
+
+
+@jit()
+def all_scores(qkv, cache, start, T, scale, scores):
+    """The tap `attn.scores`: q . k * scale for all keys, visible or not, as `score_queries` computes it."""
+    _, B, H, _, D = cache.shape
+    number = qkv.dtype.type
+    for b in range(B):
+        for h in range(H):
+            for t in range(T):
+                for j in range(start + T):
+                    score = number(0)
+                    for d in range(0, D, TERMS):
+                        chain = number(0)
+                        for i in range(d, min(D, d + TERMS)):
+                            chain = fma(qkv[b * T + t, h * D + i], cache[0, b, h, j, i], chain)
+                        score += chain
+                    scores[b, h, t, j] = score * number(scale)
