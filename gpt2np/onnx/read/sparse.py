@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...arrays import empty_aligned
 from ...errors import ModelFileError
 from ...files import allowance
 from .reader import ModelFile
-from .tensors import Tensor, empty_aligned
+from .tensors import Tensor
 
 if TYPE_CHECKING:
     import onnx

@@ -9,21 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays import empty_aligned
 from ...errors import ModelFileError
 from ...files import File
 
-ALIGNMENT = 64  # a cache line, and the widest SIMD register
 BLOCK = 1 << 18  # bytes decoded at once, of payloads that are not the array's own bytes
 
 Pieces = tuple[tuple[int, int], ...]  # (offset, length) in the file, in order
-
-
-def empty_aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """A new C-contiguous array whose first element lies on a 64-byte boundary; its content is arbitrary."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ...arrays import empty_aligned
 from ...errors import WeightError
 from ..evaluate.evaluator import Evaluator
 from ..evaluate.operators import is_float
 from ..graph import UNPACK, Graph
 from ..guard import typed_errors
-from ..read.tensors import Tensor, empty_aligned
+from ..read.tensors import Tensor
 
 Array = np.ndarray
 
