@@ -50,8 +50,9 @@ def describe(file: ModelFile, found: Recognised) -> dict[str, Any]:
         "config": _finite(asdict(found.config)),
         "parameters": parameters(found),
         "positions": found.positions,
-        "inputs": [_port(p) for p in found.inputs],
-        "outputs": [_port(p) for p in found.outputs],
+        "inputs": [_port(p) for p in (found.search or found).inputs],
+        "outputs": [_port(p) for p in (found.search or found).outputs],
+        "search": _search(found),
         "weights": {
             name: {
                 "shape": list(source.shape),
@@ -77,6 +78,18 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _search(found: Recognised) -> dict[str, Any] | None:
+    """Of a file that searches: how, and what goes into the GPT-2 inside and comes out of it."""
+    if found.search is None:
+        return None
+    return {
+        "kind": found.search.kind,
+        "described": found.search.describe(),
+        "decoder_inputs": [_port(p) for p in found.inputs],
+        "decoder_outputs": [_port(p) for p in found.outputs],
+    }
 
 
 def _port(port: Port) -> dict[str, Any]:
@@ -107,7 +120,7 @@ def operators(file: ModelFile) -> dict[str, int]:
 def variant(file: ModelFile, found: Recognised) -> list[str]:
     """What kind of export this is, in words."""
     roles = {p.role for p in (*found.inputs, *found.outputs)}
-    words = []
+    words = [] if found.search is None else [found.search.describe(), "the GPT-2 inside"]
     if "logits" in roles or "last_logits" in roles:
         where = "" if "logits" in roles else " of the last position"
         words.append(f"logits{where}, {'head tied to wte' if found.config.tied else 'separate head'}")
@@ -169,8 +182,11 @@ def print_info(file: ModelFile, found: Recognised) -> None:
     for note in found.notes:
         out.print(f"note: {note}", style="yellow")
     out.print()
-    ports = [("in", p) for p in found.inputs] + [("out", p) for p in found.outputs]
-    print_table(("", "name", "type", "shape", "role"), (_port_row(d, p) for d, p in _folded_ports(ports)))
+    for what, holder in (("", found.search), ("of the GPT-2 inside:", found)) if found.search else (("", found),):
+        ports = [("in", p) for p in holder.inputs] + [("out", p) for p in holder.outputs]
+        if what:
+            out.print(what, style="dim")
+        print_table(("", "name", "type", "shape", "role"), (_port_row(d, p) for d, p in _folded_ports(ports)))
     out.print()
     columns = ("weight", "shape", "from", "stored as", "seen through")
     print_table(columns, _weight_rows(file, found))

@@ -17,6 +17,7 @@ from .metrics import Budget
 from .parties import Ort, Ours, Recorded, Runner, model_path, runner_of
 from .report import Check, Report, number, show, tap_lines
 from .rounding import Rounding, rounds
+from .searched import search_parity
 from .subject import Subject
 from .trace import versions
 
@@ -36,6 +37,8 @@ def parity(options: Options) -> Report:
     """Compare ours, others and the recorded outputs; where they differ, say which operation and why."""
     budgets = parse_budgets(options.preset, options.rtol, options.atol)
     model = Subject(model_path(options.model))
+    if model.found is not None and model.found.search is not None:
+        return search_parity(model, model.found.search, options, parity)
     cases = gather_cases(model, options.data, options.prompts, options.random, options.seed)
     ours = Ours(model, options.engine)
     others = [runner_of(model, text, options.engine) for text in options.against or ["ort"]]

@@ -15,6 +15,8 @@ row by row, in the checkpoint's layout. Kinds of facts, all about the run over "
     logits         "values" at "tokens" of the last position; with "top": true, no other token's is larger
     hidden         "values": the first of last_hidden_state's last position (mean error at most "mean_abs"), "l2"
     cross_entropy  "value": mean over the tokens after the first, in nats
+    beam_search    "first": the best of the sequences, prompt included, that a file which holds a beam search of this
+                   "width" finds with this many "new_tokens"; of no other file
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ NEEDED = {
     "logits": {"ids", "source", "tokens", "values"},
     "hidden": {"ids", "source", "values", "mean_abs"},
     "cross_entropy": {"ids", "source", "value", "atol"},
+    "beam_search": {"ids", "source", "width", "new_tokens", "first"},
 }
 
 

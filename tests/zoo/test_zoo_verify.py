@@ -26,6 +26,8 @@ from gpt2np.errors import ModelFileError
 from gpt2np.model import GPT2
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
+from gpt2np.parity.parties import Ours
+from gpt2np.parity.subject import Subject
 from gpt2np.zoo.facts import Facts, load_facts
 from gpt2np.zoo.transfer import file_hash
 from gpt2np.zoo.verify import (
@@ -33,11 +35,14 @@ from gpt2np.zoo.verify import (
     check_fact,
     check_file,
     check_fingerprints,
+    check_search,
     check_tokenizer,
     fingerprint,
     verdict,
     verify,
 )
+from runtime import runtime
+from search_files import loop_file
 from tiny import tiny_config, tiny_sources
 
 CONFIG = tiny_config()
@@ -278,6 +283,17 @@ def test_a_fact_fails_for_other_weights(kind: str) -> None:
     assert check_fact(other, fact(kind)).result == "FAIL"
 
 
+def test_a_beam_search_is_checked_by_the_search_that_a_file_holds(tmp_path: Path) -> None:
+    path = loop_file(tmp_path / "model.onnx")
+    ours = Ours(Subject(path), "numpy")
+    feeds = {"input_ids": np.array([IDS[:3]]), "attention_mask": np.ones((1, 3), np.float32), "new_tokens": np.array(4)}
+    first = runtime(path).run(None, feeds)[0][0].tolist()
+    known = {"kind": "beam_search", "ids": IDS[:3], "width": 4, "new_tokens": 4, "first": first, "source": "recorded"}
+    assert check_search(ours, known).result == "pass"
+    assert check_search(ours, {**known, "first": [*first[:-1], first[-1] + 1]}).result == "FAIL"
+    assert check_search(ours, {**known, "width": 5}).result == "skip"
+
+
 def test_a_value_just_beyond_the_tolerance_fails() -> None:
     for kind, key, step in (
         ("top logits", "values", 1.5e-4),
@@ -454,7 +470,10 @@ def test_the_published_facts() -> None:
     assert facts.model == "GPT-2 124M"
     assert facts.parameters == 124_439_808
     assert len(facts.weights["fingerprints"]) == 23
-    assert len(facts.facts) == 18
+    assert len(facts.facts) == 19
+    assert [fact["first"] for fact in facts.facts if fact["kind"] == "beam_search"] == [
+        [8642, 562, 318, 407, 262, 691, 835, 284]
+    ]
     assert all(0 <= token < 50257 for f in facts.facts for token in f["ids"] + f.get("next", []) + f.get("tokens", []))
     assert all(f["source"] for f in facts.facts)
     names = {file.name for file in zoo.known_files()}

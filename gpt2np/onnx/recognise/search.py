@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -21,7 +22,7 @@ from .probe import declared_shape, element_type
 from .recognised import Port
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 # The inputs of ONNX Runtime's search nodes, by position.
 _MASKS = ("repetition_penalty", "vocab_mask", "prefix_vocab_mask", "attention_mask")
@@ -104,6 +105,31 @@ def find_search(file: ModelFile) -> Search | None:
             return _of_node(file, node)
     loops = [n for n in graph.node if n.op_type == "Loop" and n.domain in ("", "ai.onnx")]
     return _of_loop(file, loops[0]) if len(loops) == 1 else None
+
+
+class _Whole:
+    """A model in memory, cut as a file is."""
+
+    def __init__(self, proto: ModelProto) -> None:
+        self.proto = proto
+
+    def with_graph(self, graph: GraphProto) -> _Whole:
+        from onnx import ModelProto
+
+        made = ModelProto()
+        made.CopyFrom(self.proto)
+        made.graph.CopyFrom(graph)
+        return _Whole(made)
+
+
+def decoder_model(path: str | Path) -> bytes:
+    """The GPT-2 inside a file that searches, as a model.onnx of its own, its weights included."""
+    import onnx
+
+    search = find_search(cast(ModelFile, _Whole(onnx.load(path))))
+    if search is None:
+        raise UnsupportedModelError(f"{path} holds no search")
+    return bytes(search.decoder.proto.SerializeToString())
 
 
 def _of_node(file: ModelFile, node: NodeProto) -> Search:
