@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
@@ -343,3 +344,85 @@ def test_a_folder_is_a_path_too(tmp_path):
     (tmp_path / "model.onnx").write_bytes((DATA / "dynamo_20.onnx").read_bytes())
     assert InferenceSession(tmp_path, engine="numpy").get_inputs()[0].name == "input_ids"
     assert recognise(open_model(tmp_path)).config.n_layer == 2
+
+
+# -------------------------------------------------------------------------------------- what clients of onnxruntime use
+def test_the_signature_is_onnxruntimes(tmp_path):
+    """Bytes, options, providers and run options, each where onnxruntime takes it."""
+    path = DATA / "optimum_past.onnx"
+    options = onnxruntime.SessionOptions()
+    sessions = [
+        InferenceSession(path, options, ["CPUExecutionProvider"], engine="numpy"),
+        InferenceSession(str(path), providers=[("CUDAExecutionProvider", {"device_id": 0}), "CPUExecutionProvider"]),
+        InferenceSession(path.read_bytes(), sess_options=options, providers=None, provider_options=None),
+    ]
+    theirs = runtime(path)
+    feeds = feeds_for(sessions[0].model.recognised, 2, 3, 2)
+    for session in sessions:
+        assert session.get_providers() == theirs.get_providers()
+        assert set(session.get_provider_options()) == set(theirs.get_provider_options())
+        for got, expected in zip(
+            session.run(["logits"], feeds, onnxruntime.RunOptions()), theirs.run(["logits"], feeds), strict=True
+        ):
+            assert_close(got, expected, "logits")
+    assert sessions[0].get_session_options() is options
+
+
+def test_a_session_of_bytes_leaves_no_file_behind():
+    import gc
+
+    session = InferenceSession((DATA / "dynamo_20.onnx").read_bytes(), engine="numpy")
+    folder = session.model.path.parent
+    assert folder.is_dir()
+    del session
+    gc.collect()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("given", [["cpu"], [3], [("CPUExecutionProvider",), None], [()]])
+def test_providers_that_are_none_are_an_error(given):
+    with pytest.raises(InputError, match="providers must be names"):
+        InferenceSession(DATA / "dynamo_20.onnx", None, given)
+
+
+@pytest.mark.parametrize("name", ["optimum_past", "dynamo_20", "old_past"])
+def test_what_a_file_says_about_itself(tmp_path, name):
+    model = onnx.load(DATA / f"{name}.onnx")
+    model.doc_string, model.domain, model.model_version = "described", "org.example", 7
+    helper.set_model_props(model, {"made by": "a test"})
+    onnx.save(model, tmp_path / "model.onnx")
+    ours, theirs = InferenceSession(tmp_path, engine="numpy").get_modelmeta(), runtime(tmp_path / "model.onnx")
+    for field in ("custom_metadata_map", "description", "domain", "graph_name", "graph_description", "producer_name"):
+        assert getattr(ours, field) == getattr(theirs.get_modelmeta(), field), field
+    assert ours.version == theirs.get_modelmeta().version == 7
+
+
+def test_a_float64_file_is_computed_in_float64(tmp_path):
+    """Results agree with ONNX Runtime's to float64's last digits."""
+    model = onnx.load(DATA / "old_past.onnx")
+    wide, single = onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT
+    constants = [a.t for n in model.graph.node for a in n.attribute if a.name == "value"]
+    exact = {np.float32(x): x for x in (0.044715, (2 / np.pi) ** 0.5, 1e-5, 8**0.5, 8**-0.5)}  # not rounded to float32
+    for tensor in [*model.graph.initializer, *constants]:
+        if tensor.data_type == single:
+            value = numpy_helper.to_array(tensor)
+            wider = np.array(exact.get(value.item(), value)) if value.size == 1 else value.astype(np.float64)
+            tensor.CopyFrom(numpy_helper.from_array(wider.astype(np.float64).reshape(value.shape), tensor.name))
+    for port in [*model.graph.input, *model.graph.output]:
+        if port.type.tensor_type.elem_type == single:
+            port.type.tensor_type.elem_type = wide
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == single:
+                attribute.i = wide
+    del model.graph.value_info[:]
+    onnx.save(model, tmp_path / "model.onnx")
+    session, theirs = InferenceSession(tmp_path), runtime(tmp_path / "model.onnx")
+    assert session.model.dtype == np.float64
+    assert session.get_outputs()[0].type == "tensor(double)"
+    feeds = feeds_for(session.model.recognised, 2, 4, 3, padded(2, 7, "left"))
+    for port, got, expected in zip(
+        session.get_outputs(), session.run(None, feeds), theirs.run(None, feeds), strict=True
+    ):
+        assert_close(got, expected, port.name, rtol=1e-11, atol=1e-12)
+    assert InferenceSession(tmp_path, dtype="float32", engine="numpy").model.dtype == np.float32

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from ...errors import UnsupportedModelError
-from ..graph import VIEWS, Graph
+from ..graph import VIEWS, Graph, Node
 from ..normalise.fold import scalar, small
 from .linear import Linear, match_linear, nearest_linears, vector
 from .lookup import Lookup, match_lookup
@@ -21,6 +21,13 @@ def match_last_position(graph: Graph, name: str) -> str | None:
     node = graph.producer(name)
     if node is None:
         return None
+    if node.op == "Transpose" and (time_first := _time_first(node)) is not None:  # x[:, [-1], :] in PyTorch
+        picked = graph.producer(time_first)
+        index = small(graph, picked.inputs[1]) if picked is not None and picked.op == "GatherND" else None
+        if picked is None or index is None or index.size != 1 or int(index.flat[0]) != -1:
+            return None
+        whole = graph.producer(picked.inputs[0])
+        return _time_first(whole) if whole is not None and not picked.attributes.get("batch_dims") else None
     if node.op == "Gather" and node.attributes.get("axis", 0) in (1, -2):
         index = small(graph, node.inputs[1])
         return node.inputs[0] if index is not None and index.size == 1 and int(index.flat[0]) == -1 else None
@@ -30,6 +37,11 @@ def match_last_position(graph: Graph, name: str) -> str | None:
         if start == -1 and end >= 2**31 - 1 and axis in (1, -2):
             return node.inputs[0]
     return None
+
+
+def _time_first(node: Node) -> str | None:
+    """What a node exchanges the first two of three axes of."""
+    return node.inputs[0] if node.op == "Transpose" and node.attributes.get("perm") == [1, 0, 2] else None
 
 
 @dataclass(frozen=True)

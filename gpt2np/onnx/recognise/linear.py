@@ -119,7 +119,7 @@ def _scaled(graph: Graph, name: str) -> Linear | None:
         if not graph.is_constant(factors) or graph.is_constant(product):
             continue
         linear = _matmul(graph, graph.strip(product, SAME))
-        if linear is None:
+        if linear is None or len(graph.consumers(product)) > 1:  # 0.5 * x of a GELU, whose x is read elsewhere too
             return None
         scale = constant_source(graph, factors)
         if int(np.prod(scale.shape)) not in (1, linear.weight.shape[1]):
