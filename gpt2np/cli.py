@@ -10,14 +10,37 @@ import sys
 import traceback
 from importlib import import_module
 from io import TextIOWrapper
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from .errors import Gpt2npError
 from .escape import escaped
 
+
+class _Flags:
+    """Help that shows no type after an option that takes no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        params: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
+
+class _Command(_Flags, TyperCommand):
+    pass
+
+
+class _Group(_Flags, TyperGroup):
+    pass
+
+
 app = typer.Typer(
     name="gpt2np",
+    cls=_Group,
     help="GPT-2 from model.onnx in NumPy and numba, checked against ONNX Runtime.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -44,7 +67,7 @@ COMMANDS = {
 }
 for _name, (_module, _panel) in COMMANDS.items():
     _command = getattr(import_module(f".commands.{_module}", __package__), _module)
-    app.command(_name, rich_help_panel=_panel)(_command)
+    app.command(_name, cls=_Command, rich_help_panel=_panel)(_command)
 
 
 def _version(wanted: bool) -> None:

@@ -91,6 +91,8 @@ def generate(
         Before any work is done: see the parameters.
     """
     sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+    if not isinstance(stop, str | Sequence) or not all(isinstance(s, str) for s in stop):
+        raise InputError(f"stop must be a string or a sequence of strings, got {stop!r}")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:
         raise InputError("a stop string must not be empty")

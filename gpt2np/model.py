@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,7 @@ from . import reference
 from .cache import KVCache
 from .call import Call, check_ids, check_positions, checked_call
 from .config import GPT2Config
-from .errors import ContextOverflowError, InputError, ModelFileError
+from .errors import ContextOverflowError, InputError, ModelFileError, TokenizerError
 from .masks import mask_for
 from .paths import embedded_model_path
 from .weights import Array, GPT2Weights, WeightSources, assemble, check_sources
@@ -251,9 +251,47 @@ class GPT2:
             )
         cache.check_room(T)
 
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text; "<|endoftext|>" in it is text like any other.
+
+        Raises
+        ------
+        TokenizerError, TokenRangeError
+            There is no tokenizer beside the model, or it is another model's.
+        """
+        from .tokenizer import encode_for
+
+        return encode_for(self.config.vocab_size, self._tokenizer(), text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, special tokens included.
+
+        Raises
+        ------
+        TokenizerError, InputError, TokenRangeError
+            There is no tokenizer beside the model; the ids are no integers, or outside 0..V-1.
+        """
+        from .prompts import prompt_ids
+        from .tokenizer import decode
+
+        tokenizer, given = self._tokenizer(), list(ids)
+        return decode(tokenizer, prompt_ids([given], self.config.vocab_size, None)[0]) if given else ""
+
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        from .tokenizer import HOW_TO_GET_ONE
+
+        if self.tokenizer is None:
+            raise TokenizerError(f"there is no tokenizer beside {self.path or 'a model from arrays'}; {HOW_TO_GET_ONE}")
+        return self.tokenizer
+
     def trace(self, input_ids: Any, **kwargs: Any) -> dict[str, Array]:
-        """Every intermediate result of one call, {tap name: array}, in the order of computation."""
+        """Every intermediate result of one call, {tap name: array}, in the order of computation.
+
+        `input_ids` may be a text; all else is as in a call.
+        """
         taps: dict[str, Array] = {}
+        if isinstance(input_ids, str):
+            input_ids = self.encode(input_ids)
         self(input_ids, tap=lambda name, value: taps.__setitem__(name, np.array(value)), **kwargs)
         return taps
 

@@ -98,7 +98,7 @@ def _from_files(found: tuple[Path, ...]) -> tokenizers.Tokenizer:
 def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    tokenizer = Tokenizer(models.BPE(*_read_vocabulary(vocabulary, merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -107,13 +107,22 @@ def _from_vocabulary(vocabulary: Path, merges: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def _read_vocabulary(vocabulary: Path, merges: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token ids and merges; a byte-order mark, which editors on Windows write, is no part of the text."""
+    lines = merges.read_text("utf-8-sig").split("\n")
+    pairs = [tuple(line.rstrip("\r").split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+    wrong = next((pair for pair in pairs if len(pair) != 2), None)
+    if wrong:
+        raise ValueError(f"{' '.join(wrong)!r} is not two tokens")
+    return json.loads(vocabulary.read_text("utf-8-sig")), cast("list[tuple[str, str]]", pairs)
+
+
 def _plain(found: tuple[Path, ...]) -> BPE:
     """The textbook's BPE from the same files; an error where a tokenizer.json is of another kind than GPT-2's."""
     if len(found) == 2:
-        vocab = json.loads(found[0].read_text("utf-8"))
-        lines = [line for line in found[1].read_text("utf-8").split("\n") if line and not line.startswith("#version")]
-        return _sound(BPE(vocab, [line.split(" ") for line in lines], {END_OF_TEXT} & set(vocab)))
-    state = json.loads(found[0].read_text("utf-8"))
+        vocab, merges = _read_vocabulary(*found)
+        return _sound(BPE(vocab, merges, {END_OF_TEXT} & set(vocab)))
+    state = json.loads(found[0].read_text("utf-8-sig"))
     model, before, added = state["model"], state["pre_tokenizer"] or {}, state["added_tokens"]
     unusual = [
         key for key in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
@@ -129,7 +138,7 @@ def _plain(found: tuple[Path, ...]) -> BPE:
     if unusual:
         raise TokenizerError(f"{', '.join(unusual)}: only the tokenizers package can do this; pip install tokenizers")
     vocab = model["vocab"] | {t["content"]: t["id"] for t in added}
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     return _sound(BPE(vocab, merges, [t["content"] for t in added]))
 
 

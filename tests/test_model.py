@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpt2np
-from gpt2np.errors import ContextOverflowError, InputError, ModelFileError, TokenRangeError, WeightError
+from gpt2np.errors import (
+    ContextOverflowError,
+    InputError,
+    ModelFileError,
+    TokenizerError,
+    TokenRangeError,
+    WeightError,
+)
 from gpt2np.masks import MaskRule
 from gpt2np.model import GPT2
 from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
@@ -261,3 +268,38 @@ def test_variants_of_gpt2_run_with_both_engines(engine):
     oracle = tiny_model("numpy", "float64", **changes)(ids)
     np.testing.assert_allclose(got.logits, oracle.logits, rtol=1e-4, atol=1e-5)
     assert np.abs(oracle.logits - tiny_model("numpy", "float64")(ids).logits).max() > 0.1
+
+
+def test_text_goes_in_and_comes_out():
+    model = gpt2np.load(engine="numpy")
+    ids = model.encode("Once upon a time")
+    assert model.decode(ids) == "Once upon a time"
+    assert model.decode([]) == ""
+    np.testing.assert_array_equal(model.trace("Once upon a time")["ln_f"], model.trace(ids)["ln_f"])
+    with pytest.raises(TokenRangeError, match="outside"):
+        model.decode([10**6])
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        tiny_model("numpy").encode("text")
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], r"at least one token, got shape \(0,\)"),
+        ([[]], "at least one token"),
+        ([[1, 2], [3]], "rows of different lengths"),
+        ("Once upon a time", "got text; model.encode"),
+        ([1.5], "must be integers, got dtype float64"),
+        (None, r"must have shape .*, got \(\)"),
+    ],
+    ids=str,
+)
+def test_ids_that_are_none_are_named_for_what_they_are(ids, message):
+    with pytest.raises(InputError, match=message):
+        shared_model("numpy")(ids)
+
+
+def test_dir_lists_the_public_names():
+    assert set(gpt2np.__all__) <= set(dir(gpt2np))
+    assert not {name for name in dir(gpt2np) if name.startswith("_")} - {"__version__"}
+    assert not {"Any", "TYPE_CHECKING", "annotations", "import_module"} & set(dir(gpt2np))

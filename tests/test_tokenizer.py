@@ -1,10 +1,11 @@
 """The tokenizer: GPT-2's own cases where its vocabulary is present, a small BPE trained here everywhere."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -181,3 +182,24 @@ def test_tokens_that_are_not_byte_level_are_a_clear_error():
 def _streamed(tokenizer, token_ids):
     decoder = tok.StreamDecoder(tokenizer)
     return "".join(decoder.push(i) for i in token_ids) + decoder.flush()
+
+
+@pytest.mark.parametrize("mark", ["vocab.json", "merges.txt"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, mark):
+    model = json.loads((ROOT / "weights/mini/tokenizer.json").read_text("utf-8"))["model"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    texts = {"vocab.json": json.dumps(model["vocab"]), "merges.txt": "\r\n".join(["#version: 0.2", *merges, ""])}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, "utf-8-sig" if name == mark else "utf-8", newline="")
+    text = "Once upon a time, there was a dog"
+    expected = tok.encode(tok.load(ROOT / "weights/mini"), text)
+    assert tok.encode(tok.load(tmp_path), text) == expected
+
+
+def test_encoding_in_many_threads_leaves_the_special_token_switch_as_it_was():
+    shared = tok.load(ROOT / "weights/mini")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: tok.encode(shared, "a<|endoftext|>b" * 20, special=bool(i % 2)), range(400)))
+    assert shared.encode_special_tokens
+    assert all(found[i] == found[i % 2] for i in range(400))
+    assert found[0] != found[1]

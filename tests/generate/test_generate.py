@@ -3,6 +3,7 @@ exhaustive search and recorded results of Hugging Face transformers."""
 
 import itertools
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -401,3 +402,24 @@ def test_generate_yields_the_best_beam(model):
 def test_beam_text(talker):
     steps = list(generate(talker, "Once", 9, num_beams=3))
     assert "".join(s.text for s in steps) == TOY.decode(ids_of(steps), skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("eos_token_id", "x", "eos_token_id must be a whole number"),
+        ("temperature", "x", "temperature must be a number"),
+        ("temperature", math.nan, "temperature must be a number"),
+        ("num_beams", 2.5, "num_beams must be a whole number"),
+        ("top_k", 1.5, "top_k must be a whole number"),
+        ("top_p", "x", "top_p must be a number"),
+        ("seed", "a", "seed must be a whole number"),
+        ("max_new_tokens", 2.5, "max_new_tokens must be a whole number"),
+        ("logprobs", None, "logprobs must be a whole number"),
+        ("window", "a", "window must be a whole number"),
+        ("stop", 5, "stop must be a string or a sequence of strings"),
+    ],
+)
+def test_options_of_a_wrong_type_are_named(talker, option, value, message):
+    with pytest.raises(InputError, match=message):
+        generate(talker, [1, 2], **{option: value})

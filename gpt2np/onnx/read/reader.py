@@ -263,8 +263,10 @@ def _find(path: Path) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a null character
         raise ModelFileError(f"cannot read {str(path)!r}: {error}") from None
     if len(found) != 1:
-        names = ", ".join(f.name for f in found) or "nothing else that ends in .onnx"
-        raise ModelFileError(f"{path} has no model.onnx (but {names}); name the file that is meant")
+        if not found:
+            raise ModelFileError(f"there is no model in the folder {path}: no file in it ends in .onnx")
+        names = ", ".join(f.name for f in found)
+        raise ModelFileError(f"{path} has no model.onnx, but {names}; name the file that is meant")
     return found[0]
 
 
