@@ -94,7 +94,7 @@ def test_an_incomplete_character_is_held_back():
     assert decoder.push(byte_tokens[1]) == "é"
 
 
-def test_the_byte_alphabet_is_the_librarys():
+def test_the_byte_alphabet_is_that_of_the_library():
     from tokenizers.pre_tokenizers import ByteLevel
 
     assert sorted(bytes_to_unicode().values()) == sorted(ByteLevel.alphabet())
