@@ -16,7 +16,7 @@ from ..guard import typed_errors
 from ..read.reader import ModelFile
 from ..read.sparse import sparse_tensor
 from ..read.tensors import Tensor
-from . import fold, fused, quantised
+from . import fold, fused, quantised, spellings
 
 if TYPE_CHECKING:
     import onnx
@@ -57,9 +57,10 @@ def build_graph(
         proto = onnx.inliner.inline_local_functions(proto)
     graph = Graph({_domain(o.domain): o.version for o in proto.opset_import}, objections, rounding)
     graph.budget = Budget(file.nbytes)
-    builder = _Builder(file, graph, [fused.RULES, fold.RULES, more or {}])
+    builder = _Builder(file, graph, [fused.RULES, spellings.RULES, fold.RULES, more or {}])
+    constants = {t.name for t in proto.graph.initializer} | {t.values.name for t in proto.graph.sparse_initializer}
+    graph.ports([i for i in proto.graph.input if i.name not in constants], list(proto.graph.output))
     builder.add(proto.graph, branch)
-    graph.ports([i for i in proto.graph.input if i.name not in graph.initializers], list(proto.graph.output))
     graph.check_order()
     return graph
 

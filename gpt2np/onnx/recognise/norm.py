@@ -15,6 +15,7 @@ from .linear import match_linear
 from .sources import Source, constant_source
 
 Array = np.ndarray
+MEANS = {"ReduceMean", "ReduceSum"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _written_out_norm(graph: Graph, name: str) -> LayerNorm | None:
     means = []
     for depth, ancestor in enumerate(graph.ancestors(value)):
         inner = graph.producer(ancestor)
-        if inner is not None and inner.op == "ReduceMean":
+        if inner is not None and inner.op in MEANS:
             means.append(inner)
         if depth > 40:
             break
@@ -99,7 +100,11 @@ def _is_mean_of_centred_input(graph: Graph, mean: Node, value: str) -> bool:
     for ancestor in list(zip(range(40), graph.ancestors(value), strict=False)):
         node = graph.producer(ancestor[1])
         if node is not None and node.op == "Sub" and graph.strip(node.inputs[0], SAME) == minuend:
-            return graph.strip(node.inputs[1], SAME) in mean.outputs
+            taken = graph.strip(node.inputs[1], SAME)
+            by = graph.producer(taken)
+            if mean.op == "ReduceSum" and by is not None and by.op in ("Div", "Mul"):  # a sum, then 1 / C
+                taken = graph.strip(by.inputs[0], SAME)
+            return taken in mean.outputs
     return False
 
 
@@ -133,7 +138,7 @@ def _rearranged_norm(graph: Graph, name: str) -> LayerNorm | None:
     if node is None or node.op not in ("Add", "Sub", "Mul"):
         return None
     near = [graph.producer(a) for _, a in zip(range(25), graph.ancestors(name), strict=False)]
-    for x in dict.fromkeys(graph.strip(n.inputs[0], SAME) for n in near if n is not None and n.op == "ReduceMean"):
+    for x in dict.fromkeys(graph.strip(n.inputs[0], SAME) for n in near if n is not None and n.op in MEANS):
         between = [graph.producer(a) for _, a in zip(range(40), graph.ancestors(name, {x}), strict=False) if a != x]
         inputs = dict.fromkeys(i for n in between if n is not None for i in n.inputs if i)
         found = {i: _constant_vector(graph, i) for i in inputs}

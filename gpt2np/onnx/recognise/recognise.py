@@ -417,7 +417,7 @@ class _Recogniser(Probe):
             with np.errstate(invalid="ignore"):
                 factor = np.where(one == two, 0.0, (one - two) / (first - second))
                 added = np.where(np.isinf(one), one, one - factor * first)
-            added = np.where(np.abs(added) < 1e-9, 0.0, added)
+            added = np.where(np.abs(added) < 1e-8, 0.0, added)  # TensorFlow adds 1e-9 to every score
             if self.float16:
                 added = np.where(added < np.finfo(np.float16).min, -np.inf, added)
             return factor, added
