@@ -34,6 +34,7 @@ def fetch(
     HTTPS_PROXY, HTTP_PROXY and NO_PROXY.
     """
     from .. import zoo
+    from ..zoo import manifest
     from ._terminal import console, fail, note, print_table, progress
     from .convert import convert
 
@@ -45,7 +46,7 @@ def fetch(
             folder = zoo.fetch(name, to, mirror, source, offline, make_model, note, progress)
         except KeyboardInterrupt:
             fail("stopped; what has come so far is kept, and the same command goes on from there", 130)
-        entry = zoo.manifest()[name]
+        entry = manifest.entries()[name]
         rows = []
         for file in entry.files + entry.extras:
             path = folder / file.path

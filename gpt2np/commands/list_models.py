@@ -16,6 +16,7 @@ def list_models(
     """List the models that are here, verified or not, and those that can be fetched."""
     from .. import zoo
     from ..paths import weights_folder
+    from ..zoo import manifest
     from ._terminal import console, note, print_table
 
     folders = {zoo.default_folder(), weights_folder()} if folder is None else {folder}
@@ -26,8 +27,8 @@ def list_models(
     else:
         note(f"nothing in {', '.join(map(str, folders))}")
     names = {item.path.parent.name for item in here}
-    missing = [entry for entry in zoo.manifest().values() if entry.name not in names]
+    missing = [entry for entry in manifest.entries().values() if entry.name not in names]
     if missing:
         console().print()
-        rows_missing = ((entry.name, zoo.download_size(entry), entry.title) for entry in missing)
+        rows_missing = ((entry.name, manifest.download_size(entry), entry.title) for entry in missing)
         print_table(("name", ">bytes", "what"), rows_missing, title="can be fetched: gpt2np fetch NAME")

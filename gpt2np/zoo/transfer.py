@@ -8,7 +8,6 @@ HTTP itself (redirects, proxies from the environment, TLS) is httpx's; this adds
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -20,9 +19,9 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from ..errors import DownloadError
+from .manifest import Mirror, file_hash
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -34,20 +33,6 @@ LONGEST_RETRY_AFTER = 300.0  # seconds; a server that asks for more is left for 
 TIMEOUT = 30.0  # seconds without a byte
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-@dataclass(frozen=True)
-class Mirror:
-    """One place to get a file from."""
-
-    url: str
-    md5_url: str | None = None  # a text with the file's MD5 in it, where the publisher gives one
-
-    @property
-    def shown(self) -> str:
-        """The URL without a user's name and password."""
-        parts = urlsplit(self.url)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 @dataclass(frozen=True)
@@ -270,12 +255,6 @@ def _published_md5(client: httpx.Client, mirror: Mirror) -> str | None:
         return None
     found = re.search(r"\b[0-9a-fA-F]{32}\b", response.text[:4096]) if response.status_code == 200 else None
     return found[0].lower() if found else None
-
-
-def file_hash(path: Path, algorithm: str = "sha256") -> str:
-    """Hexadecimal hash of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
 class _Part:

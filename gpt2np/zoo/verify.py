@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import ComparisonError, Gpt2npError
 from ..weights import Array, weight_shapes
 from .facts import Facts, KnownFile
-from .transfer import file_hash
+from .manifest import file_hash
 
 if TYPE_CHECKING:
     from ..cache import KVCache

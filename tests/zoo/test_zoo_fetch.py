@@ -24,7 +24,7 @@ from gpt2np import zoo
 from gpt2np.commands.fetch import fetch as fetch_command
 from gpt2np.commands.list_models import list_models
 from gpt2np.errors import DownloadError, ModelFileError
-from gpt2np.zoo import transfer
+from gpt2np.zoo import manifest, transfer
 from gpt2np.zoo.transfer import ATTEMPTS, CONNECT_ATTEMPTS, Mirror, Unreachable, Wanted, download
 
 CONTENT = bytes(range(256)) * 1000 + b"the end"  # 256,007 bytes
@@ -463,7 +463,7 @@ def entry(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> zoo.Entry:
         archive=remote(server, "tiny-10.tar.gz", archive),
         convert=False,
     )
-    monkeypatch.setattr(zoo, "manifest", lambda: {"tiny": made})
+    monkeypatch.setattr(manifest, "entries", lambda: {"tiny": made})
     return made
 
 
@@ -496,7 +496,7 @@ def test_an_archive_with_another_model_does_not_give_its_model(
 ) -> None:
     archive = tar_gz({"x/model.onnx": CONTENT[::-1], "x/test_data_set_0/input_0.pb": PB})
     changed = zoo.Entry(**{**vars(entry), "archive": remote(server, "tiny-10.tar.gz", archive)})
-    monkeypatch.setattr(zoo, "manifest", lambda: {"tiny": changed})
+    monkeypatch.setattr(manifest, "entries", lambda: {"tiny": changed})
     zoo.fetch("tiny", tmp_path)
     assert content_of(tmp_path / "tiny") == WITH_DATA
 
@@ -605,7 +605,7 @@ def test_from_a_file_without_published_hash_goes_by_its_name_and_warns(
     server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = remote(server, "model.safetensors", CONTENT, "big/model.safetensors", bytes=None, sha256=None)
-    monkeypatch.setattr(zoo, "manifest", lambda: {"big": zoo.Entry("big", "", "", (file,), (), None, False)})
+    monkeypatch.setattr(manifest, "entries", lambda: {"big": zoo.Entry("big", "", "", (file,), (), None, False)})
     for name, taken in (("other.bin", False), ("model.safetensors", True)):
         (tmp_path / name).write_bytes(CONTENT)
         notes: list[str] = []
@@ -630,11 +630,12 @@ def test_an_unknown_name_says_what_is_known() -> None:
 PROGRAM = """
 import sys, typer
 from gpt2np import zoo
-from gpt2np.zoo.transfer import Mirror
+from gpt2np.zoo import manifest
+from gpt2np.zoo.manifest import Mirror
 from gpt2np.commands.fetch import fetch
 url, size, sha256, limit = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 file = zoo.RemoteFile("model.onnx", "model.onnx", size, sha256, (Mirror(url),))
-zoo.manifest = lambda: {"tiny": zoo.Entry("tiny", "a tiny one", "none", (file,), (), None, False)}
+manifest.entries = lambda: {"tiny": zoo.Entry("tiny", "a tiny one", "none", (file,), (), None, False)}
 if limit:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -760,7 +761,7 @@ def test_the_list_command(server: FaultServer, entry: zoo.Entry, tmp_path: Path)
 
 
 def test_the_manifest_is_complete() -> None:
-    entries = zoo.manifest()
+    entries = manifest.entries()
     assert set(entries) == {
         *("gpt2-10", "gpt2-lm-head-10", "gpt2-lm-head-bs-12"),
         *("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "tokenizer"),
@@ -783,12 +784,12 @@ def test_the_manifest_is_complete() -> None:
 
 def test_published_names_are_unique() -> None:
     """`--mirror URL` looks for URL/name."""
-    files = {file for entry in zoo.manifest().values() for file in (*entry.files, *entry.extras)}
+    files = {file for entry in manifest.entries().values() for file in (*entry.files, *entry.extras)}
     assert len({file.name for file in files}) == len(files)
 
 
 def test_a_name_finds_what_was_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "default_folder", lambda: tmp_path)
+    monkeypatch.setattr(manifest, "default_folder", lambda: tmp_path)
     with pytest.raises(ModelFileError, match="gpt2np fetch gpt2-10"):
         zoo.find("gpt2-10")
     (tmp_path / "gpt2-10").mkdir()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpt2np import zoo
+from gpt2np.zoo import manifest
 from gpt2np.zoo.facts import load_facts
 from gpt2np.zoo.verify import verify
 
@@ -21,7 +22,7 @@ MODELS = (*SMALL, "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 def fetched(name: str) -> Path:
     folder = zoo.default_folder() / name
-    if not (folder / zoo.MODEL).is_file():
+    if not (folder / manifest.MODEL).is_file():
         pytest.skip(f"needs the real file: gpt2np fetch {name}")
     return folder
 
@@ -40,7 +41,7 @@ def test_it_is_gpt2_and_computes_what_is_published(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_its_files_are_the_published_ones(name: str) -> None:
-    folder, entry = fetched(name), zoo.manifest()[name]
+    folder, entry = fetched(name), manifest.entries()[name]
     states = {file.path: zoo.state(folder / file.path, file) for file in entry.files + entry.extras}
     assert "wrong" not in states.values(), states
     if entry.files[0].sha256:
@@ -59,7 +60,7 @@ def test_the_larger_models_have_the_weights_of_their_checkpoints() -> None:
     for name in ("gpt2-medium", "gpt2-xl"):
         folder = zoo.default_folder() / name
         checkpoint = zoo.verified_checkpoint(folder)
-        if (folder / zoo.MODEL).is_file() and checkpoint is not None:
+        if (folder / manifest.MODEL).is_file() and checkpoint is not None:
             checks = list(verify(folder, load_facts(), zoo.known_files(), checkpoint))
             assert [check for check in checks if check.result == "FAIL"] == []
             assert any(check.what == "bit by bit" and check.result == "pass" for check in checks)

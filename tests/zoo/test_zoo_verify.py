@@ -28,8 +28,9 @@ from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
 from gpt2np.parity.parties import Ours
 from gpt2np.parity.subject import Subject
+from gpt2np.zoo import manifest
 from gpt2np.zoo.facts import Facts, load_facts
-from gpt2np.zoo.transfer import file_hash
+from gpt2np.zoo.manifest import file_hash
 from gpt2np.zoo.verify import (
     Check,
     check_fact,
@@ -244,7 +245,7 @@ def test_a_verified_checkpoint_is_found_beside_the_model(
     path = save_checkpoint(tmp_path, CONFIG, {name: source.load() for name, source in SOURCES.items()})
     assert zoo.verified_checkpoint(tmp_path) is None  # no published one
     file = zoo.RemoteFile(path.name, path.name, path.stat().st_size, file_hash(path), ())
-    monkeypatch.setattr(zoo, "manifest", lambda: {"tiny": zoo.Entry("tiny", "", "", (file,), (), None, True)})
+    monkeypatch.setattr(manifest, "entries", lambda: {"tiny": zoo.Entry("tiny", "", "", (file,), (), None, True)})
     assert zoo.verified_checkpoint(model) == path
 
 
@@ -544,8 +545,8 @@ def test_a_fetched_checkpoint_is_converted_and_verified(tmp_path: Path, monkeypa
         for path in ((tmp_path / "got" / "model.safetensors"), (tmp_path / "got" / "config.json"))
     )
     entry = zoo.Entry("tiny", "a tiny checkpoint", "none", files, (), None, convert=True)
-    monkeypatch.setattr(zoo, "manifest", lambda: {"tiny": entry})
-    monkeypatch.setattr(zoo, "default_folder", lambda: tmp_path / "weights")
+    monkeypatch.setattr(manifest, "entries", lambda: {"tiny": entry})
+    monkeypatch.setattr(manifest, "default_folder", lambda: tmp_path / "weights")
     app = typer.Typer()
     app.command("fetch")(fetch_command)
     app.command("verify")(verify_command)
