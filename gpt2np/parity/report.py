@@ -248,9 +248,11 @@ def write_junit(report: Report, path: Path) -> None:
             et.SubElement(case, "failure", message=message).text = report.headline or message
     root = et.Element("testsuites")
     root.append(suite)
+    for element in root.iter():  # XML has no room for control characters
+        element.attrib.update({name: escaped(value) for name, value in element.attrib.items()})
+        element.text = element.text and escaped(element.text, keep="\n")
     et.indent(root)
-    text = et.tostring(root, encoding="unicode", xml_declaration=True)
-    _write(path, escaped(text, keep="\n") + "\n")  # XML has no room for control characters
+    _write(path, et.tostring(root, encoding="unicode", xml_declaration=True) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -237,6 +237,12 @@ def declared_shape(port: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
 
 
 def element_type(port: onnx.ValueInfoProto) -> np.dtype[Any]:
-    from onnx import helper
+    """The type of an input's or output's elements; UnsupportedModelError if these are no real numbers."""
+    from onnx import TensorProto, helper
 
-    return np.dtype(helper.tensor_dtype_to_np_dtype(port.type.tensor_type.elem_type))
+    kind = port.type.tensor_type.elem_type
+    names = TensorProto.DataType
+    if kind not in names.values() or names.Name(kind) in ("UNDEFINED", "STRING", "COMPLEX64", "COMPLEX128"):
+        what = names.Name(kind) if kind in names.values() else f"type {kind}"
+        raise UnsupportedModelError(f"{port.name!r} is declared as {what}: a GPT-2 takes and gives real numbers")
+    return np.dtype(helper.tensor_dtype_to_np_dtype(kind))
