@@ -31,6 +31,7 @@ CONNECT_ATTEMPTS = 2  # the same where no connection comes about at all
 LONGEST_BACK_OFF = 60.0  # seconds
 LONGEST_RETRY_AFTER = 300.0  # seconds; a server that asks for more is left for the next mirror
 TIMEOUT = 30.0  # seconds without a byte
+MD5_TEXT = 4096  # bytes of a text with an MD5 in it that are looked at
 TRANSIENT_STATUS = (408, 425, 429, 500, 502, 503, 504)
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -206,6 +207,11 @@ def _body(response: httpx.Response, url: str, part: _Part, have: int) -> None:
         if match is None or int(match[1]) != have or encoded:
             part.discard()
             raise _Transient("the server sent another range than the one asked for", wait=0)
+        # A server that does not know If-Range gives the rest of a file that has changed meanwhile.
+        first, now = part.validator_of(url), _validator(response)
+        if first != now and (part.wanted.sha256 is None or (first and now)):
+            part.discard()
+            raise _Transient("the file is not surely the same as when the download began", wait=0)
     else:
         have, total = 0, length
     if size is not None and total is not None and total != size:
@@ -249,12 +255,19 @@ def _published_md5(client: httpx.Client, mirror: Mirror) -> str | None:
 
     if mirror.md5_url is None:
         return None
+    text, began = b"", time.monotonic()
     try:
-        response = client.get(mirror.md5_url)
+        with client.stream("GET", mirror.md5_url) as response:
+            if response.status_code != 200:
+                return None
+            for chunk in response.iter_raw():
+                text += chunk[:MD5_TEXT]
+                if len(text) >= MD5_TEXT or time.monotonic() - began > TIMEOUT:
+                    break
     except httpx.HTTPError:
         return None
-    found = re.search(r"\b[0-9a-fA-F]{32}\b", response.text[:4096]) if response.status_code == 200 else None
-    return found[0].lower() if found else None
+    found = re.search(rb"\b[0-9a-fA-F]{32}\b", text[:MD5_TEXT])
+    return found[0].decode().lower() if found else None
 
 
 class _Part:

@@ -36,6 +36,7 @@ class Fault:
     flip: int | None = None  # the byte at this position of the file comes out wrong
     offer: bytes | None = None  # quite another body, with its own Content-Length
     ignore_range: bool = False  # 200 and the whole file
+    ignore_if_range: bool = False  # 206, whether the file is still the same or not
     shift_range: int = 0  # 206 from somewhere else
     extra: bytes = b""  # more than the file has
     no_length: bool = False  # no Content-Length; the end of the connection ends the body
@@ -136,7 +137,7 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             start, status = 0, 200
             wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
             unchanged = self.headers.get("If-Range", headers.get("ETag")) == headers.get("ETag")
-            if wanted and unchanged and not fault.ignore_range:
+            if wanted and (unchanged or fault.ignore_if_range) and not fault.ignore_range:
                 start = int(wanted[1]) + fault.shift_range
                 if start >= size:
                     self.begin(416, {"Content-Range": f"bytes */{size}", "Content-Length": "0"})

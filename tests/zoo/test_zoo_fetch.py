@@ -293,6 +293,20 @@ def test_without_a_hash_halves_of_two_versions_are_never_joined(case: Case) -> N
     assert any("no hash of model.onnx is known; only its size" in note for note in case.notes)
 
 
+@pytest.mark.parametrize("no_validator", [False, True])
+def test_without_a_hash_a_server_that_does_not_know_if_range_is_not_believed(case: Case, no_validator: bool) -> None:
+    """It sends the rest of the new version, with another ETag or none."""
+    case = Case(case.server, case.path.parent, sha256=None)
+    case.server.files["/model"] = b"old" + CONTENT[3:]
+    case.server.faults["/model"] = [Fault(cut=CUT), Fault(status=404)]
+    case.fails("404")
+    case.server.files["/model"] = CONTENT
+    case.server.faults["/model"] = [Fault(ignore_if_range=True, no_validator=no_validator)]
+    case.succeeds()
+    assert case.server.statuses("/model")[2:] == [206, 200]
+    assert case.server.ranges("/model")[2:] == [f"bytes={CUT}-", None]
+
+
 def test_without_a_hash_a_part_is_not_continued_from_another_mirror(case: Case) -> None:
     case = Case(case.server, case.path.parent, sha256=None)
     case.server.faults["/model"] = [Fault(cut=CUT), Fault(status=404)]
@@ -327,6 +341,14 @@ def test_an_md5_decides_where_no_sha256_is_known(case: Case, right: bool) -> Non
         with pytest.raises(DownloadError, match="MD5"):
             case.run(md5=case.server.url("/md5.txt"))
         assert list(case.path.parent.iterdir()) == []
+
+
+def test_of_an_md5_text_only_the_beginning_is_read(case: Case) -> None:
+    case = Case(case.server, case.path.parent, sha256=None)
+    case.server.files["/md5.txt"] = b" " * 5000 + hashlib.md5(b"other").hexdigest().encode() + bytes(50 << 20)
+    case.run(md5=case.server.url("/md5.txt"))
+    assert case.path.read_bytes() == CONTENT
+    assert any("no hash" in note for note in case.notes)
 
 
 def test_a_stale_md5_does_not_outvote_the_sha256(case: Case) -> None:

@@ -53,12 +53,18 @@ class Addend:
 
 
 def addends(graph: Graph, name: str) -> list[Addend]:
-    """The terms that a value is the sum of, whatever the order of the additions."""
+    """The terms that a value is the sum of, whatever the order of the additions.
+
+    A term that is added twice is there twice; raises where that makes more terms than the graph has nodes, as it does
+    where sums are doubled again and again.
+    """
     found: list[Addend] = []
     pending = [(name, name)]
     while pending:
         current, seen = pending.pop()
         node = graph.producer(current)
+        if len(found) + len(pending) > len(graph.nodes) + 2:
+            raise UnsupportedModelError(f"{seen!r} adds up the same values again and again: no GPT-2 does")
         if node is None:
             found.append(Addend(current, seen))
         elif node.op in VIEWS:
