@@ -103,7 +103,8 @@ def javascript() -> str:
         import vl_convert
     libraries = "window.vegaEmbed = vegaEmbed; window.vegaLite = vegaLite; window.vega = vega;"
     bundle = vl_convert.javascript_bundle(libraries, vl_version=_version())
-    return re.sub("<(?=/script|!--)", r"\\x3c", bundle, flags=re.I)  # strings in it may not end the <script>
+    bundle = re.sub("<(?=/script|!--)", r"\\x3c", bundle, flags=re.I)  # strings in it may not end the <script>
+    return f"(() => {{{bundle}\n}})();"  # its short names are not to be the page's
 
 
 def _version() -> str:
@@ -168,7 +169,8 @@ figure.picture details > .numbers { max-height: 24rem; overflow: auto; }
 figure.picture table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 figure.picture th, figure.picture td { padding: .1rem .7rem .1rem 0; text-align: left; white-space: pre; }
 figure.picture td.number { text-align: right; }
-figure.picture thead th { position: sticky; top: 0; background: Canvas; border-bottom: 1px solid currentColor; }
+figure.picture thead th { position: sticky; top: 0; border-bottom: 1px solid currentColor; }
+figure.picture thead th { background: var(--color-background-primary, Canvas); }
 .vega-embed .vega-actions a { color: #000; }
 @media print { figure.picture summary, figure.picture .vega-embed details { display: none; } }
 """

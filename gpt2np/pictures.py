@@ -303,28 +303,66 @@ def similar_positions(reading: Reading, every: int = 0) -> Picture:
 def _cosines(name: str, title: str, caption: str, vectors: Array, labels: list[str]) -> Picture:
     unit = vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
     rows = [
-        {"one": a, "other": b, "cosine": rounded(cosine), "sign": "negative" if cosine < 0 else "positive"}
+        {"one": a, "other": b, "cosine": rounded(cosine)}
         for a, line in zip(labels, unit @ unit.T, strict=True)
         for b, cosine in zip(labels, line, strict=True)
     ]
-    signs = ["positive", "negative"]
-    chart = (
-        alt.Chart(ROWS)
-        .transform_calculate(size="abs(datum.cosine)")
-        .mark_point(filled=True, opacity=0.85)
-        .encode(
-            alt.X("other:N", sort=labels, title=None), alt.Y("one:N", sort=labels, title=None),
-            alt.Size("size:Q", scale=alt.Scale(domain=[0, 1], range=[0, 230]), legend=None),
-            alt.Shape("sign:N", scale=alt.Scale(domain=signs, range=["square", "circle"]), title=None),
-            alt.Color("sign:N", scale=alt.Scale(domain=signs, range=[BLUE, ORANGE]), title=None),
-            tooltip=["one:N", "other:N", "cosine:Q"],
-        )
-        .properties(width=alt.Step(19), height=alt.Step(19))
-    )  # fmt: skip
-    return Picture(name, title, caption, rows, chart)
+    return squares(name, title, caption, rows, "other", "one", "cosine")
 
 
 # every picture of a text, in the order of the page
 PICTURES: tuple[Callable[[Reading], Picture], ...] = (
     flow, similar_tokens, similar_positions, attention, residual, logit_lens, next_token,
 )  # fmt: skip
+
+
+# ---------------------------------------------------------------- drawings of any rows, for the book's chapters
+
+
+def lines(name: str, title: str, caption: str, rows: list[dict[str, Any]], x: str, y: str, by: str) -> Picture:
+    """One line for each value of `by`, told apart by dashes as well as colours."""
+    chart = (
+        alt.Chart(ROWS)
+        .mark_line(strokeWidth=2)
+        .encode(
+            alt.X(f"{x}:Q"), alt.Y(f"{y}:Q"), alt.Color(f"{by}:N", title=None, legend=alt.Legend(orient="top")),
+            alt.StrokeDash(f"{by}:N", title=None), tooltip=_tips(rows),
+        )
+        .properties(width="container", height=260)
+    )  # fmt: skip
+    return Picture(name, title, caption, rows, chart)
+
+
+def _tips(rows: list[dict[str, Any]]) -> list[str]:
+    return [f"{key}:{'N' if isinstance(value, str) else 'Q'}" for key, value in rows[0].items()]
+
+
+def bars(name: str, title: str, caption: str, rows: list[dict[str, Any]], x: str, y: str) -> Picture:
+    """A bar for each row: `x` is a number, `y` the name of the row; the number stands beside it."""
+    names = [str(row[y]) for row in rows]
+    base = alt.Chart(ROWS).encode(alt.X(f"{x}:Q"), alt.Y(f"{y}:N", sort=names, title=None), tooltip=_tips(rows))
+    words = base.mark_text(align="left", dx=4).encode(text=alt.Text(f"{x}:Q", format=".3~g"))
+    chart = (base.mark_bar(color=BLUE) + words).properties(width="container", height=22 * len(rows))
+    return Picture(name, title, caption, rows, chart)
+
+
+def squares(name: str, title: str, caption: str, rows: list[dict[str, Any]], x: str, y: str, value: str) -> Picture:
+    """A mark for each row at (x, y): its size says how large `value` is, shape and colour whether it is negative."""
+    signs = ["positive", "negative"]
+    rows = [{**row, "sign": signs[row[value] < 0]} for row in rows]
+    legend = alt.Legend() if any(row["sign"] == "negative" for row in rows) else None
+    columns, lines = (list(dict.fromkeys(str(row[key]) for row in rows)) for key in (x, y))
+    chart = (
+        alt.Chart(ROWS)
+        .transform_calculate(size=f"abs(datum['{value}'])")
+        .mark_point(filled=True, opacity=0.85)
+        .encode(
+            alt.X(f"{x}:N", sort=columns), alt.Y(f"{y}:N", sort=lines),
+            alt.Size("size:Q", scale=alt.Scale(range=[0, 300]), legend=None),
+            alt.Shape("sign:N", scale=alt.Scale(domain=signs, range=["square", "circle"]), title=None, legend=legend),
+            alt.Color("sign:N", scale=alt.Scale(domain=signs, range=[BLUE, ORANGE]), title=None, legend=legend),
+            tooltip=_tips(rows),
+        )
+        .properties(width=alt.Step(26), height=alt.Step(26))
+    )  # fmt: skip
+    return Picture(name, title, caption, rows, chart)

@@ -319,7 +319,7 @@ _TASKS = (
         "quantise", 15, "quantise(weight)",
         "A weight (inputs, outputs) as int8 and one scale for each column, the largest number of each column becoming "
         "127: (integers as a float array, scales (outputs,)).",
-        answers.quantise, quantise_cases, ("the integers", "the scales"), mistakes=answers.QUANTISE,
+        answers.quantise, quantise_cases, ("the array of integers", "the array of scales"), mistakes=answers.QUANTISE,
     ),
 )  # fmt: skip
 EXERCISES = {exercise.name: exercise for exercise in _TASKS}
