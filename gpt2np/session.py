@@ -20,7 +20,8 @@ from .weights import Array
 
 if TYPE_CHECKING:
     from .onnx.emulate.literal import Emulation, Literally
-    from .onnx.recognise import Port
+    from .onnx.read.reader import ModelFile
+    from .onnx.recognise import Port, Recognised
 
 
 class NodeArg:
@@ -64,6 +65,8 @@ class InferenceSession:
         "optimised": as with its optimisations, by which products with 4- and 8-bit weights behind DequantizeLinear
         round activations to 8 bits.
         "unrounded": node by node, too, but nothing is rounded.
+    read : optional
+        The same file as it was opened and recognised before, where a caller has done so.
 
     Raises
     ------
@@ -93,6 +96,7 @@ class InferenceSession:
         engine: str = "numba",
         dtype: str | None = None,
         emulate_rounding: Literally = False,
+        read: tuple[ModelFile, Recognised] | None = None,
     ) -> None:
         from .onnx.emulate.literal import Emulation
         from .onnx.read.reader import open_model
@@ -103,8 +107,8 @@ class InferenceSession:
             if not isinstance(name, str) or not name.endswith("ExecutionProvider"):
                 raise InputError(f"providers must be names such as {_CPU!r}, got {provider!r}")
         self._options = sess_options
-        file = open_model(self._as_path(path_or_bytes))
-        recognised = recognise(file)
+        file = open_model(self._as_path(path_or_bytes)) if read is None else read[0]
+        recognised = recognise(file) if read is None else read[1]
         self.signature = Signature(recognised)
         self._proto = file.proto
         self._search = None

@@ -54,7 +54,8 @@ def assert_parity(
     """
     from .parity.compare import Comparison
     from .parity.metrics import measure, rms
-    from .parity.report import comparison_lines, number
+    from .parity.report import number
+    from .parity.text import comparison_table, table_lines
 
     a, b = _arrays(actual), _arrays(expected)
     c = {} if oracle is None else _arrays(oracle)
@@ -75,7 +76,8 @@ def assert_parity(
     if not failed:
         return
     lines = [f"parity: {len(failed)} of {len(results)} arrays out of budget; the first is {failed[0].output}"]
-    lines += [text for text, _ in comparison_lines(failed[:12])]
+    table = comparison_table(failed[:12])
+    lines += [text for text, _ in table_lines(table)] if table is not None else []
     for r in failed[:12]:
         m = r.metrics
         if m is None:

@@ -28,11 +28,9 @@ LONG_FUNCTIONS = {
     "gpt2np/onnx/recognise/masks.py read_mask": "to be cut",
     "gpt2np/onnx/recognise/recognise.py attention": "to be cut",
     "gpt2np/onnx/recognise/search.py _of_loop": "to be cut",
-    "gpt2np/parity/diff.py diff": "to be cut",
     "gpt2np/parity/explain/attention_mistakes.py c_attn": "to be cut",
     "gpt2np/parity/localise.py _row": "to be cut",
     "gpt2np/parity/metrics.py measure": "to be cut",
-    "gpt2np/parity/run.py explain": "to be cut",
 }
 
 SOURCES = sorted((ROOT / "gpt2np").rglob("*.py"))

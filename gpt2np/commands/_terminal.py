@@ -108,7 +108,8 @@ def check_writable(*paths: Path | None) -> None:
 
 def deliver(report: Report, json: Path | None, junit: Path | None) -> None:
     """Print a parity report, and write the files that were asked for."""
-    from ..parity.report import lines_of, write_json, write_junit
+    from ..parity.report import write_json, write_junit
+    from ..parity.text import lines_of
 
     out = console()
     for text, style in lines_of(report):

@@ -22,9 +22,14 @@ def diff(
     prompt: Annotated[list[str] | None, typer.Option(help="run on this text (needs a tokenizer)")] = None,
     random: Annotated[int, typer.Option(min=0, help="run on random prompts")] = 0,
     seed: Annotated[int, typer.Option(help="of the random prompts")] = 0,
-    preset: Annotated[str, typer.Option(help="budget of outputs: zoo, onnx, ort-gpt2 or strict")] = "zoo",
+    preset: Annotated[
+        str, typer.Option(help="budget: zoo, onnx, ort-gpt2, strict; auto: zoo, beyond which float64 decides")
+    ] = "auto",
     rtol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all, or one output")] = None,
     atol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all, or one output")] = None,
+    padding: Annotated[
+        bool, typer.Option("--padding", help="compare rows of padding, too: nothing defines them")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="write every metric and threshold")] = None,
     junit: Annotated[Path | None, typer.Option(help="write one test case for each output and check")] = None,
 ) -> None:
@@ -50,7 +55,7 @@ def diff(
     check_writable(json, junit)
     report = parity_diff.diff(
         a, b, lambda model: cases.gather_cases(model, data or [], prompt or [], random, seed), oracle, preset,
-        rtol or [], atol or [], local, dump_repro,
+        rtol or [], atol or [], local, dump_repro, padding,
     )  # fmt: skip
     deliver(report, json, junit)
     raise typer.Exit(report.exit_code)

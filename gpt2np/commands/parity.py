@@ -25,7 +25,9 @@ def parity(
     random: Annotated[int, typer.Option(min=0, help="run on that many random prompts")] = 0,
     seed: Annotated[int, typer.Option(help="of the random prompts")] = 0,
     engine: Annotated[str, typer.Option(help="ours: numba or numpy")] = "numba",
-    preset: Annotated[str, typer.Option(help="budget: zoo, onnx, ort-gpt2 or strict")] = "zoo",
+    preset: Annotated[
+        str, typer.Option(help="budget: zoo, onnx, ort-gpt2, strict; auto: zoo, beyond which float64 decides")
+    ] = "auto",
     rtol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all outputs, or one")] = None,
     atol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all outputs, or one")] = None,
     checks: Annotated[
@@ -33,6 +35,9 @@ def parity(
     ] = "outputs",
     noise_floor: Annotated[
         bool, typer.Option("--noise-floor", help="take the budget from ONNX Runtime's difference from itself")
+    ] = False,
+    padding: Annotated[
+        bool, typer.Option("--padding", help="compare rows of padding, too: nothing defines them")
     ] = False,
     json: Annotated[Path | None, typer.Option(help="write every metric and threshold")] = None,
     junit: Annotated[Path | None, typer.Option(help="write one test case for each output and check")] = None,
@@ -56,10 +61,8 @@ def parity(
     check_writable(json, junit, save_trace)
     options = capture.Options(
         parties.model_path(model), against or [], data or [], prompt or [], random, seed, engine, preset,
-        rtol or [], atol or [], run.parse_checks(checks), noise_floor,
+        rtol or [], atol or [], run.parse_checks(checks), noise_floor, padding,
     )  # fmt: skip
-    report = run.parity(options)
+    report = run.parity(options, save_trace)
     deliver(report, json, junit)
-    if save_trace is not None:
-        capture.save_ours(options, save_trace)
     raise typer.Exit(report.exit_code)

@@ -12,9 +12,9 @@ from ..call import Call
 from ..errors import Gpt2npError, InputError
 from ..weights import Array
 from . import trace as traces
-from .cases import Case, gather_cases
+from .cases import Case
 from .operations import split_tap, tap_names, tap_shape
-from .parties import Ort, Ours, Runner, model_path
+from .parties import Ort, Runner
 from .subject import Subject
 
 
@@ -29,19 +29,25 @@ class Options:
     random: int = 0
     seed: int = 0
     engine: str = "numba"
-    preset: str = "zoo"
+    preset: str = "auto"
     rtol: list[str] = field(default_factory=list)
     atol: list[str] = field(default_factory=list)
     checks: tuple[str, ...] = ("outputs",)
     noise_floor: bool = False
+    padding: bool = False  # whether rows of padding are compared, too
 
 
-def run_case(case: Case, runners: Sequence[Runner]) -> dict[str, Mapping[str, Array] | Gpt2npError]:
-    """Outputs of every party, or the error that kept it from giving any."""
+def run_case(
+    case: Case, runners: Sequence[Runner], findings: list[str] | None = None
+) -> dict[str, Mapping[str, Array] | Gpt2npError]:
+    """Outputs of every party, or the error that kept it from giving any; what is odd about them into `findings`."""
     results: dict[str, Mapping[str, Array] | Gpt2npError] = {}
     for runner in runners:
         try:
-            results[runner.name] = runner.run(case.feeds).outputs
+            given = runner.run(case.feeds)
+            results[runner.name] = given.outputs
+            if findings is not None:
+                findings += [text for note in given.notes if (text := f"{note} ({runner.name})") not in findings]
         except Gpt2npError as error:
             results[runner.name] = error
     return results
@@ -69,8 +75,6 @@ def record(
     """One call of a party as a trace, with those taps that match a pattern."""
     import os
 
-    from ..onnx.read.reader import open_model
-
     names = [t for t in model.taps() if any(fnmatchcase(t, pattern) for pattern in taps)]
     if not names:
         raise InputError(f"no tap matches {', '.join(taps)}; taps are {', '.join(model.taps()[:4])}, ...")
@@ -80,7 +84,7 @@ def record(
         runner=runner.name,
         case=case.name,
         model=str(model.path),
-        model_sha256=open_model(model.path).sha256,
+        model_sha256=model.file.sha256,
         dtype=getattr(runner, "dtype", "float32"),
         engine=getattr(runner, "engine", None),
         optimisation=("all" if runner.optimise else "off") if isinstance(runner, Ort) else None,
@@ -88,12 +92,3 @@ def record(
         taps_missing=[t for t in names if t not in run.taps],
     )
     return traces.Trace(dict(case.feeds), run.outputs, run.taps, manifest)
-
-
-def save_ours(options: Options, path: Path) -> None:
-    """Ours as a trace, all taps of the first input."""
-    model = Subject(model_path(options.model))
-    cases = gather_cases(model, options.data, options.prompts, options.random, options.seed)
-    if not cases:
-        raise InputError("no input to trace: give --data, --prompt or --random")
-    traces.save(path, record(model, Ours(model, options.engine), cases[0]))

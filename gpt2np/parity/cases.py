@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..onnx.recognise import Port
 
 
+DEFAULT_PROMPTS = 3
 SEARCH_TOKENS = 64  # the search for a cause takes the largest input up to this size, or else the smallest
 
 
@@ -28,6 +29,10 @@ class Case(NamedTuple):
     name: str
     feeds: dict[str, Array]
     data: DataSet | None
+
+    @property
+    def recorded(self) -> bool:
+        return self.data is not None
 
 
 def cases_from_data(sets: Sequence[DataSet]) -> list[Case]:
@@ -89,7 +94,7 @@ def _mask(port: Port, B: int, T: int, S: int) -> Array:
     return seen.astype(port.dtype)
 
 
-def random_cases(model: Subject, count: int, seed: int, longest: int = 48) -> list[Case]:
+def random_cases(model: Subject, count: int, seed: int, longest: int = 48, full: bool = False) -> list[Case]:
     """`count` prompts of random tokens, of random lengths and one or two sequences each."""
     rng = np.random.default_rng(seed)
     config = model.config
@@ -97,28 +102,31 @@ def random_cases(model: Subject, count: int, seed: int, longest: int = 48) -> li
     fixed = [size if isinstance(size, int) else 0 for size in declared]
     buffers = [p.shape[-2] for p in model.recognised.inputs if p.role.startswith("past") and model.recognised.lengths]
     rows = [size for size in buffers if isinstance(size, int)]
-    room = min([longest, config.n_ctx - config.position_offset, *rows])
+    room = min([config.n_ctx if full else longest, config.n_ctx - config.position_offset, *rows])
     cases = []
     for i in range(count):
-        B = math.prod(fixed[:-1]) if all(fixed[:-1]) else int(rng.integers(1, 3))
-        T = fixed[-1] or int(rng.integers(1, room + 1))
+        B = math.prod(fixed[:-1]) if all(fixed[:-1]) else 1 if full else int(rng.integers(1, 3))
+        T = fixed[-1] or (room if full else int(rng.integers(1, room + 1)))
         cases.append(case_from_ids(model, f"random_{i}", rng.integers(0, config.vocab_size, (B, T))))
     return cases
 
 
 def gather_cases(model: Subject, data: Sequence[Path], prompts: Sequence[str], count: int, seed: int) -> list[Case]:
     """The inputs to compare on: data sets (by default those beside the model), prompts, random tokens."""
-    from ..onnx.read.reader import open_model
-
     folders = expand(data) if data else [] if prompts or count else find_sets(model.path)
-    proto = open_model(model.path).proto
-    initializers = {t.name for t in proto.graph.initializer}
-    inputs = [i.name for i in proto.graph.input if i.name not in initializers]
-    outputs = [o.name for o in proto.graph.output]
-    cases = cases_from_data([load_set(folder, inputs, outputs) for folder in folders])
+    cases = cases_from_data([load_set(folder, model.input_names, model.output_names) for folder in folders])
     for i, prompt in enumerate(prompts):
         cases.append(case_from_ids(model, f"prompt_{i}", prompt_ids(model, prompt)))
+    if not cases and not data and not count:
+        return default_cases(model, seed) if model.found is not None else []
     return cases + (random_cases(model, count, seed) if count else [])
+
+
+def default_cases(model: Subject, seed: int = 0) -> list[Case]:
+    """What is compared on where nobody says: a few random prompts, one of them as long as the context allows."""
+    cases = random_cases(model, DEFAULT_PROMPTS, seed)
+    longest = random_cases(model, 1, seed, full=True)[0]
+    return [*cases, longest._replace(name="random_full_context")]
 
 
 def prompt_ids(model: Subject, prompt: str) -> Array:

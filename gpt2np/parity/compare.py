@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..errors import ComparisonError, Gpt2npError
 from ..weights import Array
 from .cases import Case
 from .metrics import Budget, Metrics, TopK, measure, top_k
 from .parties import OnnxRef, Ort, Ours, Recorded, Runner, TraceRunner
+from .places import kept_output, seen_rows
+from .shapes import Fit, fit
 from .subject import Subject
 from .trace import versions
 
 if TYPE_CHECKING:
     from .budgets import Budgets
+
+FLOATS = {"float64": 64, "float32": 32, "float16": 16}  # bits of each
 
 
 @dataclass
@@ -29,17 +35,34 @@ class Comparison:
     budget: Budget
     metrics: Metrics | None = None
     top: TopK | None = None  # for logits
-    problem: str = ""  # why there is nothing to measure; a failure
+    problem: str = ""  # why it fails whatever the numbers are: no such array, a wrong shape
+    notes: list[str] = field(default_factory=list)  # how it was compared, and what is odd about the arrays
+    left_out: str = ""  # what of the array was not compared
+    noise: int = 0  # numbers beyond the budget that float64 shows to be rounding of both parties
+    aligned: Array | None = None  # the actual array in the expected one's shape, where it had another
 
     @property
     def ok(self) -> bool:
-        return not self.problem and self.metrics is not None and self.metrics.ok
+        return not self.problem and self.metrics is not None and self.metrics.failing <= self.noise
+
+    @property
+    def wide(self) -> bool:
+        """Whether the budget lets noise of the signal's own size pass: nothing is compared then."""
+        m = self.metrics
+        return m is not None and 0 < m.spread <= self.budget.atol + self.budget.rtol * m.rms_expected
+
+    @property
+    def counts(self) -> bool:
+        """Whether it compared anything: some numbers, under a budget that wrong ones would not pass."""
+        return self.metrics is not None and self.metrics.elements > 0 and not self.wide
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "case": self.case, "output": self.output, "actual": self.actual, "expected": self.expected,
             "rtol": self.budget.rtol, "atol": self.budget.atol, "budget": self.budget.source, "ok": self.ok,
-            "problem": self.problem or None, "metrics": self.metrics.as_dict() if self.metrics else None,
+            "problem": self.problem or None, "notes": self.notes, "left_out": self.left_out or None,
+            "noise_by_float64": self.noise, "budget_as_wide_as_the_signal": self.wide,
+            "metrics": self.metrics.as_dict() if self.metrics else None,
             "top": self.top.as_dict() if self.top else None,
         }  # fmt: skip
 
@@ -58,47 +81,92 @@ def compare_case(
     runners: Sequence[Runner],
     budgets: Budgets,
     outputs: Mapping[str, Mapping[str, Array] | Gpt2npError],
+    padding: bool = False,
 ) -> Iterator[Comparison]:
-    """All pairs, output by output. `outputs`: what each party gave, or why it gave nothing."""
-    roles = {p.name: p.role for p in model.found.outputs} if model.found is not None else {}
+    """All pairs, output by output. `outputs`: what each party gave, or why it gave nothing.
+
+    Rows of padding are compared only if `padding` says so: what they hold is not defined.
+    """
     given: dict[str, Mapping[str, Array] | Gpt2npError] = dict(outputs)
     if case.data is not None:
         given[Recorded.name] = case.data.outputs
     failed: set[str] = set()
     for actual, expected in pairs_of(runners, case.data is not None):
         a, b = given[actual], given[expected]
-        broken = False
         for party, value in ((actual, a), (expected, b)):
-            if isinstance(value, Gpt2npError):
-                broken = True
-                if party not in failed:
-                    failed.add(party)
-                    yield Comparison(case.name, "(run)", party, expected, budgets.default, problem=str(value))
-        if broken:
+            if isinstance(value, Gpt2npError) and party not in failed:
+                failed.add(party)
+                yield Comparison(case.name, "(run)", party, expected, budgets.default, problem=str(value))
+        if isinstance(a, Gpt2npError) or isinstance(b, Gpt2npError):
             continue
-        assert not isinstance(a, Gpt2npError)
-        assert not isinstance(b, Gpt2npError)
         for name in dict.fromkeys([*b, *a]):
             result = Comparison(case.name, name, actual, expected, budgets(name))
             if name not in a or name not in b:
                 result.problem = f"{actual if name not in a else expected} has no such output"
             else:
-                try:
-                    result.metrics = measure(a[name], b[name], result.budget)
-                    if roles.get(name) == "logits":
-                        result.top = top_k(a[name], b[name], result.budget)
-                except ComparisonError as error:
-                    result.problem = str(error)
+                compare_arrays(result, a[name], b[name], model, case, budgets, padding)
             yield result
 
 
-def compared(case: str, name: str, a: str, b: str, x: Array, y: Array, budgets: Budgets) -> Comparison:
-    result = Comparison(case, name, a, b, budgets(name))
+def compare_arrays(
+    result: Comparison, a: Array, b: Array, model: Subject | None, case: Case | None, budgets: Budgets,
+    padding: bool = False,
+) -> None:  # fmt: skip
+    """Measure one array against another: shape, rows of padding, the budget, and float64 where the budget is "auto"."""
+    role, call = result.output, None
+    if model is not None and model.found is not None and case is not None:
+        role = next((p.role for p in model.found.outputs if p.name == result.output), role)
+        try:
+            call = model.call(case.feeds)
+        except Gpt2npError:  # the feeds say what no call of ours can be; the arrays can be compared all the same
+            call = None
+    keep = kept_output(role, b.shape, call) if call is not None and not padding else None
     try:
-        result.metrics = measure(x, y, result.budget)
+        a, b, keep = _in_one_shape(result, a, b, role, keep)
+        if result.problem and result.metrics is None and a.shape != b.shape:
+            return
+        result.metrics = measure(a, b, result.budget, keep)
+        rows = seen_rows(call) if call is not None and keep is not None else None
+        if role == "logits" and (rows is None or a.size == rows.size * a.shape[-1]):
+            seen = slice(None) if rows is None else rows.reshape(-1)
+            result.top = top_k(a.reshape(-1, a.shape[-1])[seen], b.reshape(-1, b.shape[-1])[seen], result.budget)
     except ComparisonError as error:
         result.problem = str(error)
-    return result
+        return
+    if result.metrics.left_out:
+        rows_out = result.metrics.left_out // max(a.shape[-1], 1)
+        result.left_out = result.left_out or f"{rows_out:,} rows of padding, which no real token sees (--padding)"
+    if budgets.arbiter is not None and case is not None and result.metrics.failing and budgets.is_auto(result.output):
+        result.noise = budgets.arbiter.noise(result, case, a, b)
+    for array, who in ((a, result.actual), (b, result.expected)):
+        other = b if array is a else a
+        if FLOATS.get(array.dtype.name, 0) < FLOATS.get(other.dtype.name, 0) and FLOATS.get(array.dtype.name, 64) < 32:
+            result.notes.append(f"{result.output} of {who} is {array.dtype}, the other one {other.dtype}")
+        elif array.dtype.kind in "iub" and other.dtype.kind == "f":
+            result.notes.append(f"{result.output} of {who} holds integers ({array.dtype})")
+
+
+def _in_one_shape(
+    result: Comparison, a: Array, b: Array, role: str, keep: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """Both arrays in one shape where some reading of the actual one fits, with what was done in words."""
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape == b.shape:
+        return a, b, keep
+    both = f"shape {a.shape}, expected {b.shape}"
+    if a.dtype.kind not in "biuf" or b.dtype.kind not in "biuf":
+        raise ComparisonError(both)
+    found: Fit | None = fit(a, b, role, result.budget, keep)
+    if found is None:
+        raise ComparisonError(f"{both}: nothing of it could be compared; no exchange of axes, no part of it fits")
+    if found.accepted:
+        result.notes.append(f"{result.output} of {result.actual} has {both}: {found.text}")
+        result.left_out = found.part
+    else:
+        result.problem = f"{both}: {found.text}"
+    mask = None if keep is None else found.cut(np.broadcast_to(keep, b.shape))
+    result.aligned = found.actual
+    return found.actual, found.cut(b), mask
 
 
 def parties(runners: Sequence[Runner], cases: Sequence[Case]) -> dict[str, str]:
@@ -117,10 +185,12 @@ def parties(runners: Sequence[Runner], cases: Sequence[Case]) -> dict[str, str]:
         elif isinstance(r, OnnxRef):
             found[r.name] = f"onnx.reference {known['onnx']}"
         elif isinstance(r, TraceRunner):
-            found[r.name] = f"a trace of {r.trace.runner} in {r.path}"
+            what = "arrays in" if r.trace.plain else f"a trace of {r.trace.runner} in"
+            found[r.name] = f"{what} {r.path}"
         else:
-            found[r.name] = "a callable"
+            found[r.name] = "a function"
     sets = [c.data for c in cases if c.data is not None]
     if sets:
-        found[Recorded.name] = f"outputs stored in {len(sets)} data sets of {sets[0].path.parent}"
+        many = f"{len(sets)} data sets" if len(sets) > 1 else sets[0].path.name
+        found[Recorded.name] = f"outputs stored in {many} of {sets[0].path.parent}"
     return found

@@ -1,4 +1,4 @@
-"""`gpt2np diff`: two parties against each other, tap by tap."""
+"""`gpt2np diff`: two parties against each other, tap by tap. A is the reference, B what is under test."""
 
 from __future__ import annotations
 
@@ -11,99 +11,143 @@ from ..call import Call
 from ..errors import Gpt2npError, InputError, TraceError
 from ..weights import Array
 from . import trace as traces
-from .budgets import Budgets, parse_budgets
-from .capture import around, run_case, taps_from
-from .cases import Case, pick
-from .compare import Comparison, compared, parties
-from .explain.diagnose import from_taps, misplaced
-from .localise import compare_taps, first_divergence, only_noise
+from .budgets import Arbiter, Budgets, parse_budgets
+from .capture import run_case, taps_from
+from .cases import Case, default_cases, pick
+from .compare import Comparison, compare_arrays, parties
+from .files import compare_files
+from .forms import as_array, form_of, named
 from .operations import tap_inputs
-from .parties import Ort, Runner, TraceRunner, model_of, runner_of
-from .report import Check, Report, show, tap_lines
+from .parties import Function, Ort, Runner, TraceRunner, model_of, runner_of
+from .report import Report, add_once
+from .search import Oracle, Pair, investigate
 from .subject import Subject
 from .trace import versions
+from .wiring import compare_wiring
+
+Cases = Callable[[Subject], list[Case]]
 
 
 def diff(
-    a: str, b: str, cases: Callable[[Subject], list[Case]], oracle: str | None = None, preset: str = "zoo",
-    rtol: Sequence[str] = (), atol: Sequence[str] = (), local: bool = False, repro: Path | None = None,
+    a: str, b: str, cases: Cases, oracle: str | None = None, preset: str = "auto", rtol: Sequence[str] = (),
+    atol: Sequence[str] = (), local: bool = False, repro: Path | None = None, padding: bool = False,
 ) -> Report:  # fmt: skip
-    """Two parties against each other, tap by tap."""
+    """Two parties against each other on every case; where they differ, which operation and why."""
     budgets = parse_budgets(preset, rtol, atol)
-    path = next((model_of(text) for text in (a, b, oracle or "") if model_of(text)), None)
-    if path is None:
-        return diff_traces(Path(a), Path(b), budgets)
-    model = Subject(path)
+    files = [path for text in (a, b) if (path := model_of(text)) is not None]
+    judge = model_of(oracle) if oracle else None
+    if not files and judge is None:
+        return diff_traces(a, b, budgets)
+    subjects = {path: Subject(path) for path in dict.fromkeys([*files, *([judge] if judge is not None else [])])}
+    model = next((s for s in subjects.values() if s.found is not None), next(iter(subjects.values())))
+    if model.found is None:
+        assert model.problem is not None
+        raise model.problem
+    budgets.check_names(model.output_names, model)
+    if budgets.default.source.startswith("auto"):
+        budgets.arbiter = Arbiter(model)
+    runners = two_runners(model, subjects, a, b)
+    report = Report(f"A {a}, B {b}", parties(runners, []), str(budgets.default), versions=versions())
+    chosen = case_of_trace(model, runners) or cases(model)
+    if not chosen:
+        chosen = default_cases(model)
+        add_once(report.findings, "no input was given: compared on random prompts")
+    results = compare_cases(report, model, runners, chosen, budgets, padding)
+    other = next((s for s in subjects.values() if s is not model and s.path in files), None)
+    if other is not None:
+        compare_files(report, model, other, b_is_other=files[-1] == other.path)
+    if other is not None and other.found is None:
+        case = pick(chosen, model, {c.case for c in report.comparisons if not c.ok})
+        compare_wiring(report, model, other, case)
+        return report
+    failing = {c.case for c in report.comparisons if not c.ok and c.output != "(run)"}
+    usable = [c for c in chosen if c.name in results]
+    if not usable:
+        return report
+    case = pick(usable, model, failing)
+    call = model.call(case.feeds)
+    arbiter = Oracle()
+    if judge is not None:
+        arbiter = Oracle(program=subjects[judge].program)
+    elif oracle is not None:
+        arbiter = Oracle(taps=taps_from(TraceRunner(model, Path(oracle)), case))
+    mine = [c for c in report.comparisons if c.case == case.name]
+    pair = Pair(case, call, runners[0], runners[1])
+    row, given = investigate(report, model, pair, mine, results[case.name], True, local, arbiter)
+    if row is not None and repro is not None:
+        dump_repro(repro, model, call, row.tap, given)
+    elif row is not None and not report.next:
+        report.next = f"--dump-repro FOLDER writes {row.tap} alone, with these inputs, as a small model.onnx"
+    return report
+
+
+def two_runners(model: Subject, subjects: dict[Path, Subject], a: str, b: str) -> list[Runner]:
+    """The parties of the two texts; a model file is run by ONNX Runtime without its optimisations."""
     runners: list[Runner] = []
     for text in (a, b):
         own = model_of(text)
-        runner = Ort(Subject(own), optimise=False) if own is not None else runner_of(model, text, "numba")
+        runner = Ort(subjects[own], optimise=False) if own is not None else runner_of(model, text, "numba")
         if own is not None:
             runner.name = own.parent.name if own.name == "model.onnx" else own.stem
         runners.append(runner)
     if runners[0].name == runners[1].name:
         for letter, runner in zip("AB", runners, strict=True):
             runner.name = f"{runner.name} {letter}"
-    first = next((r for r in runners if isinstance(r, TraceRunner) and not r.trace.plain), None)
-    chosen = [Case("trace", first.trace.inputs, None)] if first is not None else cases(model)
-    if not chosen:
-        raise InputError("nothing to run: give --data, --prompt or --random")
-    case = pick(chosen, model, set())
-    report = Report(f"{a} - {b}", parties(runners, []), str(budgets.default), versions=versions())
-    results = run_case(case, runners)
-    x, y = (results[r.name] for r in runners)
-    for runner, given in ((runners[0], x), (runners[1], y)):
-        if isinstance(given, Gpt2npError):
-            report.comparisons.append(
-                Comparison(case.name, "(run)", runner.name, "", budgets.default, problem=str(given))
-            )
-    if not isinstance(x, Gpt2npError) and not isinstance(y, Gpt2npError):
+    return runners
+
+
+def case_of_trace(model: Subject, runners: Sequence[Runner]) -> list[Case]:
+    """The call that a trace, or arrays with their inputs among them, were recorded on."""
+    for runner in runners:
+        if isinstance(runner, TraceRunner) and set(model.input_names) <= set(runner.trace.inputs):
+            return [Case("trace", {n: runner.trace.inputs[n] for n in model.input_names}, None)]
+    return []
+
+
+def compare_cases(
+    report: Report, model: Subject, runners: Sequence[Runner], cases: Sequence[Case], budgets: Budgets, padding: bool
+) -> dict[str, tuple[dict[str, Array], dict[str, Array]]]:
+    """The outputs of both parties on every case, into the report; what they gave, by case.
+
+    Arrays that do not say which call they come from are compared with the case that they fit best.
+    """
+    a, b = runners
+    by_case: dict[str, list[Comparison]] = {}
+    results: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {}
+    for case in cases:
+        given = run_case(case, runners, report.findings)
+        x, y = given[a.name], given[b.name]
+        found = by_case[case.name] = []
+        for runner, outputs in ((a, x), (b, y)):
+            if isinstance(outputs, Gpt2npError):
+                problem = str(outputs)
+                found.append(Comparison(case.name, "(run)", runner.name, "", budgets.default, problem=problem))
+        if isinstance(x, Gpt2npError) or isinstance(y, Gpt2npError):
+            continue
         for name in [n for n in x if n in y]:
-            report.comparisons.append(
-                compared(case.name, name, runners[0].name, runners[1].name, x[name], y[name], budgets)
-            )
-        only = [f"{n} (in one of them only)" for n in {*x, *y} if n not in x or n not in y]
-        report.not_compared += sorted(only)
-    if isinstance(x, Gpt2npError) or isinstance(y, Gpt2npError):
-        return report
-    report.not_compared += [
-        f"whether {r.path} was recorded on this input: it is no trace"
-        for r in runners
-        if isinstance(r, TraceRunner) and r.trace.plain
-    ]
-    arbiter = Subject(other) if oracle is not None and (other := model_of(oracle)) else None
-    call = model.call(case.feeds)
-    given_oracle = TraceRunner(model, Path(oracle)) if oracle is not None and arbiter is None else None
-    rows = list(
-        compare_taps(
-            model.program, call, taps_from(runners[0], case), taps_from(runners[1], case), model.taps(),
-            oracle=arbiter.program if arbiter else None,
-            oracle_taps=taps_from(given_oracle, case) if given_oracle else None,
-        )
-    )  # fmt: skip
-    rows = [r for r in rows if r.local_a is not None or r.local_b is not None]
-    names = (runners[0].name, runners[1].name)
-    report.sections.append((f"taps on {case.name}, rms errors", tap_lines(rows, *names, whole=local)))
-    report.details["taps"] = [r.as_dict() for r in rows]
-    both = [r for r in rows if r.total is not None]
-    row = first_divergence(rows)
-    report.checks.append(Check("taps", row is None if both else None, f"{len(rows)} taps, {len(both)} of both parties"))
-    failing = {c.output: c for c in report.comparisons if not c.ok}
-    moved = misplaced(failing.values(), x, y, names[1], call)
-    if moved is not None:
-        show(report, moved)
-        return report
-    if row is None:
-        report.headline = only_noise(model, failing, rows)
-        return report
-    which = 0 if row.over_a > row.over_b else 1
-    given = around(model, runners[which], case, call, row.tap)
-    diagnosis = from_taps(model.program, call, row, names[which], given)
-    diagnosis.case = case.name
-    show(report, diagnosis)
-    if repro is not None:
-        dump_repro(repro, model, call, row.tap, given)
-    return report
+            result = Comparison(case.name, name, b.name, a.name, budgets(name))
+            compare_arrays(result, y[name], x[name], model, case, budgets, padding)
+            found.append(result)
+        for runner, own in ((a, [n for n in x if n not in y]), (b, [n for n in y if n not in x])):
+            if own:
+                add_once(
+                    report.not_compared,
+                    f"{', '.join(own)} ({runner.name} alone gives {'it' if len(own) == 1 else 'them'})",
+                )
+        results[case.name] = (dict(x), dict(y))
+    plain = [r for r in runners if isinstance(r, TraceRunner) and r.trace.plain and not r.trace.inputs]
+    for runner in plain:
+        add_once(report.not_compared, f"whether {runner.path} was recorded on this input: it is no trace")
+    if plain and len(cases) > 1:
+        best = min(by_case, key=lambda name: (sum(bool(c.problem) for c in by_case[name]),
+                                              sum(c.metrics.failing for c in by_case[name] if c.metrics)))  # fmt: skip
+        add_once(report.findings, f"{plain[0].path} holds one call's arrays: of {len(cases)} inputs, {best} fits best")
+        by_case = {best: by_case[best]}
+        results = {name: held for name, held in results.items() if name == best}
+    for found in by_case.values():
+        report.comparisons += found
+    add_once(report.findings, *(note for c in report.comparisons for note in c.notes))
+    return results
 
 
 def dump_repro(folder: Path, model: Subject, call: Call, tap: str, given: dict[str, Array]) -> None:
@@ -117,22 +161,26 @@ def dump_repro(folder: Path, model: Subject, call: Call, tap: str, given: dict[s
     dump(folder, model.program, call, tap, inputs, given.get(tap))
 
 
-def diff_traces(a: Path, b: Path, budgets: Budgets) -> Report:
-    """Two traces, judged without running anything."""
-    for path in (a, b):
-        if not traces.is_trace(str(path)):
-            raise InputError(f"{path}: neither a model, a trace.npz, nor a callable beside a model")
-    x, y = traces.load(a), traces.load(b)
-    if x.manifest["stats_only"] != y.manifest["stats_only"]:
+# ------------------------------------------------------------------------------------------------ traces
+
+
+def diff_traces(a: str, b: str, budgets: Budgets) -> Report:
+    """Two traces, or a trace and a function that is run on its inputs, judged without a model."""
+    x, y = load_either(a, b), load_either(b, a)
+    if x.manifest.get("stats_only") != y.manifest.get("stats_only"):
         raise TraceError(f"{a} and {b}: one holds whole arrays, the other statistics only")
-    names = (a.stem, b.stem) if a.stem != b.stem else ("A", "B")
+    names = (Path(a).stem, Path(b).stem) if Path(a).stem != Path(b).stem else ("A", "B")
     report = Report(
-        f"{a} - {b}", dict(zip(names, (x.runner, y.runner), strict=True)), str(budgets.default), versions=versions()
+        f"A {a}, B {b}", dict(zip(names, (x.runner, y.runner), strict=True)), str(budgets.default), versions=versions()
     )
     for one, other in ((x, y), (y, x)):
         if one.plain:  # what are outputs in the other one are outputs here
-            one.outputs = {n: v for n, v in one.taps.items() if n in other.outputs}
-            one.taps = {n: v for n, v in one.taps.items() if n not in other.outputs}
+            arrays = {n: as_array(v, f"{b if one is y else a} holds {n!r}") for n, v in one.taps.items()}
+            forms = [f"{n} is {form}" for n, v in one.taps.items() if (form := form_of(v))]
+            add_once(report.findings, *forms)
+            one.outputs = {n: v for n, v in arrays.items() if n in other.outputs}
+            one.taps = {n: v for n, v in arrays.items() if n not in other.outputs}
+    budgets.check_names([*x.outputs, *x.taps, *y.outputs, *y.taps])
     for name in sorted({*x.inputs, *y.inputs} if not x.plain and not y.plain else ()):
         if name not in x.inputs or name not in y.inputs or not np.array_equal(x.inputs[name], y.inputs[name]):
             raise TraceError(f"{a} and {b} were recorded on different inputs: {name!r} differs")
@@ -143,11 +191,30 @@ def diff_traces(a: Path, b: Path, budgets: Budgets) -> Report:
     for kind in ("outputs", "taps"):
         left, right = getattr(x, kind), getattr(y, kind)
         for name in [n for n in left if n in right]:
-            report.comparisons.append(compared("trace", name, *names, left[name], right[name], budgets))
-        report.not_compared += sorted(
-            f"{n} (in one trace only)" for n in {*left, *right} if n not in left or n not in right
-        )
+            result = Comparison("trace", name, names[1], names[0], budgets(name))
+            compare_arrays(result, right[name], left[name], None, None, budgets)
+            report.comparisons.append(result)
+        add_once(report.not_compared, *sorted(f"{n} (in one trace only)" for n in left.keys() ^ right.keys()))
+    add_once(report.findings, *(note for c in report.comparisons for note in c.notes))
     wrong = next((c for c in report.comparisons if not c.ok and c.output in x.taps), None)
     if wrong is not None:
         report.headline = f"first tap out of budget: {wrong.output}"
     return report
+
+
+def load_either(text: str, other: str) -> traces.Trace:
+    """A trace, or what a function gives for the inputs of the other trace."""
+    if traces.is_trace(text):
+        return traces.load(Path(text))
+    if ":" not in text or not traces.is_trace(other):
+        raise InputError(f"{text}: neither a model, a trace.npz, nor a function beside one of these")
+    golden = traces.load(Path(other))
+    if golden.plain:
+        raise InputError(f"{other} holds no inputs to run {text} on: give a trace, or a model.onnx and --prompt")
+    function = Function(None, text)
+    arrays = named(function.call(golden.inputs), list(golden.outputs) or list(golden.taps), text)
+    held = {n: as_array(v, f"{text} returned {n!r}") for n, v in arrays.items()}
+    outputs = {n: v for n, v in held.items() if n in golden.outputs}
+    taps = {n: v for n, v in held.items() if n not in golden.outputs}
+    manifest = {**golden.manifest, "runner": text, "stats_only": False}
+    return traces.Trace(dict(golden.inputs), outputs, taps, manifest)

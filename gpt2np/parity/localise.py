@@ -22,13 +22,11 @@ from typing import Any
 import numpy as np
 
 from ..call import Call
-from ..errors import Gpt2npError
 from ..weights import Array
-from .cases import Case
 from .compare import Comparison
 from .metrics import difference
-from .operations import split_tap, tap_inputs, tap_shape
-from .parties import Runner
+from .operations import split_tap, tap_inputs, tap_names, tap_shape
+from .places import kept
 from .program import Program
 from .subject import Subject, taps_of
 
@@ -83,11 +81,15 @@ class _Sum:
         self.squares, self.count, self.largest = 0.0, 0, 0.0
         self.at: tuple[int, ...] = ()
 
-    def add(self, a: Array, b: Array, offset: int = 0, axis: int = 1) -> None:
+    def add(self, a: Array, b: Array, offset: int = 0, axis: int = 1, keep: Array | None = None) -> None:
         distance = difference(a, b)
+        self.count += distance.size
+        if keep is not None:
+            seen = np.broadcast_to(keep, distance.shape)
+            distance = np.where(seen, distance, 0.0)
+            self.count -= distance.size - int(seen.sum())
         with np.errstate(over="ignore"):
             self.squares += float(np.square(distance).sum())
-        self.count += distance.size
         where = np.unravel_index(int(distance.argmax()), distance.shape)
         if float(distance[where]) > self.largest or not self.at:
             self.largest = float(distance[where])
@@ -107,8 +109,12 @@ def compare_taps(
     group_bytes: int = 128 << 20,
     oracle: Program | None = None,
     oracle_taps: Taps | None = None,
+    eps: float = float(np.finfo(np.float32).eps),
 ) -> Iterator[TapRow]:
     """One row for each tap, in order. The oracle is the program in float64, another program, or given taps.
+
+    `eps` is the rounding that the program itself asks for: float16's where the file computes in float16. Rows of
+    padding are left out, and what is computed from them takes the operation's own values there.
 
     Parties are asked for some layers' taps at a time, so that no more than about `group_bytes` of them are in
     memory at once. Where a party does not give a tap, its value is computed from what it gave before.
@@ -121,7 +127,7 @@ def compare_taps(
         for tap in group:
             inputs = tap_inputs(tap, program.config)
             programs = {"a": program, "b": program, "oracle": oracle or program}
-            row = _row(programs, call, tap, {p: [known[p][i] for i in inputs] for p in known}, given, known)
+            row = _row(programs, call, tap, {p: [known[p][i] for i in inputs] for p in known}, given, known, eps)
             incoming = max((relative[i] for i in inputs if i in relative), default=0.0)
             if row.total is not None:
                 relative[tap] = row.total / row.scale if row.scale else 0.0
@@ -159,6 +165,7 @@ def _row(
     inputs: Mapping[str, list[Array]],
     given: Mapping[str, Mapping[str, Array]],
     known: Mapping[str, dict[str, Array]],
+    eps: float,
 ) -> TapRow:
     """All errors of one tap; leaves every party's value in `known`."""
     T = call.input_ids.shape[1]
@@ -167,35 +174,35 @@ def _row(
     sums = {name: _Sum() for name in kinds}
     a, b = given["a"].get(tap), given["b"].get(tap)
     over = {"a": 0.0, "b": 0.0}
-    keep = tap != "logits"
+    seen = kept(tap, call)
     for start in range(0, T, step):
         part = slice(start, start + step)
 
         def cut(value: Array, part: slice = part) -> Array:
             return value[:, part] if tap == "logits" else value
 
+        keep = None if seen is None else cut(seen)
         op = {p: programs[p].run(tap, call, [cut(x) for x in inputs[p]], F64) for p in inputs}
         if tap in given["oracle"]:
             op["oracle"] = cut(given["oracle"][tap])
         for party, value in (("a", a), ("b", b)):
             low = programs[party].run(tap, call, [cut(x) for x in inputs[party]], F32)
-            sums[f"floor_{party}"].add(low, op[party], start)
+            sums[f"floor_{party}"].add(low, op[party], start, keep=keep)
             if value is not None:
-                sums[party].add(cut(value), op[party], start)
-                sums[f"oracle_{party}"].add(cut(value), op["oracle"], start)
-        sums["scale"].add(op["oracle"], np.zeros_like(op["oracle"]))
+                sums[party].add(cut(value), op[party], start, keep=keep)
+                sums[f"oracle_{party}"].add(cut(value), op["oracle"], start, keep=keep)
+        sums["scale"].add(op["oracle"], np.zeros_like(op["oracle"]), keep=keep)
         if a is not None and b is not None:
-            sums["total"].add(cut(a), cut(b), start)
-            sums["inherited"].add(op["a"], op["b"], start)
-        if keep:
+            sums["total"].add(cut(a), cut(b), start, keep=keep)
+            sums["inherited"].add(op["a"], op["b"], start, keep=keep)
+        if tap != "logits":
             known["oracle"][tap] = op["oracle"]
             for party, value in (("a", a), ("b", b)):
-                known[party][tap] = op[party] if value is None else value
+                own = op[party] if value is None else value
+                known[party][tap] = own if keep is None else np.where(keep, own, op[party])
     for party, value in (("a", a), ("b", b)):
         if value is not None:
-            # a float16 tap was computed in float16: its own rounding is the floor
-            eps = float(np.finfo(value.dtype).eps) if value.dtype.kind == "f" else float(np.finfo(np.float32).eps)
-            rounding = max(eps, float(np.finfo(np.float32).eps)) / 4 * sums["scale"].rms
+            rounding = eps / 4 * sums["scale"].rms
             floor = sums[f"floor_{party}"]
             ratios = [
                 sums[party].rms / (LOCAL_FACTOR * max(floor.rms, rounding)),
@@ -222,18 +229,27 @@ def first_divergence(rows: Sequence[TapRow]) -> TapRow | None:
     return next((row for row in rows if row.diverges), None)
 
 
-def tap_rows(model: Subject, a: Runner, b: Runner, case: Case, call: Call) -> tuple[list[TapRow], str]:
-    """The rows of the taps that at least one of the two gives, or why there are none."""
-
-    def taps(runner: Runner) -> Callable[[Sequence[str]], dict[str, Array]]:
-        return lambda names: runner.run(case.feeds, False, names).taps
-
-    try:
-        rows = list(compare_taps(model.program, call, taps(a), taps(b), model.taps()))
-    except Gpt2npError as error:
-        return [], str(error)
-    rows = [r for r in rows if r.local_b is not None]
-    return rows, "" if rows else "it gives none"
+def agreeing(model: Subject, call: Call, given: Mapping[str, Array]) -> tuple[list[str], list[str]]:
+    """Which of these taps a run from the token ids explains, float32 rounding aside, and which it does not."""
+    names = [tap for tap in tap_names(model.config) if tap in given]
+    if not names:
+        return [], []
+    exact, low = (
+        {tap: value for tap, value in model.program.walk(call, dtype, until=names[-1]) if tap in given}
+        for dtype in (F64, F32)
+    )
+    good: list[str] = []
+    bad: list[str] = []
+    for tap in names:
+        sums = {name: _Sum() for name in ("given", "floor", "scale")}
+        for name, value, to in (
+            ("given", given[tap], exact[tap]), ("floor", low[tap], exact[tap]),
+            ("scale", exact[tap], np.zeros_like(exact[tap])),
+        ):  # fmt: skip
+            sums[name].add(value, to, keep=kept(tap, call))
+        allowed = LOCAL_FACTOR * max(sums["floor"].rms, sums["scale"].rms * 1e-7)
+        (good if sums["given"].rms <= allowed else bad).append(tap)
+    return good, bad
 
 
 def only_noise(model: Subject, failing: Mapping[str, Comparison], rows: Sequence[TapRow]) -> str:
@@ -241,7 +257,9 @@ def only_noise(model: Subject, failing: Mapping[str, Comparison], rows: Sequence
     apart = {row.tap: row.max_abs for row in rows}
     ports = {port.name: port for port in model.recognised.outputs}
     for name, c in failing.items():
-        known = [apart.get(tap) for tap in taps_of(ports[name])]
-        if c.metrics is None or c.metrics.max_abs > 2 * max((k for k in known if k is not None), default=math.inf):
+        known = [k for tap in taps_of(ports[name]) if (k := apart.get(tap)) is not None] if name in ports else []
+        if c.metrics is not None and known and c.metrics.max_abs > 2 * max(known):
             return f"{name} is not what its taps are: they agree, so it is lost after the last operation"
+        if c.metrics is None or not known:
+            return ""
     return "inherited float32 noise alone: no operation differs by itself" if failing else ""

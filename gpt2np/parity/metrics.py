@@ -70,6 +70,8 @@ class Metrics:
     scaled_ulp: float  # largest |a - b| in float32 ulp of the largest |b| of its row
     max_ulp: float  # float32 numbers between a and b; shown only, as max_rel
     nonfinite: tuple[int, int]  # NaN and infinities in actual, in expected
+    spread: float = 0.0  # standard deviation of the expected elements
+    left_out: int = 0  # elements that were not compared: rows of padding
 
     @property
     def ok(self) -> bool:
@@ -79,8 +81,12 @@ class Metrics:
         return asdict(self)
 
 
-def measure(actual: Array, expected: Array, budget: Budget) -> Metrics:
-    """All metrics of `actual` against `expected`.
+def measure(actual: Array, expected: Array, budget: Budget, keep: Array | None = None) -> Metrics:
+    """All metrics of `actual` against `expected`, over the elements where `keep` is true if it is given.
+
+    Parameters
+    ----------
+    keep : array of bools that broadcasts to their shape, optional
 
     Raises
     ------
@@ -93,12 +99,16 @@ def measure(actual: Array, expected: Array, budget: Budget) -> Metrics:
     for array in (actual, expected):
         if array.dtype.kind in "cOSUM":
             raise ComparisonError(f"cannot compare arrays of dtype {array.dtype}")
-    n = actual.size
-    distances = np.empty(n, np.float32)
+    chosen = None if keep is None else np.ascontiguousarray(np.broadcast_to(keep, actual.shape))
+    n = actual.size if chosen is None else int(chosen.sum())
+    distances = np.empty(actual.size, np.float32)
     failing = nonfinite_a = nonfinite_b = 0
     max_abs, at, max_rel, scaled, ulps = -1.0, 0, 0.0, 0.0, 0.0
-    squares = aa = bb = ab = 0.0
+    squares = aa = bb = ab = total = 0.0
     for start, a, b in _blocks(actual, expected):  # float64 (rows, width) each
+        if chosen is not None:
+            part = chosen.reshape(-1)[start : start + a.size].reshape(a.shape)
+            a, b = np.where(part, a, 0), np.where(part, b, 0)
         finite_a, finite_b = np.isfinite(a), np.isfinite(b)
         nonfinite_a += int((~finite_a).sum())
         nonfinite_b += int((~finite_b).sum())
@@ -122,8 +132,13 @@ def measure(actual: Array, expected: Array, budget: Budget) -> Metrics:
         fa, fb = np.where(both, a, 0), np.where(both, b, 0)
         with np.errstate(over="ignore"):
             aa, bb, ab = aa + float((fa * fa).sum()), bb + float((fb * fb).sum()), ab + float((fa * fb).sum())
+            total += float(fb.sum())
+    left_out = actual.size - n
+    if chosen is not None:
+        distances = distances[chosen.reshape(-1)]
     if n == 0:
-        return Metrics(actual.shape, 0, 0, 0.0, (), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, math.inf, 0.0, 0.0, (0, 0))
+        return Metrics(actual.shape, 0, 0, 0.0, (), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, math.inf, 0.0, 0.0, (0, 0),
+                       left_out=left_out)  # fmt: skip
     index = tuple(int(i) for i in np.unravel_index(at, actual.shape))
     if squares == 0:
         cosine, snr = 1.0, math.inf
@@ -147,6 +162,8 @@ def measure(actual: Array, expected: Array, budget: Budget) -> Metrics:
         scaled_ulp=scaled,
         max_ulp=ulps,
         nonfinite=(nonfinite_a, nonfinite_b),
+        spread=math.sqrt(max(bb / n - (total / n) ** 2, 0.0)) if math.isfinite(bb) else math.inf,
+        left_out=left_out,
     )
 
 

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,8 @@ from ..errors import ComparisonError, InputError, TraceError
 from ..onnx.read.datasets import DataSet
 from ..signature import Feeds
 from ..weights import Array
-from .subject import Subject, output_names, sort_arrays
+from .forms import as_array, form_of, named, nearest
+from .subject import Subject, sort_arrays
 from .trace import is_trace, load
 
 if TYPE_CHECKING:
@@ -27,11 +29,15 @@ if TYPE_CHECKING:
     from ..session import InferenceSession
 
 
+ENGINES = ("numba", "numpy")
+
+
 class Captured(NamedTuple):
     """What a party gave: outputs under the file's names, taps under ours."""
 
     outputs: dict[str, Array]
     taps: dict[str, Array]
+    notes: tuple[str, ...] = ()  # what is odd about their form, as "logits is bfloat16"
 
 
 class Runner(Protocol):
@@ -52,9 +58,7 @@ class Ours:
 
     @cached_property
     def session(self) -> InferenceSession:
-        from ..session import InferenceSession
-
-        return InferenceSession(self.model.path, engine=self.engine, dtype=self.dtype)
+        return self.model.session(self.engine, self.dtype)
 
     @property
     def gpt2(self) -> GPT2:
@@ -95,7 +99,8 @@ class Ort:
         if threads is not None:
             self.name += f"-{threads}t"
 
-    def _session(self, source: str | bytes, optimise: bool) -> Any:
+    def open(self, source: str | bytes, optimise: bool) -> Any:
+        """A session over the file, or over a changed copy of it."""
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -115,28 +120,29 @@ class Ort:
 
     @cached_property
     def session(self) -> Any:
-        return self._session(str(self.model.path), self.optimise)
+        return self.open(str(self.model.path), self.optimise)
 
     @cached_property
     def tap_session(self) -> Any:
-        return self._session(with_tap_outputs(self.model), False)
+        return self.open(with_tap_outputs(self.model), False)
 
     def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Captured:
         made: dict[str, Array] = {}
         found: dict[str, Array] = {}
         if outputs:
             names = [o.name for o in self.session.get_outputs()]
-            made = dict(zip(names, self._run(self.session, names, feeds), strict=True))
+            made = dict(zip(names, self.call(self.session, names, feeds), strict=True))
         places = {t: self.model.recognised.taps[t] for t in taps if t in self.model.recognised.taps}
         if places:
             tensors = list(dict.fromkeys(place.tensor for place in places.values()))
-            got = dict(zip(tensors, self._run(self.tap_session, tensors, feeds), strict=True))
+            got = dict(zip(tensors, self.call(self.tap_session, tensors, feeds), strict=True))
             batch = self.model.call(feeds).input_ids.shape[0]
             for tap, place in places.items():
                 found[tap] = place.to_tap(got[place.tensor], self.model.config, batch)
         return Captured(made, found)
 
-    def _run(self, session: Any, names: list[str], feeds: Feeds) -> list[Array]:
+    def call(self, session: Any, names: list[str], feeds: Feeds) -> list[Array]:
+        """These tensors of a session."""
         try:
             return list(session.run(names, dict(feeds)))
         except Exception as error:
@@ -189,7 +195,7 @@ class OnnxRef:
         places = {}
         if taps:
             places = {t: self.model.recognised.taps[t] for t in taps if t in self.model.recognised.taps}
-        own = output_names(self.model) if outputs else []
+        own = self.model.output_names if outputs else []
         names = list(dict.fromkeys([*own, *(p.tensor for p in places.values())]))
         try:
             with np.errstate(all="ignore"):
@@ -221,64 +227,105 @@ class TraceRunner:
     """A saved trace, or plain arrays in an .npz: it gives what it holds, for the inputs that it was recorded on."""
 
     def __init__(self, model: Subject, path: Path) -> None:
-
         self.model, self.path, self.trace = model, path, load(path)
         self.name = path.stem
         if self.trace.manifest["stats_only"]:
             raise TraceError(f"{path}: holds statistics of taps only, not the taps")
+        if self.trace.plain:  # inputs among the arrays, as NAME or input/NAME, say what they were recorded on
+            taps = self.trace.taps
+            for name in model.input_names:
+                for held in (name, f"input/{name}"):
+                    if held in taps:
+                        self.trace.inputs[name] = as_array(taps.pop(held), f"{path} holds {held!r}")
 
     def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Captured:
         for name, value in feeds.items():
-            if not self.trace.plain and (
-                name not in self.trace.inputs or not np.array_equal(value, self.trace.inputs[name])
-            ):
+            held = self.trace.inputs.get(name)
+            if (held is None and not self.trace.plain) or (held is not None and not np.array_equal(value, held)):
                 raise TraceError(f"{self.path}: recorded on other inputs ({name!r} differs)")
-        call = self.model.call(feeds)
         given = {**self.trace.outputs, **self.trace.taps}
-        made, found = sort_arrays(self.model, call, given, f"{self.path} holds")
-        held = {**self.model.outputs_as_taps(made, call), **found} if taps else {}
-        return Captured(made if outputs else {}, {t: held[t] for t in taps if t in held})
+        return sorted_out(self.model, feeds, given, f"{self.path} holds", outputs, taps)
 
 
 class Function:
-    """A user's function `package.module:function`, the port under test.
+    """A user's function, `package.module:function` or `path/to/file.py:function`, the port under test.
 
-    It takes the file's inputs as a dictionary and returns a dictionary of outputs (the file's names) and taps
-    (our names), or one array: the file's first output. A function with a `taps` parameter is told which are
-    wanted. Modules are looked for in the current folder too.
+    It takes the file's inputs as a dictionary and returns outputs (under the file's names or their roles') and
+    taps by name, a tuple in the order of the file's outputs, or one array: the first output. Modules are looked
+    for in the current folder too.
     """
 
-    def __init__(self, model: Subject, target: str) -> None:
+    def __init__(self, model: Subject | None, target: str) -> None:
         self.model, self.name = model, target
-        module, _, attribute = target.partition(":")
+        module, _, attribute = target.rpartition(":")
         if not module or not attribute:
-            raise InputError(f"a callable is given as package.module:function, got {target!r}")
-        folder = os.getcwd()
-        sys.path.insert(0, folder)
+            raise InputError(f"a callable is given as package.module:function or file.py:function, got {target!r}")
         try:
-            value: Any = importlib.import_module(module)
+            value: Any = _module(module)
             for part in attribute.split("."):
                 value = getattr(value, part)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"cannot import {target!r}: {error}") from error
-        finally:
-            sys.path.remove(folder)
+        except AttributeError:
+            functions = [n for n, v in vars(value).items() if callable(v) and not n.startswith("_")]
+            raise InputError(f"{module} has no {attribute!r}; it has {nearest(attribute, functions)}") from None
+        except (Exception, SystemExit) as error:  # whatever an import of a user's code raises
+            raise InputError(f"cannot import {target!r}: {where_raised(error)}") from error
         if not callable(value):
             raise InputError(f"{target!r} is no function but a {type(value).__name__}")
         self.function = value
 
-    def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Captured:
+    def call(self, feeds: Feeds) -> Any:
+        """What the function returns for these inputs."""
         try:
-            given = self.function({name: np.array(value) for name, value in feeds.items()})
+            return self.function({name: np.array(value) for name, value in feeds.items()})
         except (Exception, SystemExit) as error:  # whatever a user's code raises is its failure, not ours
-            raise ComparisonError(f"{self.name} raised {type(error).__name__}: {error}") from error
-        names = output_names(self.model)
-        if not isinstance(given, Mapping):
-            given = {names[0]: given}
-        call = self.model.call(feeds)
-        made, found = sort_arrays(self.model, call, given, f"{self.name} returned")
-        held = {**self.model.outputs_as_taps(made, call), **found}
-        return Captured(made if outputs else {}, {t: held[t] for t in taps if t in held})
+            raise ComparisonError(f"{self.name} raised {where_raised(error)}") from error
+
+    def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Captured:
+        assert self.model is not None
+        given = self.call(feeds)
+        arrays = named(given, self.model.output_names, self.name)
+        return sorted_out(self.model, feeds, arrays, f"{self.name} returned", outputs, taps)
+
+
+def _module(name: str) -> Any:
+    """A module by its dotted name, or by the path of its file."""
+    folder = os.getcwd()
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"{name}: no such file")
+        folder, name = str(path.resolve().parent), path.stem
+    sys.path.insert(0, folder)
+    try:
+        found = sys.modules.get(name)
+        if found is not None and not str(getattr(found, "__file__", folder)).startswith(folder):
+            del sys.modules[name]  # another file of that name was imported before
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
+def where_raised(error: BaseException) -> str:
+    """ "ZeroDivisionError: oh no (port.py, line 14)": the innermost line that is neither gpt2np's nor Python's own."""
+    text = f"{type(error).__name__}: {error}".strip().removesuffix(":")
+    frames = traceback.extract_tb(error.__traceback__)
+    own = str(Path(__file__).parents[1])
+    users = [f for f in frames if not f.filename.startswith((own, "<frozen"))]
+    users = [f for f in users if "site-packages" not in f.filename] or users
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"{text.splitlines()[0]}"
+    return f"{text} ({users[-1].filename}, line {users[-1].lineno})" if users else text
+
+
+def sorted_out(
+    model: Subject, feeds: Feeds, given: Mapping[str, Any], who: str, outputs: bool, taps: Sequence[str]
+) -> Captured:
+    """A port's arrays as outputs and taps, with a note on each type that NumPy does not have."""
+    call = model.call(feeds)
+    made, found = sort_arrays(model, call, given, who)
+    held = {**model.outputs_as_taps(made, call), **found} if taps else {}
+    notes = tuple(f"{name} is {form}" for name, value in given.items() if (form := form_of(value)))
+    return Captured(made if outputs else {}, {t: held[t] for t in taps if t in held}, notes)
 
 
 def runner_of(model: Subject, text: str, engine: str) -> Runner:

@@ -16,9 +16,9 @@ from ..errors import Gpt2npError
 from ..weights import Array
 from .budgets import Budgets
 from .cases import Case
-from .compare import Comparison
+from .compare import Comparison, compare_arrays
 from .metrics import Budget, measure
-from .report import WIDTH, Line, Report, columns, number, wrap
+from .report import Report, Table, number
 from .subject import Subject
 
 if TYPE_CHECKING:
@@ -57,9 +57,7 @@ def saturates() -> bool:
 
 def rounds(model: Subject) -> tuple[str, list[Literally]]:
     """How the file rounds on the way, in words ("" for a float32 file), and the ways to imitate it."""
-    from ..onnx.read.reader import open_model
-
-    file = open_model(model.path)
+    file = model.file
     kinds = {t.dtype.name for t in file.tensors.values()}
     ways: list[Literally] = [True]
     if any("DequantizeLinear" in source.through for source in model.recognised.sources.values()):
@@ -85,21 +83,18 @@ class Rounding:
     @classmethod
     def measure(cls, model: Subject, cases: Sequence[Case], budgets: Budgets, report: Report) -> Rounding | None:
         """Widen the budget by what the rounding changes, ours with it against ours without; None if nothing rounds."""
-        from ..onnx.read.reader import open_model
-        from ..session import InferenceSession
-
         words, ways = rounds(model)
         if not words:
             return None
         if "saturating" in ways and all(case.data is None for case in cases):  # nothing was recorded on another CPU
             ways.remove(True if saturates() else "saturating")
-        exact = InferenceSession(model.path, engine="numpy", emulate_rounding="unrounded")
+        exact = model.session("numpy", rounding="unrounded")
         names = [o.name for o in exact.get_outputs()]
         unrounded = {c.name: dict(zip(names, exact.run(names, c.feeds), strict=True)) for c in cases}
         changes = dict.fromkeys(names, 0.0)
         imitated: dict[Literally, dict[str, dict[str, Array]]] = {}
         for way in ways:
-            session = InferenceSession(model.path, engine="numpy", emulate_rounding=way)
+            session = model.session("numpy", rounding=way)
             imitated[way] = {}
             for case in cases:
                 outputs = dict(zip(names, session.run(names, case.feeds), strict=True))
@@ -113,19 +108,21 @@ class Rounding:
             source = f"{base.source}, plus {FACTOR:g} x the file's own rounding"
             budgets.measured[name] = Budget(base.rtol, base.atol + FACTOR * change, source)
         report.budget += f"; plus {FACTOR:g} x what the file's rounding of {words} changes"
-        half = any(t.dtype.name == "float16" for t in open_model(model.path).tensors.values())
+        half = any(t.dtype.name == "float16" for t in model.file.tensors.values())
         if half:  # constants of GELU and the like are rounded, too, and ours are not
             plain = budgets
         text = f"the file's own nodes, run one by one in NumPy without rounding{'' if half else '; the plain budget'}"
         report.parties[UNROUNDED] = text
         return cls(words, plain, unrounded, changes, imitated)
 
-    def compare_ours(self, case: Case, ours: str, outputs: Mapping[str, Array] | Gpt2npError) -> Iterator[Comparison]:
+    def compare_ours(
+        self, model: Subject, case: Case, ours: str, outputs: Mapping[str, Array] | Gpt2npError, padding: bool = False
+    ) -> Iterator[Comparison]:
         """Ours against the file's nodes without rounding: what its rounding changes hides no error there."""
         if not isinstance(outputs, Gpt2npError):
             for name, expected in self.unrounded[case.name].items():
                 found = Comparison(case.name, name, ours, UNROUNDED, self.plain(name))
-                found.metrics = measure(outputs[name], expected, found.budget)
+                compare_arrays(found, outputs[name], expected, model, case, self.plain, padding)
                 yield found
 
     def compare(self, case: Case, outputs: Mapping[str, Mapping[str, Array] | Gpt2npError]) -> None:
@@ -142,21 +139,20 @@ class Rounding:
     def show(self, report: Report, budgets: Budgets) -> None:
         """Add the table to a report: for each party by the way that comes closest to it."""
         ways = {party: min(found, key=lambda w: sum(found[w].values())) for party, found in self.left.items()}
-        parties = list(ways)[: (WIDTH - 52) // 12]
-        widths = (-28, *(10,) * (2 + len(parties)))
-        body: list[Line] = [(columns(("", "changes", "atol", *parties), widths), "bold")]
+        rows: list[tuple[str, ...]] = []
         details: dict[str, Any] = {}
         for name, change in self.changes.items():
             left = {p: self.left[p][ways[p]].get(name, float("nan")) for p in ways}
-            cells = (name, number(change), number(budgets(name).atol), *(number(left[p]) for p in parties))
-            body.append((columns(cells, widths), ""))
+            budget = budgets(name)
+            rows.append((name, number(change), f"{budget.rtol:g}", number(budget.atol), *map(number, left.values())))
             details[name] = {"changes": change, "left": left}
-        for way in dict.fromkeys(ways.values()):
-            who = ", ".join(p for p in ways if ways[p] == way)
-            body += [(line, "") for line in wrap(f"{who}: {VARIANTS[way]}", "  ")]
+        notes = [
+            f"{', '.join(p for p in ways if ways[p] == way)}: {VARIANTS[way]}" for way in dict.fromkeys(ways.values())
+        ]
         if "saturating" in self.imitated:
             kind = "saturate" if saturates() else "exact"
-            body.append((f"  sums of two 8-bit products by ONNX Runtime on this CPU: {kind}", ""))
-        title = f"rounding of {self.words}: what it changes at most, atol with it, and what is left once it is imitated"
-        report.sections.append((title, body))
+            notes.append(f"sums of two 8-bit products by ONNX Runtime on this CPU: {kind}")
+        title = f"rounding of {self.words}: what it changes at most, and what is left of each party once it is imitated"
+        head = ("output", ">changes", ">rtol", ">atol", *(f">{party}" for party in ways))
+        report.tables.append(Table(title, head, rows, notes=notes))
         report.details["rounding"] = details

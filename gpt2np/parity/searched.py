@@ -56,12 +56,14 @@ def search_parity(model: Subject, search: Search, options: Options, plain: Calla
     with tempfile.TemporaryDirectory(prefix="gpt2np-") as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(decoder_model(model.path))
+        rtol, atol = ([t for t in given if ":" not in t] for given in (options.rtol, options.atol))
+        options = replace(options, rtol=rtol, atol=atol)  # the ones for single outputs are the sequences'
         inner = plain(replace(options, model=path, against=others, data=[], prompts=[], random=max(1, options.random)))
     for found in inner.comparisons:
         found.case = f"inside, {found.case}"
     report.comparisons += inner.comparisons
     report.checks += inner.checks
-    report.sections += inner.sections
+    report.tables += inner.tables
     report.details |= inner.details
     report.not_compared += [f"of the GPT-2 inside: {text}" for text in inner.not_compared]
     report.headline = inner.headline or report.headline

@@ -16,11 +16,15 @@ from ..config import GPT2Config
 from ..errors import ComparisonError, Gpt2npError, UnsupportedModelError
 from ..signature import Feeds, Signature
 from ..weights import Array
+from .forms import as_array, nearest
 from .operations import tap_names, tap_shape
 from .program import Program
 
 if TYPE_CHECKING:
+    from ..onnx.emulate.literal import Literally
+    from ..onnx.read.reader import ModelFile
     from ..onnx.recognise import Port, Recognised
+    from ..session import InferenceSession
 
 
 @dataclass
@@ -33,20 +37,53 @@ class Subject:
     path: Path
     problem: Gpt2npError | None = None  # why gpt2np cannot place the graph at all
     objections: list[UnsupportedModelError] = field(default_factory=list)  # what in it is no GPT-2's
-    _calls: dict[int, Call] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def file(self) -> ModelFile:
+        """The opened file; its weights are read when they are asked for."""
+        from ..onnx.read.reader import open_model
+
+        return open_model(self.path)
 
     @cached_property
     def found(self) -> Recognised | None:
         """The recognised GPT-2, or None (then `problem` says why)."""
-        from ..onnx.read.reader import open_model
         from ..onnx.recognise import recognise
 
-        file = open_model(self.path)
         try:
-            return recognise(file, self.objections)
+            return recognise(self.file, self.objections)
         except UnsupportedModelError as error:
             self.problem = error
             return None
+
+    @property
+    def whole(self) -> bool:
+        """Whether gpt2np can run the file: nothing in it was left unplaced."""
+        return self.found is not None and not self.objections
+
+    @cached_property
+    def input_names(self) -> list[str]:
+        """The file's declared inputs."""
+        initializers = {t.name for t in self.file.proto.graph.initializer}
+        return [i.name for i in self.file.proto.graph.input if i.name not in initializers]
+
+    @cached_property
+    def output_names(self) -> list[str]:
+        """The file's declared outputs."""
+        return [o.name for o in self.file.proto.graph.output]
+
+    @cached_property
+    def is_float16(self) -> bool:
+        """Whether the file computes in 16 bits: its own nodes round every result."""
+        return any(t.dtype.name in ("float16", "bfloat16") for t in self.file.tensors.values())
+
+    def session(self, engine: str, dtype: str = "float32", rounding: Literally = False) -> InferenceSession:
+        """gpt2np's session over what was read and recognised here."""
+        from ..session import InferenceSession
+
+        return InferenceSession(
+            self.path, engine=engine, dtype=dtype, emulate_rounding=rounding, read=(self.file, self.recognised)
+        )
 
     @property
     def recognised(self) -> Recognised:
@@ -116,32 +153,59 @@ def as_tap(value: Array, tap: str, config: GPT2Config, call: Call) -> Array | No
     return value.reshape(shape)
 
 
-def output_names(model: Subject) -> list[str]:
-    """The file's declared outputs."""
-    from ..onnx.read.reader import open_model
+def aliases(recognised: Recognised) -> dict[str, str]:
+    """Names of roles, whatever the file calls them, to its outputs: logits, last_hidden_state, present.0.key ..."""
+    found: dict[str, str] = {}
+    for port in recognised.outputs:
+        layer = "" if port.layer is None else f".{port.layer}"
+        kind = {"present_key": ".key", "present_value": ".value"}.get(port.role, "")
+        name = f"present{layer}{kind}" if port.role.startswith("present") else port.role
+        found.setdefault(name, port.name)
+        if port.role == "last_hidden_state":
+            found.setdefault("ln_f", port.name)
+    return found
 
-    return [o.name for o in open_model(model.path).proto.graph.output]
+
+def _pairs(given: Mapping[str, Array], recognised: Recognised) -> dict[str, Array]:
+    """Keys and values put together, or taken apart, as the file's presents hold them."""
+    arrays = dict(given)
+    for port in recognised.outputs:
+        both, key, value = f"present.{port.layer}", f"present.{port.layer}.key", f"present.{port.layer}.value"
+        if port.role == "present" and key in arrays and value in arrays and arrays[key].shape == arrays[value].shape:
+            arrays[both] = np.stack([arrays.pop(key), arrays.pop(value)])
+        elif port.role == "present_key" and both in arrays and len(arrays[both]) == 2:
+            arrays[key], arrays[value] = arrays.pop(both)
+    return arrays
 
 
 def sort_arrays(
     model: Subject, call: Call, given: Mapping[Any, Any], who: str
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Arrays under the file's output names and under tap names, told apart and checked. `who` begins a complaint."""
-    names, known = output_names(model), set(tap_names(model.config))
+    """Arrays under the file's outputs' names, or their roles', and under tap names, told apart and checked.
+
+    What is an output and a tap at once ("logits") is both. `who` begins a complaint.
+
+    Raises
+    ------
+    ComparisonError
+        If one is no array of numbers, under an unknown name, or of another shape than its tap.
+    """
+    names, known, roles = model.output_names, tap_names(model.config), aliases(model.recognised)
+    arrays = _pairs({str(name): as_array(value, f"{who} {name!r}") for name, value in given.items()}, model.recognised)
     made: dict[str, Array] = {}
     found: dict[str, Array] = {}
-    for name, value in given.items():
-        array = np.asarray(value)
-        if array.dtype.kind in "cOSUM":
-            raise ComparisonError(f"{who} {name!r} as {type(value).__name__}, which is no array of real numbers")
-        if name in names:
-            made[name] = array
-        elif name in known:
+    for name, array in sorted(arrays.items(), key=lambda item: item[0] not in names):  # the file's own names first
+        output = name if name in names else roles.get(name)
+        if output is not None:
+            made.setdefault(output, array)
+        if name in known and name not in names:
             tap = as_tap(array, name, model.config, call)
-            if tap is None:
+            if tap is None and output is None:
                 expected = tap_shape(name, model.config, call)
                 raise ComparisonError(f"{who} tap {name!r} with shape {array.shape}, expected {expected}")
-            found[name] = tap
-        else:
-            raise ComparisonError(f"{who} {name!r}, which is neither an output of {model.path} nor a tap")
+            if tap is not None:
+                found[name] = tap
+        elif output is None:
+            valid = nearest(name, [*names, *roles, *known])
+            raise ComparisonError(f"{who} {name!r}, neither an output of {model.path} nor a tap; names are {valid}")
     return made, found

@@ -360,12 +360,11 @@ def check_runs(model: Subject, ours: Ours) -> Iterator[Check]:
     from ..parity.metrics import PRESETS
     from ..parity.parties import Ort
     from ..parity.searched import EXACT, random_search_cases
-    from ..parity.subject import output_names
 
     search = model.recognised.search
     zoo, own = (EXACT, EXACT) if search is not None else (PRESETS["zoo"], PRESETS["ort-gpt2"])
     inputs = [port.name for port in (search or model.recognised).inputs]
-    sets = [load_set(folder, inputs, output_names(model)) for folder in find_sets(model.path)]
+    sets = [load_set(folder, inputs, model.output_names) for folder in find_sets(model.path)]
     ort = Ort(model)
     drawn = random_search_cases(model, search, 2, seed=0) if search is not None else random_cases(model, 2, seed=0)
     for case in cases_from_data(sets) or drawn:

@@ -1,0 +1,252 @@
+"""From outputs that differ to the place and the cause: which questions are asked, in which order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ..call import Call
+from ..errors import Gpt2npError
+from ..weights import Array
+from .capture import around, taps_from
+from .cases import Case
+from .compare import Comparison
+from .explain.diagnose import Diagnosis, from_recorded, from_taps, misplaced, nonfinite
+from .explain.problem import Guess
+from .localise import TapRow, Taps, agreeing, compare_taps, first_divergence, only_noise
+from .operations import tap_names
+from .parties import Runner
+from .places import interval, interval_words, next_tap
+from .program import Program
+from .report import Check, Place, Report, Table, add_once, number
+from .subject import Subject, taps_of
+
+SHOWN_ROWS = 16  # of the tap table; JSON has them all
+LEGEND = (
+    "total: rms of A - B. local: what the operation itself adds, each party's own inputs given. inherited: what came "
+    "in with them. gain: relative error out / in. R: rms(A - float64) / rms(B - float64); below 1 A is closer."
+)
+
+
+class Pair(NamedTuple):
+    """Two parties on one case: A is the model's own or the reference, B is under test."""
+
+    case: Case
+    call: Call
+    a: Runner
+    b: Runner
+
+
+class Oracle(NamedTuple):
+    """Who decides, if not the program in float64."""
+
+    program: Program | None = None
+    taps: Taps | None = None
+
+
+def investigate(
+    report: Report, model: Subject, pair: Pair, comparisons: Sequence[Comparison],
+    outputs: Sequence[Mapping[str, Array]],
+    asked: bool = False, every: bool = False, oracle: Oracle | None = None,
+) -> tuple[TapRow | None, dict[str, Array]]:  # fmt: skip
+    """Place and cause of what the comparisons of one pair say, into the report.
+
+    Parameters
+    ----------
+    comparisons : those of this pair on this case
+    outputs : what A and B gave
+    asked : whether the taps are compared, and judged, though nothing failed
+    every : whether the table shows all taps
+
+    Returns
+    -------
+    the row of the first divergence, and the arrays of the diverging party around it; (None, {}) if there is none
+    """
+    case, call, a, b = pair
+    failing = {c.output: c for c in comparisons if not c.ok}
+    given = moved_axes(failing.values(), outputs, b.name, call) if failing else None
+    try:
+        rows = list(compare_taps(
+            model.program, call, taps_from(a, case), taps_from(b, case), model.taps(),
+            oracle=oracle.program if oracle else None, oracle_taps=oracle.taps if oracle else None,
+            eps=float(np.finfo(np.float16 if model.is_float16 else np.float32).eps),
+        ))  # fmt: skip
+    except Gpt2npError as error:
+        add_once(report.not_compared, f"taps of {b.name}: {error}")
+        rows = []
+    rows = [r for r in rows if r.local_b is not None]
+    held = {r.tap for r in rows}
+    missing = [t for t in model.taps() if t not in held]
+    inside = held - {t for p in model.recognised.outputs for t in taps_of(p)}
+    if missing and not inside:
+        add_once(report.not_compared, f"the operations one by one: {b.name} gives outputs alone")
+    elif missing:
+        few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        add_once(report.not_compared, f"taps that {b.name} does not give: {few}")
+    row = first_divergence(rows)
+    if rows:
+        report.details.setdefault("taps", {})[f"{a.name} - {b.name}"] = [r.as_dict() for r in rows]
+        if inside:
+            report.tables.append(tap_table(rows, case.name, a.name, b.name, every))
+        if inside:
+            judge(report, rows, row, b.name, asked)
+    if isinstance(given, Diagnosis):
+        settle(report, given, case.name)
+        return None, {}
+    if row is None or not (failing or inside):
+        if failing:
+            report.headline = report.headline or only_noise(model, failing, rows)
+        return None, {}
+    locate(report, model, rows, row)
+    say_who(report, row, a.name, b.name)
+    party = a if row.over_a > 1 and row.over_a > row.over_b else b
+    arrays = around(model, party, case, call, row.tap)
+    settle(report, from_taps(model.program, call, row, party.name, arrays), case.name)
+    report.details["divergent"] = {"tap": row.tap, "party": party.name, "case": case.name}
+    return row, arrays
+
+
+def judge(report: Report, rows: Sequence[TapRow], row: TapRow | None, party: str, asked: bool) -> None:
+    """The taps as a check of their own, where they were asked for or one diverges."""
+    worst = max(rows, key=lambda r: max(r.over_a, r.over_b))
+    text = f"{len(rows)} taps of {party}; largest local error {number(max(worst.over_a, worst.over_b))} of its budget"
+    text += f", at {worst.tap}"
+    if asked or row is not None:
+        text += "" if row is None else f"; first at {row.tap}"
+        report.checks.append(Check("taps", row is None, text, party=party, worst=max(worst.over_a, worst.over_b)))
+
+
+def moved_axes(
+    failing: Iterable[Comparison], outputs: Sequence[Mapping[str, Array]], party: str, call: Call
+) -> Diagnosis | None:
+    """Right numbers in a wrong shape or place, where that explains every failing output."""
+    failing = list(failing)
+    shaped = [c for c in failing if c.problem and c.metrics is not None and c.metrics.ok]
+    rest = [c for c in failing if c not in shaped]
+    right, given = outputs
+    found = misplaced(rest, right, given, party, call) if rest else None
+    if (rest and found is None) or not failing:
+        return None
+    readings: dict[str, list[str]] = {}
+    for c in shaped:
+        readings.setdefault(c.problem.partition(": ")[2], []).append(c.output)
+    guesses = [
+        Guess(
+            "output_order", names[0], f"the order of axes of {' and '.join(names)}: {how}", removed=1.0, explains=True
+        )
+        for how, names in readings.items()
+    ] + (found.guesses if found is not None else [])
+    text = f"{party} computes it rightly and puts it in the wrong place or shape"
+    return Diagnosis(guesses[0].tap, party, text, [], guesses)
+
+
+def locate(report: Report, model: Subject, rows: Sequence[TapRow], row: TapRow) -> None:
+    """The place of a divergence: one tap where all that it reads was seen, else the interval before it."""
+    names = tap_names(model.config)
+    good = [r.tap for r in rows if names.index(r.tap) < names.index(row.tap)]
+    set_place(report, model, good, [row.tap])
+
+
+def set_place(report: Report, model: Subject, good: Sequence[str], bad: Sequence[str]) -> None:
+    suspects = interval(model.config, good, bad)
+    if not suspects:
+        return
+    text = (
+        interval_words(suspects, good, model.config)
+        if len(suspects) > 1
+        else f"{suspects[0]}: all that it reads agrees"
+    )
+    following = next_tap(suspects, model.config)
+    report.place = Place(suspects[0], suspects[-1], text, suspects, following)
+    if following is not None:
+        report.next = f"return {following}, too: it halves what is left"
+
+
+def say_who(report: Report, row: TapRow, a: str, b: str) -> None:
+    """Who is closer to float64 at the first divergence."""
+    if row.r is None or row.closer == "tie":
+        return
+    near, far = (a, b) if row.closer == "a" else (b, a)
+    times = row.r if row.r > 1 else 1 / row.r if row.r else math.inf
+    report.who = f"{near} is right at {row.tap}: the float64 run is {times:.3g} times nearer to it than to {far}"
+
+
+def settle(report: Report, diagnosis: Diagnosis, case: str) -> None:
+    """The diagnosis as the report's headline; its place, where no tap showed one."""
+    diagnosis.case = diagnosis.case or case
+    report.diagnosis = diagnosis
+    report.details["diagnosis"] = diagnosis.as_dict()
+    best = diagnosis.guesses[0] if diagnosis.guesses else None
+    place = report.place
+    seen = place is None or len(place.suspects) < 2 or (best is not None and best.explains)
+    where = diagnosis.tap if seen or place is None else f"between {place.first} and {place.last}"
+    report.headline = f"first divergence {where}"
+    if best is not None and best.likely:
+        report.headline += f"; most likely {best.cause}: {best.text}"
+    elif best is not None:
+        report.headline += f"; {best.cause} explains part of it ({best.removed:.0%}): {best.text}"
+    else:
+        report.headline += "; none of the usual mistakes explains it"
+
+
+def from_the_record(report: Report, model: Subject, case: Case, call: Call) -> Diagnosis | None:
+    """The file's own operations against the recorded outputs."""
+    assert case.data is not None
+    recorded = model.outputs_as_taps(case.data.outputs, call)
+    found = from_recorded(model.program, call, recorded, spare_weights(model))
+    good, bad = agreeing(model, call, recorded)
+    if bad:
+        set_place(report, model, good, bad)
+        report.next = ""  # a record cannot be asked for more
+    return found
+
+
+def where_not_finite(model: Subject, call: Call, comparisons: Sequence[Comparison]) -> Diagnosis | None:
+    """Where the first NaN or infinity comes from, if a failing output holds one."""
+    broken = [c for c in comparisons if c.metrics is not None and not c.ok and c.metrics.nonfinite[0]]
+    return nonfinite(model.program, call, model.taps()) if broken else None
+
+
+def spare_weights(model: Subject) -> dict[str, Array]:
+    """Floating-point initializers that the graph does not use."""
+    names = [name for name, why in model.recognised.ignored if why == "left over"]
+    return {name: model.file.tensors[name].load() for name in names}
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def tap_table(rows: Sequence[TapRow], case: str, a: str, b: str, every: bool = False) -> Table:
+    """The taps: all, or those around the first divergence, or those with most local error."""
+    first = first_divergence(rows)
+    if every or len(rows) <= SHOWN_ROWS:
+        shown = set(range(len(rows)))
+    elif first is not None:
+        at = list(rows).index(first)
+        shown = set(range(max(0, at - SHOWN_ROWS // 2), at + SHOWN_ROWS // 2))
+    else:
+        order = sorted(range(len(rows)), key=lambda i: -max(rows[i].over_a, rows[i].over_b))
+        shown = set(order[: SHOWN_ROWS - 1]) | {len(rows) - 1}
+
+    def cell(value: float | None, form: Callable[[float], str] = number) -> str:
+        return "" if value is None else form(value)
+
+    lines, styles = [], []
+    for i, row in enumerate(rows):
+        if i not in shown or i >= len(rows):
+            continue
+        closer = "" if row.r is None else {"a": "A", "b": "B", "tie": "tie"}[row.closer]
+        mark = "FIRST" if row is first else "over" if row.diverges else ""
+        lines.append((
+            row.tap, cell(row.total), cell(row.local_a), cell(row.local_b), cell(row.inherited),
+            cell(row.gain, "{:.3g}".format), cell(row.r, "{:.3g}".format), closer, mark,
+        ))  # fmt: skip
+        styles.append("red" if row.diverges else "")
+    head = ("tap", ">total", ">local A", ">local B", ">inherited", ">gain", ">R", "closer", "")
+    notes = [LEGEND]
+    if len(shown) < len(rows):
+        notes.append(f"{len(rows) - len(shown)} more taps in --json, and with diff --local")
+    return Table(f"taps on {case}, rms errors; A is {a}, B is {b}", head, lines, styles, notes)

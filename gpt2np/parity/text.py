@@ -1,0 +1,318 @@
+"""A report as people read it: the verdict first, then the tables, within 100 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from .compare import Comparison
+from .report import Check, Report, Table, number
+
+WIDTH = 100
+LABEL = 10  # columns of the words before a sentence: "where", "why" ...
+Line = tuple[str, str]  # text, style
+
+
+def wrap(text: str, indent: str = "") -> list[str]:
+    """Text in lines of at most WIDTH columns."""
+    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False) or [""]
+
+
+def labelled(label: str, text: str, style: str = "") -> list[Line]:
+    """ "where     h.0.mlp.gelu ...", the following lines indented alike."""
+    return [
+        (line, style) for line in wrap(f"{label:<{LABEL}}" + (" " if len(label) >= LABEL else "") + text, " " * LABEL)
+    ]
+
+
+def table_lines(table: Table) -> list[Line]:
+    """A table whose columns are as wide as their cells; where that is too wide, names get lines of their own."""
+    heads = [h.removeprefix(">") for h in table.head]
+    right = [h.startswith(">") for h in table.head]
+    cells = [heads, *map(list, table.rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
+    apart = sum(widths) + 2 * (len(widths) - 1) > WIDTH
+
+    def joined(row: Sequence[str]) -> str:
+        columns = range(1, len(row)) if apart else range(len(row))
+        parts = [row[i].rjust(widths[i]) if right[i] else row[i].ljust(widths[i]) for i in columns]
+        return ("    " if apart else "") + "  ".join(parts).rstrip()
+
+    lines: list[Line] = [(line, "bold") for line in wrap(table.title)] if table.title else []
+    if table.rows:
+        lines.append((joined(heads), "bold"))
+    styles = list(table.styles) or [""] * len(table.rows)
+    for row, style in zip(table.rows, styles, strict=True):
+        if apart:
+            lines.append((row[0], style))
+        lines.append((joined(row), style))
+    for note in table.notes:
+        lines += [(line, "dim") for line in wrap(note, "  ")]
+    return lines
+
+
+# ------------------------------------------------------------------------------------------- comparisons
+
+
+def place_of(case: str, at: Sequence[int], cases: int) -> str:
+    """ "set 2 [0,0,253,126]"."""
+    short = case.removeprefix("test_data_set_")
+    set_ = f"{'set ' if short != case else ''}{short} " if cases > 1 and case else ""
+    return f"{set_}[{','.join(map(str, at))}]"
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> Table | None:
+    """The worst of all cases for each output and pair of parties; outputs of one shape that agree share a row."""
+    groups: dict[tuple[str, str, str], list[Comparison]] = {}
+    for c in comparisons:
+        if c.metrics is not None:
+            groups.setdefault((c.output, c.actual, c.expected), []).append(c)
+    merged: list[list[Comparison]] = []
+    last: object = None
+    for (_, actual, expected), group in groups.items():
+        fine = all(c.ok for c in group)
+        key = (
+            actual,
+            expected,
+            group[0].budget,
+            [c.metrics.shape for c in group if c.metrics],
+            any(c.wide for c in group),
+        )
+        if fine and merged and key == last:
+            merged[-1] += group
+        else:
+            merged.append(list(group))
+        last = key if fine else None
+    if not merged:
+        return None
+    cases = len({c.case for c in comparisons})
+    budgets = {(c.budget.rtol, c.budget.atol) for group in merged for c in group}
+    rows, styles = [], []
+    for group in merged:
+        worst = max(group, key=lambda c: (not c.ok, c.metrics.max_abs if c.metrics else 0.0))
+        m = worst.metrics
+        assert m is not None
+        names = list(dict.fromkeys(c.output for c in group))
+        name = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
+        where = place_of(worst.case, m.at, cases)
+        if len(names) > 1:
+            where = f"{worst.output} {where}"
+        ok, wide = all(c.ok for c in group), any(c.wide for c in group)
+        word = "FAIL" if not ok else "too wide" if wide else "ok"
+        budget = (f"{worst.budget.rtol:g}", f"{worst.budget.atol:.3g}") if len(budgets) > 1 else ()
+        outside = sum(c.metrics.failing for c in group if c.metrics)
+        rows.append((
+            name, f"{worst.actual} - {worst.expected}", number(m.max_abs), where,
+            number(max(c.metrics.rms for c in group if c.metrics)), *budget,
+            f"{outside:,} of {sum(c.metrics.elements for c in group if c.metrics):,}" if outside else "0", word,
+        ))  # fmt: skip
+        styles.append("red" if not ok else "yellow" if wide else "")
+    head = ("output", "parties", ">max abs", "at", ">rms", *((">rtol", ">atol") * (len(budgets) > 1)), ">outside", "")
+    notes = []
+    if any("too wide" in row for row in rows):
+        notes.append("too wide: noise of the signal's own size would pass this budget, so the row compares nothing")
+    if any(c.noise for c in comparisons):
+        notes.append("outside: numbers beyond the budget; those of rows marked ok are rounding by the float64 run")
+    return Table("", head, rows, styles, notes)
+
+
+def logit_lines(comparisons: Sequence[Comparison]) -> list[Line]:
+    """For logits: do the parties choose the same tokens? Said where they fail or do not always."""
+    lines: list[Line] = []
+    groups: dict[tuple[str, str, str], list[Comparison]] = {}
+    for c in comparisons:
+        if c.top is not None:
+            groups.setdefault((c.output, c.actual, c.expected), []).append(c)
+    for (output, actual, expected), group in groups.items():
+        tops = [c.top for c in group if c.top is not None]
+        if all(c.ok for c in group) and not any(t.top1_changed for t in tops):
+            continue
+        positions, changed, real = (
+            sum(getattr(t, n) for t in tops) for n in ("positions", "top1_changed", "top1_real")
+        )
+        overlap = sum(t.topk_overlap * t.positions for t in tops) / max(positions, 1)
+        kl = number(max(t.kl_max for t in tops))
+        text = f"{output}, {actual} - {expected}: top-1 differs at {changed} of {positions} positions"
+        text += f" ({real} beyond the budget), top-{tops[0].k} overlap {overlap:.1%}, KL at most {kl} nats"
+        lines += [(line, "red" if real else "") for line in wrap(text, "  ")]
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------ verdict
+
+
+def failed_names(report: Report) -> list[str]:
+    failed = [c for c in report.comparisons if not c.ok]
+    outputs = [f"the run of {c.actual}" if c.output == "(run)" else c.output for c in failed]
+    return list(dict.fromkeys([*outputs, *(c.name for c in report.checks if c.ok is False)]))
+
+
+def verdict_lines(report: Report) -> list[Line]:
+    """What is wrong, where, why, who is right, what to do next."""
+    code = report.exit_code
+    measured = [c for c in report.comparisons if c.metrics is not None]
+    rounding = sum(c.noise for c in measured if c.ok)
+    if code == 3:
+        wide = [c for c in measured if c.wide]
+        text = "verdict: NOTHING COMPARED"
+        if wide:
+            text += ": the budget is as wide as the signal, so noise would pass it; give --rtol and --atol, or --preset"
+        return [(line, "bold yellow") for line in wrap(text, "  ")]
+    if code == 0:
+        text = "verdict: PASS"
+        if rounding:
+            text += f"; {rounding:,} numbers beyond the zoo's tolerance are rounding: float64 decides"
+        return [(line, "bold green") for line in wrap(text, "  ")] + finding_lines(report)
+    names = failed_names(report)
+    shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    text = f"verdict: FAIL in {shown}"
+    if report.diagnosis is None and report.place is None and report.headline:
+        text += f": {report.headline}"
+    lines: list[Line] = [(line, "bold red") for line in wrap(text, "  ")]
+    lines += labelled("what", what_failed(report)) if what_failed(report) else []
+    if report.diagnosis is not None or report.place is not None:
+        first, _, cause = report.headline.partition("; ")
+        where = "" if report.place is None else report.place.text.removeprefix(first.removeprefix("first divergence "))
+        lines += labelled("where", first + (where if where.startswith((":", " ")) or not where else f": {where}"))
+        lines += labelled("why", cause) if cause else []
+    for fact in report.facts[:6]:
+        lines += labelled("fact", fact)
+    if len(report.facts) > 6:
+        lines += labelled("", f"and {len(report.facts) - 6} more facts in --json")
+    lines += why_lines(report)
+    if report.who:
+        lines += labelled("who", report.who)
+    if report.next:
+        lines += labelled("next", report.next)
+    return lines + finding_lines(report)
+
+
+def finding_lines(report: Report) -> list[Line]:
+    return [line for text in report.findings for line in labelled("note", text)]
+
+
+def what_failed(report: Report) -> str:
+    """The worst failing array in numbers."""
+    failed = [c for c in report.comparisons if not c.ok and c.metrics is not None]
+    shaped = next((c for c in failed if c.problem), None)
+    if shaped is not None:
+        return f"{shaped.output} of {shaped.actual} has {shaped.problem}"
+    if not failed:
+        return ""
+    worst = max(failed, key=lambda c: c.metrics.failing / max(c.metrics.elements, 1) if c.metrics else 0.0)
+    m = worst.metrics
+    assert m is not None
+    text = f"{worst.output} of {worst.actual} against {worst.expected}"
+    text += f" on {worst.case}" if worst.case else ""
+    text += f": {m.failing:,} of {m.elements:,} numbers outside the budget, the worst {m.actual_at:.7g}"
+    return f"{text} where {m.expected_at:.7g} is expected, at [{','.join(map(str, m.at))}]"
+
+
+def why_lines(report: Report) -> list[Line]:
+    """The further causes that were tried, with the share of the error that each explains."""
+    found = report.diagnosis
+    if found is None:
+        return []
+    lines: list[Line] = []
+    for i, guess in enumerate(found.guesses):
+        share = "shown" if guess.evidence and not guess.explains else f"{guess.removed:.2%}"
+        extra = f" ({guess.evidence})" if guess.evidence else ""
+        text = f"{share:>7}  {guess.named or guess.tap}  {guess.cause}"
+        text += extra if i == 0 else f": {guess.text}{extra}"  # the first one's text stands above
+        lines += labelled("causes" if i == 0 else "", text, "green" if guess.explains else "")
+    return lines if len(lines) > 1 else []
+
+
+# ------------------------------------------------------------------------------------------------ report
+
+
+def lines_of(report: Report) -> list[Line]:
+    """The whole report, ready to print."""
+    lines = [*verdict_lines(report), ("", "")]
+    missing = left_out(report)
+    nothing = "nothing was left out" if any(c.metrics for c in report.comparisons) or report.checks else "anything"
+    for text in (f"compared: {compared(report)}", f"not compared: {'; '.join(missing) or nothing}"):
+        lines += [(line, "") for line in wrap(text, "  ")]
+    lines.append(("", ""))
+    lines += [(line, "bold") for line in wrap(report.title)]
+    width = max(LABEL, *(len(name) + 2 for name in report.parties), 0)
+    for name, what in [*report.parties.items(), ("budget", report.budget)]:
+        lines += [(line, "") for line in wrap(f"{name:<{width}}{what}", " " * min(width, LABEL))]
+    table = comparison_table(report.comparisons)
+    if table:
+        lines += [("", ""), *table_lines(table)]
+    logits = logit_lines(report.comparisons)
+    if logits:
+        lines += [("", ""), *logits]
+    lines += problem_lines(report.comparisons)
+    if report.checks:
+        lines += [("", ""), *check_lines(report.checks)]
+    for further in report.tables:
+        lines += [("", ""), *table_lines(further)]
+    return lines
+
+
+def problem_lines(comparisons: Iterable[Comparison]) -> list[Line]:
+    """What could not be measured, each message once however many inputs it comes from; the first stands above."""
+    cases: dict[tuple[str, str], list[str]] = {}
+    for c in comparisons:
+        if c.problem and c.metrics is None:
+            pair = c.actual if c.output == "(run)" else f"{c.output}, {c.actual} - {c.expected}"
+            cases.setdefault((pair, c.problem), []).append(c.case)
+    lines: list[Line] = [("", "")] if cases else []
+    for (pair, problem), held in cases.items():
+        where = held[0] if len(held) == 1 else f"{len(held)} inputs"
+        lines += [(line, "red") for line in wrap(f"{where}: {pair}: {problem}", "  ")]
+    return lines
+
+
+def check_lines(checks: Sequence[Check]) -> list[Line]:
+    lines: list[Line] = []
+    width = max(len(c.name) for c in checks)
+    for check in checks:
+        word = {True: "ok", False: "FAIL", None: "not made"}[check.ok]
+        style = {True: "", False: "red", None: "yellow"}[check.ok]
+        text = f"{check.name:<{width}}  {word:<8}  {check.text}"
+        lines += [(line, style) for line in wrap(text, " " * (width + 12))]
+    return lines
+
+
+def compared(report: Report) -> str:
+    """What the verdict is about, in numbers."""
+    measured = [c for c in report.comparisons if c.metrics is not None]
+    cases, outputs, pairs = (
+        len(dict.fromkeys(keys))
+        for keys in (
+            [c.case for c in measured], [c.output for c in measured], [(c.actual, c.expected) for c in measured],
+        )
+    )  # fmt: skip
+    if not measured:
+        text = "no outputs"
+    else:
+        numbers = sum(c.metrics.elements for c in measured if c.metrics)
+        text = f"{_many(cases, 'input')} x {_many(outputs, 'output')} x {_many(pairs, 'pair')} of parties"
+        text += f", {numbers:,} numbers"
+    made = [c for c in report.checks if c.ok is not None]
+    return text + (f"; {_many(len(made), 'check')}" if made else "")
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def left_out(report: Report) -> list[str]:
+    """What was not compared, each once."""
+    held: dict[str, list[str]] = {}
+    for c in report.comparisons:
+        if c.left_out:
+            held.setdefault(c.left_out, []).append(c.output)
+    texts = [f"{text}, of {_shown(list(dict.fromkeys(names)))}" for text, names in held.items()]
+    wide = list(dict.fromkeys(c.output for c in report.comparisons if c.wide))
+    if wide:
+        texts.append(f"{_shown(wide)} under a budget as wide as the signal")
+    texts += [f"{c.name} ({c.text})" for c in report.checks if c.ok is None]
+    return list(dict.fromkeys([*texts, *report.not_compared]))
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} ... {names[-1]}"

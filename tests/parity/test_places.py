@@ -1,0 +1,255 @@
+"""Places: intervals from outputs alone, graphs whose wiring changed, two files' weights, recordings gone wrong."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from typer.testing import CliRunner
+
+from gpt2np.cli import app
+from gpt2np.onnx.read.datasets import save_set
+from gpt2np.parity.capture import Options
+from gpt2np.parity.cases import Case, case_from_ids
+from gpt2np.parity.diff import diff
+from gpt2np.parity.parties import Ours
+from gpt2np.parity.places import interval, next_tap
+from gpt2np.parity.report import Report
+from gpt2np.parity.run import parity
+from gpt2np.parity.subject import Subject
+from gpt2np.parity.text import lines_of
+
+IDS = np.array([[5, 17, 30, 2, 7, 7, 19, 34]])
+Proto = onnx.ModelProto
+Names = dict[str, str]  # tap -> tensor
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    folder = tmp_path_factory.mktemp("places") / "sound"
+    result = CliRunner().invoke(app, ["synth", "--size", "3,3,12,20,37", "-o", str(folder), "--seed", "2"])
+    assert result.exit_code == 0, result.output
+    return Subject(folder / "model.onnx")
+
+
+def said(report: Report) -> str:
+    return " ".join(" ".join(text for text, _ in lines_of(report)).split())
+
+
+def changed(sound: Subject, folder: Path, change: Callable[[Proto, Names], None]) -> Path:
+    proto = onnx.load(str(sound.path))
+    change(proto, {tap: place.tensor for tap, place in sound.recognised.taps.items()})
+    folder.mkdir(exist_ok=True)
+    onnx.save(proto, str(folder / "model.onnx"))
+    return folder / "model.onnx"
+
+
+def ids_alone(model: Subject) -> list[Case]:
+    return [case_from_ids(model, "ids", IDS)]
+
+
+# ----------------------------------------------------------------------------------------------- intervals
+
+
+def test_the_interval_is_what_no_good_output_vouches_for(sound: Subject) -> None:
+    good = ["h.0.attn.k", "h.0.attn.v"]
+    suspects = interval(sound.config, good, ["h.1.attn.k", "h.1.attn.v", "h.2.attn.k", "ln_f"])
+    assert suspects[0] == "h.0.attn.q"
+    assert suspects[-1] == "h.1.attn.k"
+    assert "h.0.ln_1" not in suspects
+    middle = next_tap(suspects, sound.config)
+    assert middle in suspects
+    assert next_tap(["h.1.mlp.gelu"], sound.config) is None
+
+
+def test_outputs_alone_give_an_interval_and_the_next_array(sound: Subject, tmp_path: Path) -> None:
+    program = sound.program.with_(runs={"h.1.mlp.gelu": lambda p, call, tap, x, dtype: x[0] * np.sin(5 * x[0])})
+    case = ids_alone(sound)[0]
+    taps = dict(program.walk(sound.call(case.feeds), np.float32, until="ln_f"))
+    arrays = {"output1": taps["ln_f"][None]}
+    arrays |= {f"output{i + 2}": np.stack([taps[f"h.{i}.attn.k"], taps[f"h.{i}.attn.v"]]) for i in range(3)}
+    np.savez(tmp_path / "port.npz", **arrays)
+    report = diff(str(sound.path), str(tmp_path / "port.npz"), ids_alone)
+    assert report.exit_code == 1
+    assert report.place is not None
+    assert (report.place.first, report.place.last) == ("h.1.attn.q", "h.2.attn.k")
+    assert "h.1's keys and values agree" in said(report)
+    assert report.place.next is not None
+    np.savez(tmp_path / "port.npz", **arrays, **{report.place.next: taps[report.place.next]})
+    second = diff(str(sound.path), str(tmp_path / "port.npz"), ids_alone)
+    assert second.place is not None
+    assert len(second.place.suspects) < len(report.place.suspects)
+
+
+# -------------------------------------------------------------------------------------------------- wiring
+
+
+def node_of(proto: Proto, tensor: str) -> onnx.NodeProto:
+    return next(n for n in proto.graph.node if tensor in n.output)
+
+
+def residual_lost(proto: Proto, names: Names) -> None:
+    node = node_of(proto, names["h.1.resid_mid"])
+    node.CopyFrom(helper.make_node("Identity", [names["h.1.attn.out"]], list(node.output)))
+
+
+def residual_doubled(proto: Proto, names: Names) -> None:
+    node = node_of(proto, names["h.1.resid_mid"])
+    node.input[:] = [names["h.1.attn.out"], names["h.1.attn.out"]]
+
+
+def residual_after_norm(proto: Proto, names: Names) -> None:
+    node = node_of(proto, names["h.1.resid_mid"])
+    node.input[:] = [names["h.1.ln_1"], names["h.1.attn.out"]]
+
+
+def norm_skipped(proto: Proto, names: Names) -> None:
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            if name == names["h.1.ln_2"]:
+                node.input[i] = names["h.1.resid_mid"]
+
+
+def mlp_reads_another(proto: Proto, names: Names) -> None:
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            if name == names["h.1.ln_2"]:
+                node.input[i] = names["h.1.ln_1"]
+
+
+def layer_dropped(proto: Proto, names: Names) -> None:
+    for node in proto.graph.node:
+        for i, name in enumerate(node.input):
+            if name == names["h.1.resid_post"]:
+                node.input[i] = names["h.0.resid_post"]
+
+
+WIRING: dict[str, tuple[Callable[[Proto, Names], None], set[str]]] = {
+    "residual lost": (residual_lost, {"h.1.resid_mid"}),
+    "residual doubled": (residual_doubled, {"h.1.resid_mid"}),
+    "residual after the norm": (residual_after_norm, {"h.1.resid_mid"}),
+    "norm skipped": (norm_skipped, {"h.1.ln_2", "h.1.mlp.c_fc"}),
+    "MLP reads another": (mlp_reads_another, {"h.1.ln_2", "h.1.mlp.c_fc"}),
+    "layer dropped": (layer_dropped, {"h.1.ln_1", "h.2.ln_1", "h.1.attn.q"}),
+}
+
+
+@pytest.mark.parametrize("name", WIRING)
+def test_the_first_tap_without_a_partner_is_named(name: str, sound: Subject, tmp_path: Path) -> None:
+    change, places = WIRING[name]
+    path = changed(sound, tmp_path / "bad", change)
+    report = diff(str(sound.path), str(path), ids_alone)
+    assert report.exit_code == 1
+    assert any(c.metrics is not None for c in report.comparisons)
+    assert report.place is not None, said(report)
+    assert report.place.first in places, said(report)
+
+
+def test_a_graph_that_cannot_be_placed_gets_an_interval_from_the_record(sound: Subject, tmp_path: Path) -> None:
+    path = changed(sound, tmp_path / "bad", residual_after_norm)
+    case = ids_alone(sound)[0]
+    save_set(path.parent / "test_data_set_0", case.feeds, Ours(sound, "numpy").run(case.feeds).outputs)
+    report = parity(Options(path, engine="numpy"))
+    assert report.exit_code == 1
+    assert report.place is not None
+    assert "h.1.resid_mid" in report.place.suspects
+    assert "h.0.attn.out" not in report.place.suspects
+
+
+# ----------------------------------------------------------------------------------------------- two files
+
+
+def edit(suffix: str, change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Proto, Names], None]:
+    def apply(proto: Proto, names: Names) -> None:
+        for tensor in proto.graph.initializer:
+            if tensor.name.endswith(suffix):
+                value = np.ascontiguousarray(change(np.array(numpy_helper.to_array(tensor))))
+                tensor.CopyFrom(numpy_helper.from_array(value, tensor.name))
+
+    return apply
+
+
+def one_number(w: np.ndarray) -> np.ndarray:
+    w[3, 4] += 1
+    return w
+
+
+def one_row(w: np.ndarray) -> np.ndarray:
+    w[5] += np.arange(w.shape[1], dtype=w.dtype)
+    return w
+
+
+FACTS: dict[str, tuple[Callable[[Proto, Names], None], str]] = {
+    "one number": (edit("h.1.mlp.c_fc.weight", one_number), "h.1.mlp.c_fc.weight[3,4] is"),
+    "one row": (edit("h.1.mlp.c_fc.weight", one_row), "h.1.mlp.c_fc.weight row 5"),
+    "halved": (edit("h.1.ln_2.weight", lambda w: w / 2), "h.1.ln_2.weight is multiplied by 0.5"),
+    "float16": (
+        edit("h.1.mlp.c_fc.weight", lambda w: w.astype(np.float16).astype(np.float32)), "is rounded to float16",
+    ),
+    "nan": (edit("h.1.mlp.c_fc.bias", lambda b: np.where(np.arange(len(b)) == 7, np.nan, b).astype(b.dtype)), "is nan"),
+    "transposed": (edit("h.1.attn.c_proj.weight", lambda w: w.T), "is transposed in B"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_what_two_files_differ_in_is_read_from_them(name: str, sound: Subject, tmp_path: Path) -> None:
+    change, words = FACTS[name]
+    path = changed(sound, tmp_path / "bad", change)
+    report = diff(str(sound.path), str(path), ids_alone)
+    assert report.facts, said(report)
+    assert words in report.facts[0]
+
+
+# ---------------------------------------------------------------------------------------------- recordings
+
+
+def exchanged(o: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {**o, "output2": o["output3"], "output3": o["output2"]}
+
+
+def edited(o: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    o["output3"][0, 0, 1, 2, 3] += 0.5
+    return o
+
+
+RECORDS: dict[str, tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], str]] = {
+    "presents exchanged": (exchanged, "output2 holds what belongs into output3"),
+    "keys for values": (lambda o: {**o, "output3": o["output3"][::-1]}, "values in place of keys"),
+    "one number": (edited, "one number of"),
+    "batch reversed": (
+        lambda o: {n: v[:, ::-1] for n, v in o.items()}, "the sequences of its outputs are reversed",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_that_is_wrong_is_suspected(name: str, sound: Subject, tmp_path: Path) -> None:
+    change, words = RECORDS[name]
+    shutil.copyfile(sound.path, tmp_path / "model.onnx")
+    case = case_from_ids(sound, "ids", np.concatenate([IDS, np.roll(IDS, 3)]))
+    outputs = Ours(sound, "numpy").run(case.feeds).outputs
+    save_set(tmp_path / "test_data_set_0", case.feeds, change({n: v.copy() for n, v in outputs.items()}))
+    report = parity(Options(tmp_path / "model.onnx", engine="numpy"))
+    assert report.exit_code == 1
+    assert words in said(report)
+
+
+def test_a_record_of_other_tokens_is_suspected(sound: Subject, tmp_path: Path) -> None:
+    shutil.copyfile(sound.path, tmp_path / "model.onnx")
+    cases = [case_from_ids(sound, str(i), np.roll(IDS, i)) for i in range(2)]
+    outputs = [Ours(sound, "numpy").run(c.feeds).outputs for c in cases]
+    save_set(tmp_path / "test_data_set_0", cases[0].feeds, outputs[1])
+    save_set(tmp_path / "test_data_set_1", cases[1].feeds, outputs[1])
+    report = parity(Options(tmp_path / "model.onnx", engine="numpy"))
+    assert "its outputs are those of the inputs of test_data_set_1" in said(report)
+    ids = IDS.copy()
+    ids[0, 3] = 11
+    made = Ours(sound, "numpy").run(case_from_ids(sound, "", ids).feeds).outputs
+    save_set(tmp_path / "test_data_set_0", cases[0].feeds, made)
+    report = parity(Options(tmp_path / "model.onnx", engine="numpy"))
+    assert "recorded with token 11 at input_ids[0,3], where the input holds 2" in said(report)

@@ -1,0 +1,290 @@
+"""Every sentence of a verdict is true: storage, shapes, padding, budgets, options, several inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gpt2np.cli import app
+from gpt2np.errors import InputError
+from gpt2np.model import Output
+from gpt2np.onnx.read.datasets import save_set
+from gpt2np.parity.budgets import AUTO_BUDGET, Arbiter, parse_budgets
+from gpt2np.parity.capture import Options
+from gpt2np.parity.cases import Case, case_from_ids, gather_cases
+from gpt2np.parity.compare import Comparison, compare_arrays
+from gpt2np.parity.diff import diff
+from gpt2np.parity.forms import as_array, named
+from gpt2np.parity.metrics import Budget
+from gpt2np.parity.parties import Ours
+from gpt2np.parity.report import Report
+from gpt2np.parity.run import parity
+from gpt2np.parity.shapes import fit
+from gpt2np.parity.subject import Subject
+from gpt2np.parity.text import lines_of
+
+Arrays = dict[str, np.ndarray]
+IDS = np.array([[5, 17, 30, 2, 7, 7, 19, 34]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files with random weights, one with a head and no past, one with past inputs and a mask."""
+    made = tmp_path_factory.mktemp("verdicts")
+    for name, more in (("zoo", []), ("modern", ["--with-past"])):
+        result = CliRunner().invoke(
+            app, ["synth", "--size", "2,3,12,20,37", "-o", str(made / name), "--seed", "1", *more]
+        )
+        assert result.exit_code == 0, result.output
+    return made
+
+
+@pytest.fixture(scope="module")
+def right(folder: Path) -> tuple[Path, Case, Arrays]:
+    """A file, a call of it, and its outputs by the textbook."""
+    model = Subject(folder / "zoo" / "model.onnx")
+    case = case_from_ids(model, "ids", IDS)
+    return model.path, case, Ours(model, "numpy").run(case.feeds).outputs
+
+
+def judge(path: Path, case: Case, arrays: dict[str, object], tmp_path: Path, **options: object) -> Report:
+    np.savez(tmp_path / "port.npz", **arrays)  # type: ignore[arg-type]
+    return diff(str(path), str(tmp_path / "port.npz"), lambda model: [case], **options)  # type: ignore[arg-type]
+
+
+def said(report: Report) -> str:
+    return " ".join(" ".join(text for text, _ in lines_of(report)).split())
+
+
+# ------------------------------------------------------------------------------------------------ storage
+
+
+@pytest.mark.parametrize("options", [{"rtol": ["1e-4"]}, {"preset": "strict"}])
+def test_one_set_of_numbers_has_one_verdict(
+    right: tuple[Path, Case, Arrays], tmp_path: Path, options: dict[str, object]
+) -> None:
+    path, case, outputs = right
+    narrow = outputs["output1"].astype(np.float16)
+    forms = [
+        {"output1": narrow}, {"output1": narrow.astype(np.float32)}, {"last_hidden_state": narrow},
+        {"ln_f": narrow[0].astype(np.float64)},
+    ]  # fmt: skip
+    reports = [judge(path, case, form, tmp_path, **options) for form in forms]
+    assert [r.exit_code for r in reports] == [1] * 4
+    failing = [next(c.metrics.failing for c in r.comparisons if c.metrics) for r in reports]
+    assert len(set(failing)) == 1
+    assert failing[0] > 0
+    assert "is float16, the other one float32" in said(reports[0])
+
+
+def test_bfloat16_is_read_whoever_wrote_it(right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
+    path, case, outputs = right
+    value = outputs["output1"].astype(ml_dtypes.bfloat16)
+    np.savez(tmp_path / "a.npz", x=value)
+    with np.load(tmp_path / "a.npz") as file:  # NumPy gives it back as |V2
+        np.testing.assert_array_equal(as_array(file["x"], "x"), value.astype(np.float32))
+    np.testing.assert_array_equal(as_array(value, "x"), value.astype(np.float32))
+    report = judge(path, case, {"output1": value}, tmp_path)
+    assert report.exit_code == 1
+    assert "output1 is bfloat16" in said(report)
+
+
+# ------------------------------------------------------------------------------------------------- shapes
+
+SHAPES: dict[str, tuple[Callable[[Arrays], Arrays], int, str]] = {
+    "no batch axes": (lambda o: {"output1": o["output1"][0, 0]}, 0, "axes of size 1"),
+    "last position": (lambda o: {"output1": o["output1"][:, :, -1:]}, 0, "the last position alone"),
+    "another position": (lambda o: {"output1": o["output1"][:, :, 2:3]}, 1, "position 2 alone"),
+    "exchanged": (lambda o: {"output1": o["output1"].swapaxes(-1, -2)}, 1, "exchanging the last two axes"),
+    "flat": (lambda o: {"output1": o["output1"].reshape(-1)}, 1, "in another shape"),
+    "more columns": (lambda o: {"output1": np.pad(o["output1"], [(0, 0)] * 3 + [(0, 5)])}, 1, "the first 12 agree"),
+    "fewer positions": (lambda o: {"output1": o["output1"][:, :, :5]}, 1, "5 positions for T = 8: the first 5 agree"),
+    "heads last": (lambda o: {"output2": o["output2"].swapaxes(2, 3)}, 1, "keys and values are (B, T, H, D)"),
+    "nothing fits": (lambda o: {"output1": np.zeros((3, 5, 7), np.float32)}, 1, "nothing of it could be compared"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_another_shape_is_told_in_words(name: str, right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
+    path, case, outputs = right
+    change, code, words = SHAPES[name]
+    report = judge(path, case, change(outputs), tmp_path)
+    assert report.exit_code == code
+    assert words in said(report)
+
+
+def test_a_shape_that_fits_by_chance_does_not_agree() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 4, 3)), rng.standard_normal((2, 3, 4))
+    assert fit(a, b, "logits", Budget(1e-3, 1e-5)) is None
+
+
+# ------------------------------------------------------------------------------------------------ padding
+
+
+def test_rows_of_padding_are_left_out_and_can_be_asked_for(folder: Path, tmp_path: Path) -> None:
+    model = Subject(folder / "modern" / "model.onnx")
+    case = case_from_ids(model, "padded", np.concatenate([IDS, IDS[:, ::-1]]))
+    mask = np.ones((2, 8), np.int64)
+    mask[1, :3] = 0
+    case.feeds["attention_mask"] = mask
+    case.feeds["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    outputs = Ours(model, "numpy").run(case.feeds).outputs
+    final = next(p.name for p in model.recognised.outputs if p.role in ("logits", "last_hidden_state"))
+    padded = outputs[final].copy()
+    padded[1, :3] = 77
+    report = judge(model.path, case, {final: padded}, tmp_path)
+    assert report.exit_code == 0
+    assert "3 rows of padding" in said(report)
+    assert judge(model.path, case, {final: padded}, tmp_path, padding=True).exit_code == 1
+    padded[1, 3] = 77
+    assert judge(model.path, case, {final: padded}, tmp_path).exit_code == 1
+
+
+# ------------------------------------------------------------------------------------------------ budgets
+
+
+def test_float64_decides_beyond_an_automatic_budget(right: tuple[Path, Case, Arrays]) -> None:
+    path, case, _ = right
+    model = Subject(path)
+    exact = Ours(model, "numpy", "float64")
+    value = np.asarray(exact.gpt2(IDS).last_hidden_state)[None]
+    rng = np.random.default_rng(0)
+    scale = 1e-7 * np.sqrt(np.mean(value**2))
+    a, b = (value + scale * rng.standard_normal(value.shape) for _ in range(2))
+    budgets = parse_budgets("auto", [], [])
+    budgets.default = Budget(0.0, 1e-9, AUTO_BUDGET.source)
+    budgets.is_auto = lambda output: True  # type: ignore[method-assign]
+    budgets.arbiter = Arbiter(model)
+
+    def compared(x: np.ndarray, y: np.ndarray) -> Comparison:
+        result = Comparison(case.name, "output1", "x", "y", budgets.default)
+        compare_arrays(result, x, y, model, case, budgets)
+        return result
+
+    fair = compared(a, b)
+    assert fair.ok
+    assert fair.noise == fair.metrics.failing > 0  # type: ignore[union-attr]
+    off = a.copy()
+    off[0, 0, 3, 4] += 100 * scale
+    assert not compared(off, b).ok  # one number is further off than two roundings make
+    assert not compared(a + 30 * scale * rng.standard_normal(a.shape), b).ok  # one party is much further away
+
+
+def test_a_budget_as_wide_as_the_signal_compares_nothing(right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
+    path, case, outputs = right
+    noise = np.random.default_rng(0).standard_normal(outputs["output1"].shape).astype(np.float32)
+    report = judge(path, case, {"output1": noise}, tmp_path, atol=["9"])
+    assert report.exit_code == 3
+    assert "as wide as the signal" in said(report)
+
+
+def test_a_budget_that_the_user_names_stays_as_strict_as_it_is(right: tuple[Path, Case, Arrays]) -> None:
+    assert parse_budgets("auto", [], []).is_auto("output1")
+    for budgets in (parse_budgets("zoo", [], []), parse_budgets("auto", ["output1:1e-3"], []),
+                    parse_budgets("auto", [], ["1e-5"])):  # fmt: skip
+        assert not budgets.is_auto("output1")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--rtol", "outputX:1e-9"], ["--engine", "torch"], ["--seed", "-1"], ["--preset", "lax"], ["--atol", "nan"]],
+)
+def test_options_are_refused_before_any_work(options: list[str], folder: Path) -> None:
+    result = CliRunner().invoke(app, ["parity", str(folder / "zoo"), *options])
+    assert isinstance(result.exception, InputError)
+    if options[0] == "--rtol":
+        assert "output1" in str(result.exception)
+        assert "last_hidden_state" in str(result.exception)
+
+
+# ------------------------------------------------------------------------------------------- several cases
+
+
+def test_every_input_is_compared_and_a_failing_one_is_searched(folder: Path, tmp_path: Path) -> None:
+    model = Subject(folder / "zoo" / "model.onnx")
+    cases = gather_cases(model, [], [], 3, 0)
+
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for i, case in enumerate(cases):
+        outputs = Ours(model, "numpy").run(case.feeds).outputs
+        save_set(good / f"test_data_set_{i}", case.feeds, outputs)
+        wrong = {n: v + np.float32(0.5 * (i == 1)) for n, v in outputs.items()}
+        save_set(bad / f"test_data_set_{i}", case.feeds, wrong)
+    assert parity(Options(model.path, data=[good], engine="numpy")).exit_code == 0
+    report = parity(Options(model.path, data=[bad], engine="numpy"))
+    assert report.exit_code == 1
+    assert {c.case for c in report.comparisons} == {f"test_data_set_{i}" for i in range(3)}
+    assert report.diagnosis is not None
+    assert report.diagnosis.case == "test_data_set_1"
+    two = diff(str(model.path), str(model.path), lambda m: cases)
+    assert {c.case for c in two.comparisons} == {c.name for c in cases}
+
+
+def test_arrays_of_one_call_are_compared_with_the_input_that_they_fit(folder: Path, tmp_path: Path) -> None:
+    model = Subject(folder / "zoo" / "model.onnx")
+    cases = [case_from_ids(model, f"case_{i}", np.roll(IDS, i, axis=1)) for i in range(3)]
+    outputs = Ours(model, "numpy").run(cases[2].feeds).outputs
+    np.savez(tmp_path / "port.npz", **outputs)
+    report = diff(str(model.path), str(tmp_path / "port.npz"), lambda m: cases)
+    assert report.exit_code == 0
+    assert "case_2 fits best" in said(report)
+    np.savez(tmp_path / "port.npz", **outputs, input1=cases[1].feeds["input1"])
+    assert diff(str(model.path), str(tmp_path / "port.npz"), lambda m: cases).exit_code == 1
+
+
+# --------------------------------------------------------------------------------------------------- forms
+
+
+def test_what_a_function_may_return() -> None:
+    x = np.zeros((1, 2, 3))
+    names = ["hidden", "present"]
+    assert list(named({"hidden": x}, names, "f")) == ["hidden"]
+    assert list(named((x, x), names, "f")) == names
+    assert list(named(x, names, "f")) == ["hidden"]
+    made = named(Output(x, None, [x]), names, "f")
+    assert list(made) == ["last_hidden_state", "present.0"]
+    pairs = named({"logits": x, "past_key_values": ((x, x), (x, x))}, names, "f")
+    assert list(pairs) == ["logits", "present.0.key", "present.0.value", "present.1.key", "present.1.value"]
+
+
+PORT = """
+def forward(feeds):
+    return missing(feeds)
+
+def missing(feeds):
+    raise KeyError("wte")  # line 6
+
+def nothing(feeds):
+    return None
+
+def objects(feeds):
+    return {"output1": [[1, 2], None]}
+
+def misspelt(feeds):
+    import numpy as np
+    return {"last_hiden_state": np.zeros(3)}
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("forward", "line 6"), ("nothing", "returned None"), ("objects", "output1"),
+        ("misspelt", "last_hidden_state"),
+    ],
+)  # fmt: skip
+def test_what_a_function_does_wrong_is_one_clear_line(
+    function: str, words: str, right: tuple[Path, Case, Arrays], tmp_path: Path
+) -> None:
+    path, case, _ = right
+    (tmp_path / "strange_port.py").write_text(PORT)
+    report = diff(str(path), f"{tmp_path / 'strange_port.py'}:{function}", lambda m: [case])
+    assert report.exit_code == 1
+    assert words in report.comparisons[0].problem
+    assert "\n" not in report.comparisons[0].problem
