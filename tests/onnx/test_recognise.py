@@ -632,7 +632,7 @@ def test_the_decoder_inside_a_search_node_is_found(tmp_path):
     assert (
         found.sources["h.1.mlp.c_fc.weight"].load().tobytes() == plain.sources["h.1.mlp.c_fc.weight"].load().tobytes()
     )
-    assert "search" in found.notes[0]
+    assert found.search.kind == "BeamSearch"
 
 
 def scrambled(model: onnx.ModelProto, rng: np.random.Generator) -> None:
