@@ -24,6 +24,7 @@ from .weights import Array
 Decode = Callable[[Mapping[str, Array]], dict[str, Array]]  # the decoder's outputs for its inputs, by their names
 LOWEST = np.finfo(np.float32).min
 WIDEST = 128  # beams; ONNX Runtime takes no more
+MODULUS = 2**31 - 1  # of std::minstd_rand0
 
 
 def _known(graph: Graph) -> Graph:
@@ -57,6 +58,8 @@ class SearchRunner:
         self.step = None
         if self.search.body is not None:
             self.step = _known(build_graph(self.search.body.step))
+        elif "filtered_logits" in {port.role for port in self.search.outputs}:
+            raise UnsupportedModelError(f"{self.search.kind} node: gpt2np does not give its output filtered_logits")
         elif recognised.lengths or any(p.role in ("beam_width", "cache_indirection") for p in recognised.inputs):
             raise UnsupportedModelError(
                 f"{self.search.kind} node {self.search.node.name!r}: its decoder shares one buffer between the past "
@@ -103,14 +106,12 @@ class SearchRunner:
 
     # ------------------------------------------------------------------------------------------------ search nodes
     def _node(self, given: Mapping[str, Array | None], decode: Decode) -> dict[str, Array]:
-        if self.search.kind == "Sampling":
-            raise UnsupportedModelError(
-                "a Sampling node draws random numbers as ONNX Runtime's own build of the C++ library does: gpt2np runs "
-                "its decoder, not the draws; `gpt2np generate` samples by a seed of its own"
-            )
         settings = Settings.of(self.search, given, self.decoder.config.n_ctx)
         model = _Decoder(decode, self.decoder, settings)
-        return beam_search(settings, model) if self.search.kind == "BeamSearch" else greedy_search(settings, model)
+        if self.search.kind == "BeamSearch":
+            return beam_search(settings, model)
+        choose = Sampler(self.search, given) if self.search.kind == "Sampling" else _most_likely
+        return one_by_one(settings, model, choose)
 
 
 @dataclass
@@ -329,19 +330,70 @@ def _best(
     return np.array(rows), np.array(tokens), np.array(totals, np.float32)
 
 
-def greedy_search(settings: Settings, model: _Decoder) -> dict[str, Array]:
-    """ONNX Runtime's GreedySearch: "sequences" (B, max_length), padded from the token on that ends one."""
+def one_by_one(settings: Settings, model: _Decoder, choose: Callable[[Array], Array]) -> dict[str, Array]:
+    """ONNX Runtime's GreedySearch and Sampling: "sequences" (B, max_length), padded from the token on that ends one."""
     B, T = settings.ids.shape
     found = np.full((B, settings.max_length), settings.pad, np.int64)
     found[:, :T] = settings.ids
     over = np.zeros(B, bool)
     tokens = settings.ids
     for S in range(T, settings.max_length):
-        scores = settings.judged(model(tokens), found[:, :S], S == T)
-        best = scores.argmax(axis=-1)
-        over |= best == settings.eos
-        found[:, S] = np.where(over, settings.pad, best)
+        chosen = choose(settings.judged(model(tokens), found[:, :S], S == T))
+        over |= chosen == settings.eos
+        found[:, S] = np.where(over, settings.pad, chosen)
         if over.all():
             break
         tokens = found[:, S : S + 1]
     return {"sequences": found}
+
+
+def _most_likely(scores: Array) -> Array:
+    return scores.argmax(axis=-1)
+
+
+class Sampler:
+    """Draws tokens as ONNX Runtime's Sampling does, from its seed on.
+
+    Random numbers are those of std::default_random_engine and std::uniform_real_distribution in GNU's C++ library,
+    with which ONNX Runtime is built for Linux; elsewhere it draws other ones. (Where all sequences end before
+    max_length, it leaves the rest of its output undefined; here that is padding.)
+
+    Raises
+    ------
+    UnsupportedModelError
+        The node samples in ONNX Runtime's `custom` way, or with a penalty on tokens that are present.
+    """
+
+    def __init__(self, search: Search, given: Mapping[str, Array | None]) -> None:
+        if search.attribute("custom", 0) or search.attribute("presence_penalty", 0):
+            raise UnsupportedModelError(
+                f"Sampling node {search.node.name!r}: gpt2np does not know `custom` and `presence_penalty`"
+            )
+        self.temperature = np.float32(search.attribute("temperature", 1.0))
+        self.top_p = np.float32(search.attribute("top_p", 0.0))
+        self.filtered = np.float32(search.attribute("filter_value", -1e20))
+        self.kept = int(search.attribute("min_tokens_to_keep", 0))
+        seed = given.get("seed")
+        self.state = (0 if seed is None else int(seed.reshape(-1)[0])) % MODULUS or 1
+
+    def __call__(self, scores: Array) -> Array:
+        """One token for each row of scores (B, V)."""
+        scores = scores / self.temperature if self.temperature > 0 else scores.copy()
+        tokens = []
+        for row in scores:
+            order = np.argsort(row, kind="stable")  # the least likely first
+            running = np.cumsum(np.exp(_log_softmax(row[order])), dtype=np.float32)
+            count = max(1, len(row) - self.kept)
+            row[order[:count][running[:count] <= 1 - self.top_p]] = self.filtered
+            weights = np.cumsum(np.exp(row.astype(np.float64) - float(row.max())))
+            tokens.append(int(np.searchsorted(weights, self._uniform() * weights[-1], side="right")))
+        return np.array(tokens)
+
+    def _uniform(self) -> float:
+        """A number in [0, 1) of two draws, each in 0..MODULUS - 2."""
+        span = float(MODULUS - 1)
+        draws = []
+        for _ in range(2):
+            self.state = self.state * 16807 % MODULUS
+            draws.append(self.state - 1)
+        return (draws[0] + draws[1] * span) / (span * span)

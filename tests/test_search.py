@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import onnx
@@ -44,14 +45,21 @@ def test_a_loop_gives_the_sequences_of_onnx_runtime(loop, engine):
     assert [p.name for p in ours.get_inputs()] == ["input_ids", "attention_mask", "new_tokens"]
     assert [(p.name, p.type) for p in ours.get_outputs()] == [("last_results", "tensor(int64)")]
     ended = 0
-    for seed in range(25):
+    for seed in range(14):
         T = 1 + seed % 6
         feeds = loop_feeds(T, 1 + seed % 9, seed, hidden=min(seed % 3, T - 1))
         (got,), (expected,) = ours.run(None, feeds), theirs.run(None, feeds)
         assert got.dtype == expected.dtype
         np.testing.assert_array_equal(got, expected, str(feeds))
         ended += (expected[:, T:] == EOS).any()
-    assert ended > 2  # beams that end are among them
+    assert ended > 1  # beams that end are among them
+
+
+def defined(sequences: np.ndarray, feeds: dict[str, np.ndarray]) -> int:
+    """Up to where the last sequence ends: behind it ONNX Runtime's greedy search leaves what was in memory."""
+    T = feeds["input_ids"].shape[1]
+    over = (sequences[:, T:] == EOS).all(axis=0)
+    return T + int(over.argmax()) + 1 if over.any() else sequences.shape[1]
 
 
 @pytest.mark.parametrize("kind", ["BeamSearch", "GreedySearch"])
@@ -62,10 +70,11 @@ def test_search_nodes_give_the_sequences_of_onnx_runtime(tmp_path, kind, how):
     path = node_file(tmp_path / "model.onnx", kind, **how, outputs=3 if kind == "BeamSearch" else 1)
     ours, theirs = InferenceSession(path, engine="numpy"), runtime(path)
     rng = np.random.default_rng(1)
-    for _ in range(30):
+    for _ in range(12):
         feeds = node_feeds(kind, rng)
         got, expected = ours.run(None, feeds), theirs.run(None, feeds)
-        np.testing.assert_array_equal(got[0], expected[0], str(feeds))
+        stop = defined(got[0], feeds) if kind == "GreedySearch" else None
+        np.testing.assert_array_equal(got[0][:, :stop], expected[0][:, :stop], str(feeds))
         assert got[0].dtype == expected[0].dtype
         for a, b in zip(got[1:2], expected[1:2], strict=True):
             np.testing.assert_allclose(a, b, 1e-4, 1e-4)
@@ -90,7 +99,8 @@ def test_info_says_how_a_file_searches(loop, beam):
 
 
 def test_parity_compares_sequences_and_the_model_inside(loop, beam, tmp_path):
-    for path in (loop, beam):
+    greedy = node_file(tmp_path / "model.onnx", "GreedySearch")
+    for path in (loop, beam, greedy):
         report = tmp_path / "report.json"
         done = run_cli("parity", path, "--random", "2", "--engine", "numpy", "--json", report)
         assert done.exit_code == 0, done.output
@@ -153,12 +163,27 @@ def test_too_many_tokens_are_an_error(loop):
         InferenceSession(loop, engine="numpy").run(None, loop_feeds(10, 30))
 
 
-def test_sampling_says_that_its_draws_are_not_computed(tmp_path):
-    path = node_file(tmp_path / "model.onnx", "Sampling")
-    assert gpt2np.load(path, engine="numpy").config.n_layer == 2
-    session = InferenceSession(path, engine="numpy")
-    with pytest.raises(UnsupportedModelError, match="draws random numbers"):
-        session.run(None, node_feeds("Sampling", np.random.default_rng(0)))
+@pytest.mark.skipif(sys.platform != "linux", reason="ONNX Runtime draws other numbers with other C++ libraries")
+@pytest.mark.parametrize("how", [{"top_p": 0.7, "temperature": 1.3}, {"top_p": 0.3, "min_tokens_to_keep": 3}])
+def test_sampling_draws_what_onnx_runtime_draws(tmp_path, how):
+    path = node_file(tmp_path / "model.onnx", "Sampling", **how)
+    ours, theirs = InferenceSession(path, engine="numpy"), runtime(path)
+    rng = np.random.default_rng(0)
+    compared = 0
+    for seed in range(14):
+        feeds = {**node_feeds("Sampling", rng), "seed": np.array([seed * 12345], np.int32)}
+        (got,), (expected,) = ours.run(None, feeds), theirs.run(None, feeds)
+        stop = defined(got, feeds)
+        np.testing.assert_array_equal(got[:, :stop], expected[:, :stop], str(feeds))
+        compared += stop - feeds["input_ids"].shape[1]
+    assert compared > 30
+
+
+def test_sampling_that_is_not_known_is_refused(tmp_path):
+    session = InferenceSession(node_file(tmp_path / "model.onnx", "Sampling", custom=1), engine="numpy")
+    feeds = {**node_feeds("Sampling", np.random.default_rng(0)), "seed": np.array([1], np.int32)}
+    with pytest.raises(UnsupportedModelError, match="custom"):
+        session.run(None, feeds)
 
 
 def test_a_loop_that_is_no_search_is_refused(tmp_path):

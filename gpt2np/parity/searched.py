@@ -7,13 +7,13 @@ chooses by is seen in the GPT-2 inside, which is compared as any other file is.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import Gpt2npError, InputError
 from ..onnx.read.datasets import expand, find_sets, load_set
 from ..onnx.recognise.search import Search, decoder_model
 from ..weights import Array
@@ -27,6 +27,7 @@ from .report import Report
 from .subject import Subject
 from .trace import versions
 
+Outputs = Mapping[str, Mapping[str, Array] | Gpt2npError]  # of each party
 EXACT = Budget(0, 0, "tokens are the same or not")
 NEW_TOKENS = 8  # at most, of a random case
 ANY_FILE = {"ort", "ort-off", "ort-1t", "onnxref", "numpy", "numba", "float64"}  # parties that run any file
@@ -44,7 +45,8 @@ def search_parity(model: Subject, search: Search, options: Options, plain: Calla
     report = Report(str(model.path), parties(runners, cases), str(budgets.default), versions=versions())
     if "outputs" in options.checks:
         for case in cases:
-            report.comparisons += compare_case(case, model, runners, budgets, run_case(case, runners))
+            case, outputs = _ended(search, case, run_case(case, runners))
+            report.comparisons += compare_case(case, model, runners, budgets, outputs)
     if not cases:
         report.not_compared.append(f"no test_data_set_* beside {model.path}: give --data, --prompt or --random")
     if any(not c.ok and c.budget is EXACT for c in report.comparisons):
@@ -68,6 +70,24 @@ def search_parity(model: Subject, search: Search, options: Options, plain: Calla
     report.not_compared += [f"of the GPT-2 inside: {text}" for text in inner.not_compared]
     report.headline = inner.headline or report.headline
     return report
+
+
+def _ended(search: Search, case: Case, given: Outputs) -> tuple[Case, Outputs]:
+    """The same up to where the last sequence ends: behind it ONNX Runtime's greedy search leaves what was in memory."""
+    name = next((port.name for port in search.outputs if port.role == "sequences"), "")
+    eos, pad = (int(search.attribute(f"{what}_token_id", -1)) for what in ("eos", "pad"))
+    ours = given.get("ours")
+    if search.kind not in ("GreedySearch", "Sampling") or not isinstance(ours, Mapping) or name not in ours:
+        return case, given
+    start = next(case.feeds[port.name].shape[1] for port in search.inputs if port.role == "input_ids")
+    over = np.flatnonzero(np.isin(ours[name][:, start:], (eos, pad)).all(axis=0))
+    stop = start + int(over[0]) + 1 if over.size else ours[name].shape[1]
+
+    def cut(outputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {key: value[:, :stop] if key == name else value for key, value in outputs.items()}
+
+    data = case.data and case.data._replace(outputs=cut(case.data.outputs))
+    return case._replace(data=data), {n: o if isinstance(o, Gpt2npError) else cut(o) for n, o in given.items()}
 
 
 def _cases(model: Subject, search: Search, options: Options) -> list[Case]:
@@ -107,6 +127,8 @@ def _case(model: Subject, search: Search, name: str, ids: Array, new: int) -> Ca
         "num_return_sequences": np.array([2]),
         "length_penalty": np.array([1.0]),
         "repetition_penalty": np.array([1.0]),
+        "seed": np.array([new]),
+        "presence_mask": np.zeros((B, V)),
         "vocab_mask": np.ones(V),
         "prefix_vocab_mask": np.ones((B, V)),
     }

@@ -47,6 +47,9 @@ def node_file(path: Path, kind: str, outer_weights: bool = False, outputs: int =
     floats = {"length_penalty", "repetition_penalty"}
     inputs = [value("input_ids", INT32, "B", "T")]
     inputs += [value(n, FLOAT if n in floats else INT32, 1) for n in names[1:-1]] + [value("vocab_mask", INT32, 64)]
+    if kind == "Sampling":
+        names += ["", "", "", "seed"]
+        inputs.append(value("seed", INT32, 1))
     rows = ["B", "R", "S"] if kind == "BeamSearch" else ["B", "S"]
     ends = [value("sequences", INT32, *rows), value("sequences_scores", FLOAT, "B", "R")]
     ends += [value("scores", FLOAT, "N", "B", "W", 64)]
