@@ -18,6 +18,12 @@ def diff(
     dump_repro: Annotated[
         Path | None, typer.Option(help="write the divergent operation alone into this folder")
     ] = None,
+    replace: Annotated[
+        list[str] | None, typer.Option(metavar="TAP", help="run B on with A's values of this tap: is the rest right?")
+    ] = None,
+    digits: Annotated[
+        bool, typer.Option("--digits", help="significant digits of each tap, by random rounding")
+    ] = False,
     data: Annotated[list[Path] | None, typer.Option(help="a test_data_set folder, or a folder of them")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="run on this text (needs a tokenizer)")] = None,
     random: Annotated[int, typer.Option(min=0, help="run on random prompts")] = 0,
@@ -55,7 +61,7 @@ def diff(
     check_writable(json, junit)
     report = parity_diff.diff(
         a, b, lambda model: cases.gather_cases(model, data or [], prompt or [], random, seed), oracle, preset,
-        rtol or [], atol or [], local, dump_repro, padding,
+        rtol or [], atol or [], local, dump_repro, padding, replace or [], digits,
     )  # fmt: skip
     deliver(report, json, junit)
     raise typer.Exit(report.exit_code)

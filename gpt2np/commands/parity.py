@@ -31,7 +31,8 @@ def parity(
     rtol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all outputs, or one")] = None,
     atol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all outputs, or one")] = None,
     checks: Annotated[
-        str, typer.Option(help="of outputs, taps, cache, batch, causal, determinism, finite; or all")
+        str,
+        typer.Option(help="of outputs, taps, cache, chunk, prefix, batch, order, causal, determinism, finite; or all"),
     ] = "outputs",
     noise_floor: Annotated[
         bool, typer.Option("--noise-floor", help="take the budget from ONNX Runtime's difference from itself")

@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import InputError, TokenizerError
 from ..onnx.read.datasets import DataSet, expand, find_sets, load_set
 from ..onnx.recognise.recognised import LENGTHS
+from ..signature import Feeds
 from ..weights import Array
 from .subject import Subject
 
@@ -39,13 +40,17 @@ def cases_from_data(sets: Sequence[DataSet]) -> list[Case]:
     return [Case(s.name, s.inputs, s) for s in sets]
 
 
-def case_from_ids(model: Subject, name: str, ids: Array) -> Case:
-    """A call on token ids (B, T), as the file declares its inputs: without a past, or with zeros if it needs one."""
+def case_from_ids(model: Subject, name: str, ids: Array, past: Feeds | None = None) -> Case:
+    """A call on token ids (B, T), as the file declares its inputs.
+
+    `past` holds its past inputs by name, (.., B, H, P, D) each; without it there is none, or zeros if it needs one.
+    """
     B, T = ids.shape
     config, lengths = model.config, model.recognised.lengths
     pasts = [port for port in model.recognised.inputs if port.role in ("past_key", "past_value", "past")]
     held = next((length for port in pasts if isinstance(length := port.shape[-2], int)), 0)
     P = 0 if lengths else held  # a buffer may be empty, a past of fixed length may not
+    P = next(iter(past.values())).shape[-2] if past else P
     feeds: dict[str, Array] = {}
     for port in model.recognised.inputs:
         if port.role == "input_ids":
@@ -64,7 +69,7 @@ def case_from_ids(model: Subject, name: str, ids: Array) -> Case:
             shape = (B, config.n_head, held, config.head_size)
             feeds[port.name] = np.zeros((2, *shape) if port.role == "past" else shape, port.dtype)
         elif port.role == "use_cache_branch":
-            feeds[port.name] = np.zeros(1, bool)
+            feeds[port.name] = np.full(1, past is not None)
         elif port.role in LENGTHS:
             one = B if port.role == "seqlens_k" else 1
             feeds[port.name] = np.full([one] * len(port.shape), -LENGTHS[port.role](T), port.dtype)
@@ -74,7 +79,7 @@ def case_from_ids(model: Subject, name: str, ids: Array) -> Case:
             feeds[port.name] = np.zeros((B, 1, held), port.dtype)
         else:
             raise InputError(f"do not know what to give the input {port.name!r} ({port.role}) of {model.path}")
-    return Case(name, feeds, None)
+    return Case(name, feeds | dict(past or {}), None)
 
 
 def _mask(port: Port, B: int, T: int, S: int) -> Array:

@@ -1,7 +1,10 @@
 """Checks that need no reference: a sound GPT-2 must agree with itself. Each reports an error by position.
 
-cache        the full pass against prefill + decode, chunks, and a left-padded batch
-batch        each sequence alone against all of them together, in any order
+cache        the full pass against token by token; for ours, against prefill + decode, chunks, padding, too
+chunk        the full pass against three chunks, each with the past that the one before gave
+prefix       the first half alone against the first half of the whole
+batch        each sequence alone against all of them together
+order        the sequences of a batch in another order
 causal       changing a token must not change the rows before it
 determinism  the same call twice gives the same bits
 finite       no NaN and no infinity anywhere
@@ -14,15 +17,15 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..errors import Gpt2npError
+from ..errors import ComparisonError, Gpt2npError
 from ..weights import Array
 from .cases import Case, case_from_ids
 from .metrics import Budget, difference
 from .parties import Ours, Runner
-from .report import Check, number
+from .report import Check, Table, number
 from .subject import Subject
 
-CHECKS = ("cache", "batch", "causal", "determinism", "finite")
+CHECKS = ("cache", "chunk", "prefix", "batch", "order", "causal", "determinism", "finite")
 
 
 def run_checks(
@@ -40,13 +43,36 @@ def run_checks(
     for name in names:
         if name == "cache":
             found += cache_checks(model, ours, ids, budget)
-            continue
         for runner in runners:
+            if name == "cache" and runner is ours:
+                continue
             try:
-                found.append(_RUNS[name](model, runner, ids, budget, cases))
+                check = _RUNS[name](model, runner, ids, budget, cases)
             except Gpt2npError as error:
-                found.append(Check(f"{name} {runner.name}", None, str(error)))
+                check = Check(f"{name} {runner.name}", None, str(error))
+            check.party = runner.name
+            check.worst = max(check.by_position, default=None) if name != "causal" else check.worst
+            found.append(check)
     return found
+
+
+def matrix(checks: Sequence[Check]) -> Table | None:
+    """Checks of several parties side by side: pass or fail, with the largest difference."""
+    parties = list(dict.fromkeys(c.party for c in checks if c.party))
+    names = list(dict.fromkeys(c.name.split(" ")[0] for c in checks if c.party and c.name != "taps"))
+    if len(parties) < 2 or not names:
+        return None
+    cells = {(c.name.split(" ")[0], c.party): c for c in checks}
+
+    def cell(check: Check | None) -> str:
+        if check is None or check.ok is None:
+            return ""
+        return ("ok" if check.ok else "FAIL") + ("" if check.worst is None else f" {number(check.worst)}")
+
+    rows = [(name, *(cell(cells.get((name, party))) for party in parties)) for name in names]
+    styles = ["red" if any("FAIL" in c for c in row) else "" for row in rows]
+    notes = ["each party against itself, with the largest difference; an empty cell was not made, and is said above"]
+    return Table("invariances", ("check", *parties), rows, styles, notes)
 
 
 def prompt_of(model: Subject, cases: Sequence[Case], seed: int) -> Array:
@@ -117,17 +143,72 @@ def cache_checks(model: Subject, ours: Ours, ids: Array, budget: Budget) -> list
         positions = np.maximum(np.arange(T + pad) - pad, 0)[None]
         out = gpt2(padded, logits=False, attention_mask=mask, position_ids=positions).last_hidden_state
         rows.append(("left-padded", out[:, pad:]))
-    return [judged("cache", f"full pass = {what}", value, full, budget) for what, value in rows]
+    checks = [judged("cache", f"full pass = {what}", value, full, budget) for what, value in rows]
+    checks[1].party, checks[1].worst = ours.name, max(checks[1].by_position, default=None)
+    return checks
 
 
 def check_batch(model: Subject, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
-    """Three different sequences: together, together in another order, and alone."""
-    batch = np.concatenate([ids, ids[:, ::-1], np.roll(ids, 1, axis=1)])
-    order = [2, 0, 1]
-    together, permuted = final(model, runner, batch), final(model, runner, batch[order])
+    """Three different sequences: alone, and together."""
+    batch = three_of(ids)
     alone = np.concatenate([final(model, runner, row[None]) for row in batch])
-    both = np.concatenate([permuted, alone]), np.concatenate([together[order], together])
-    return judged(f"batch {runner.name}", "sequences alone, together, in another order", *both, budget)
+    return judged(f"batch {runner.name}", "sequences alone and together", alone, final(model, runner, batch), budget)
+
+
+def check_order(model: Subject, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
+    """Three different sequences together: in another order they must come out in that order."""
+    batch, order = three_of(ids), [2, 0, 1]
+    together, permuted = final(model, runner, batch), final(model, runner, batch[order])
+    return judged(f"order {runner.name}", "sequences in another order", permuted, together[order], budget)
+
+
+def three_of(ids: Array) -> Array:
+    """Three sequences of the same tokens, (3, T)."""
+    return np.concatenate([ids, ids[:, ::-1], np.roll(ids, 1, axis=1)])
+
+
+def check_prefix(model: Subject, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
+    """The first half alone: its rows must be those of the whole."""
+    t = max(1, ids.shape[1] // 2)
+    alone, whole = final(model, runner, ids[:, :t]), final(model, runner, ids)
+    return judged(f"prefix {runner.name}", f"the first {t} tokens alone", alone, whole[:, :t], budget)
+
+
+def check_chunk(model: Subject, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
+    """Three chunks, each with the past that the one before gave."""
+    size = max(1, -(-ids.shape[1] // 3))
+    whole = final(model, runner, ids)
+    return judged(f"chunk {runner.name}", "chunks = the whole", in_chunks(model, runner, ids, size), whole, budget)
+
+
+def check_cache(model: Subject, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
+    """Token by token through the past inputs."""
+    whole = final(model, runner, ids)
+    return judged(f"cache {runner.name}", "token by token = the whole", in_chunks(model, runner, ids, 1), whole, budget)
+
+
+def in_chunks(model: Subject, runner: Runner, ids: Array, size: int) -> Array:
+    """The last tap of a call that is cut into chunks, (B, T, width).
+
+    Raises
+    ------
+    ComparisonError
+        If the file takes no past, or one in a buffer of its own.
+    """
+    found = model.recognised
+    pasts = {(p.role, p.layer): p.name for p in found.inputs if p.role in ("past", "past_key", "past_value")}
+    presents = {p.name: (p.role.replace("present", "past"), p.layer) for p in found.outputs}
+    if not pasts or found.lengths or not set(pasts) <= set(presents.values()):
+        raise ComparisonError("the file takes no past inputs that grow" if pasts else "the file takes no past inputs")
+    past: dict[str, Array] | None = None
+    parts = []
+    for start in range(0, ids.shape[1], size):
+        case = case_from_ids(model, "check", ids[:, start : start + size], past)
+        outputs = runner.run(case.feeds).outputs
+        taps = model.outputs_as_taps(outputs, model.call(case.feeds))
+        parts.append(taps["logits"] if "logits" in taps else taps["ln_f"])
+        past = {pasts[role]: outputs[name] for name, role in presents.items() if role in pasts}
+    return np.concatenate(parts, axis=1)
 
 
 def check_causal(model: Subject, runner: Runner, ids: Array, budget: Budget, cases: Sequence[Case]) -> Check:
@@ -164,6 +245,10 @@ def check_finite(model: Subject, runner: Runner, ids: Array, budget: Budget, cas
 
 _RUNS: dict[str, Callable[[Subject, Runner, Array, Budget, Sequence[Case]], Check]] = {
     "batch": check_batch,
+    "cache": check_cache,
+    "chunk": check_chunk,
+    "order": check_order,
+    "prefix": check_prefix,
     "causal": check_causal,
     "determinism": check_determinism,
     "finite": check_finite,

@@ -15,13 +15,16 @@ from .budgets import Arbiter, Budgets, parse_budgets
 from .capture import run_case, taps_from
 from .cases import Case, default_cases, pick
 from .compare import Comparison, compare_arrays, parties
+from .digits import show_digits, significant_digits
 from .files import compare_files
 from .forms import as_array, form_of, named
+from .localise import TapRow
 from .operations import tap_inputs
 from .parties import Function, Ort, Runner, TraceRunner, model_of, runner_of
+from .replace import check_replace, put_right, say_whether_cured
 from .report import Report, add_once
 from .search import Oracle, Pair, investigate
-from .subject import Subject
+from .subject import Subject, taps_of
 from .trace import versions
 from .wiring import compare_wiring
 
@@ -31,6 +34,7 @@ Cases = Callable[[Subject], list[Case]]
 def diff(
     a: str, b: str, cases: Cases, oracle: str | None = None, preset: str = "auto", rtol: Sequence[str] = (),
     atol: Sequence[str] = (), local: bool = False, repro: Path | None = None, padding: bool = False,
+    replace: Sequence[str] = (), digits: bool = False,
 ) -> Report:  # fmt: skip
     """Two parties against each other on every case; where they differ, which operation and why."""
     budgets = parse_budgets(preset, rtol, atol)
@@ -44,6 +48,7 @@ def diff(
         assert model.problem is not None
         raise model.problem
     budgets.check_names(model.output_names, model)
+    check_replace(replace, model)
     if budgets.default.source.startswith("auto"):
         budgets.arbiter = Arbiter(model)
     runners = two_runners(model, subjects, a, b)
@@ -67,18 +72,33 @@ def diff(
     case = pick(usable, model, failing)
     call = model.call(case.feeds)
     arbiter = Oracle()
-    if judge is not None:
-        arbiter = Oracle(program=subjects[judge].program)
-    elif oracle is not None:
-        arbiter = Oracle(taps=taps_from(TraceRunner(model, Path(oracle)), case))
+    if oracle is not None:
+        program = subjects[judge].program if judge is not None else None
+        arbiter = Oracle(program, None if program else taps_from(TraceRunner(model, Path(oracle)), case))
     mine = [c for c in report.comparisons if c.case == case.name]
     pair = Pair(case, call, runners[0], runners[1])
     row, given = investigate(report, model, pair, mine, results[case.name], True, local, arbiter)
-    if row is not None and repro is not None:
-        dump_repro(repro, model, call, row.tap, given)
+    if row is not None:
+        rows = report.rows.get(f"{runners[0].name} - {runners[1].name}", [])
+        if {r.tap for r in rows} - {t for p in model.recognised.outputs for t in taps_of(p)}:
+            say_whether_cured(report, rows, row, model.taps(), runners[1].name)
+    if replace:
+        put_right(report, model, pair, replace)
+    if digits:
+        totals = {r.tap: r.total for rows in report.rows.values() for r in rows if r.total is not None}
+        show_digits(report, significant_digits(model.program, call, model.taps()), totals)
+    save_repro(report, model, call, row, given, repro)
+    return report
+
+
+def save_repro(
+    report: Report, model: Subject, call: Call, row: TapRow | None, given: dict[str, Array], folder: Path | None
+) -> None:
+    """The divergent operation into a folder, or the word that this can be asked for."""
+    if row is not None and folder is not None:
+        dump_repro(folder, model, call, row.tap, given)
     elif row is not None and not report.next:
         report.next = f"--dump-repro FOLDER writes {row.tap} alone, with these inputs, as a small model.onnx"
-    return report
 
 
 def two_runners(model: Subject, subjects: dict[Path, Subject], a: str, b: str) -> list[Runner]:

@@ -15,6 +15,7 @@ from ..escape import escaped
 if TYPE_CHECKING:
     from .compare import Comparison
     from .explain.diagnose import Diagnosis
+    from .localise import TapRow
 
 SCHEMA_VERSION = 1  # of the JSON: raised when a field changes its meaning or goes; new fields do not raise it
 
@@ -79,6 +80,7 @@ class Report:
     not_compared: list[str] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)  # what is worth saying whatever the verdict
     headline: str = ""  # what was found, in one sentence, where something was
+    rows: dict[str, list[TapRow]] = field(default_factory=dict)  # taps, by pair of parties
     diagnosis: Diagnosis | None = None
     place: Place | None = None
     facts: list[str] = field(default_factory=list)  # what two files differ in, read from them

@@ -11,7 +11,7 @@ from . import trace as traces
 from .budgets import Arbiter, Budgets, measure_floor, parse_budgets
 from .capture import Options, record, run_case
 from .cases import Case, gather_cases, pick
-from .checks import CHECKS, run_checks
+from .checks import CHECKS, matrix, run_checks
 from .compare import Comparison, compare_case, parties
 from .metrics import Budget
 from .parties import ENGINES, Ort, Ours, Recorded, Runner, model_path, runner_of
@@ -73,6 +73,8 @@ def parity(options: Options, save_trace: Path | None = None) -> Report:
     if names and model.whole:
         final = next(p.name for p in model.recognised.outputs if p.role in ("logits", "last_hidden_state"))
         report.checks += run_checks(names, model, ours, runners, cases, budgets(final), options.seed)
+        audit = matrix(report.checks)
+        report.tables += [audit] if audit is not None else []
     if cases and ("taps" in options.checks or report.exit_code == 1):
         if model.found is None:
             bracket_outputs(report, model, cases, captured)

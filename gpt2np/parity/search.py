@@ -88,6 +88,7 @@ def investigate(
         add_once(report.not_compared, f"taps that {b.name} does not give: {few}")
     row = first_divergence(rows)
     if rows:
+        report.rows[f"{a.name} - {b.name}"] = rows
         report.details.setdefault("taps", {})[f"{a.name} - {b.name}"] = [r.as_dict() for r in rows]
         if inside:
             report.tables.append(tap_table(rows, case.name, a.name, b.name, every))

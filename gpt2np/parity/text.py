@@ -245,8 +245,11 @@ def lines_of(report: Report) -> list[Line]:
     if logits:
         lines += [("", ""), *logits]
     lines += problem_lines(report.comparisons)
-    if report.checks:
-        lines += [("", ""), *check_lines(report.checks)]
+    in_a_table = any(table.title == "invariances" for table in report.tables)
+    listed = [c for c in report.checks if not (in_a_table and c.party and c.ok) or c.name == "taps"]
+    listed = [c for c in listed if c.ok is not None]
+    if listed:
+        lines += [("", ""), *check_lines(listed)]
     for further in report.tables:
         lines += [("", ""), *table_lines(further)]
     return lines

@@ -13,14 +13,16 @@ from onnx import helper, numpy_helper
 from typer.testing import CliRunner
 
 from gpt2np.cli import app
+from gpt2np.errors import InputError
 from gpt2np.onnx.read.datasets import save_set
 from gpt2np.parity.capture import Options
 from gpt2np.parity.cases import Case, case_from_ids
 from gpt2np.parity.diff import diff
+from gpt2np.parity.digits import significant_digits
 from gpt2np.parity.parties import Ours
 from gpt2np.parity.places import interval, next_tap
 from gpt2np.parity.report import Report
-from gpt2np.parity.run import parity
+from gpt2np.parity.run import parity, parse_checks
 from gpt2np.parity.subject import Subject
 from gpt2np.parity.text import lines_of
 
@@ -253,3 +255,49 @@ def test_a_record_of_other_tokens_is_suspected(sound: Subject, tmp_path: Path) -
     save_set(tmp_path / "test_data_set_0", cases[0].feeds, made)
     report = parity(Options(tmp_path / "model.onnx", engine="numpy"))
     assert "recorded with token 11 at input_ids[0,3], where the input holds 2" in said(report)
+
+
+# ------------------------------------------------------------------------------------- behind the first mistake
+
+
+def both(*changes: Callable[[Proto, Names], None]) -> Callable[[Proto, Names], None]:
+    def apply(proto: Proto, names: Names) -> None:
+        for change in changes:
+            change(proto, names)
+
+    return apply
+
+
+def test_a_second_mistake_is_found_behind_the_first(sound: Subject, tmp_path: Path) -> None:
+    first, second = edit("h.0.mlp.c_fc.bias", lambda b: b + 1), edit("h.2.mlp.c_fc.bias", lambda b: b - 1)
+    one = changed(sound, tmp_path / "one", first)
+    report = diff(str(sound.path), str(one), ids_alone, replace=["h.0.mlp.c_fc"])
+    assert "with h.0.mlp.c_fc put right, everything after agrees" in said(report)
+    two = changed(sound, tmp_path / "two", both(first, second))
+    report = diff(str(sound.path), str(two), ids_alone, replace=["h.0.mlp.c_fc"])
+    assert "h.0.mlp.c_fc is not all: h.2.mlp.c_fc" in said(report)
+    assert "with h.0.mlp.c_fc put right, h.2.mlp.c_fc is the next that differs" in said(report)
+    with pytest.raises(InputError, match=r"h\.0\.mlp\.c_fc"):
+        diff(str(sound.path), str(two), ids_alone, replace=["h.0.mlp.c_fcc"])
+
+
+def test_random_rounding_tells_how_many_digits_are_significant(sound: Subject) -> None:
+    call = sound.call(ids_alone(sound)[0].feeds)
+    found = {d.tap: d for d in significant_digits(sound.program, call, sound.taps())}
+    assert set(found) == set(sound.taps())
+    assert all(5 < d.digits < 9 for d in found.values())
+    exact = dict(sound.program.walk(call, np.float64, until="ln_f"))["ln_f"]
+    low = dict(sound.program.walk(call, np.float32, until="ln_f"))["ln_f"]
+    error = float(np.sqrt(np.mean((low - exact) ** 2)))
+    assert error / 10 < found["ln_f"].spread < error * 10
+
+
+def test_invariances_are_checked_for_every_party(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["synth", "--size", "2,3,12,20,37", "--with-past", "-o", str(tmp_path / "past")])
+    assert result.exit_code == 0, result.output
+    options = Options(tmp_path / "past" / "model.onnx", random=1, engine="numpy", checks=parse_checks("all"))
+    report = parity(options)
+    assert report.exit_code == 0, said(report)
+    made = {(c.name.split(" ")[0], c.party): c.ok for c in report.checks if c.party}
+    names = ("cache", "chunk", "prefix", "batch", "order", "causal", "determinism", "finite")
+    assert all(made[name, party] for name in names for party in ("ours", "ort"))
