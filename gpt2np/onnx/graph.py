@@ -86,6 +86,7 @@ class Graph:
         self.initializers: dict[str, Tensor] = {}
         self.computed: dict[str, Array] = {}  # small constants that nodes compute, once they are asked for
         self.nodes: list[Node] = []
+        self.order: list[Node] = []  # the nodes, each behind those that it reads
         self._producers: dict[str, tuple[Node, int]] = {}
         self._consumers: dict[str, list[Node]] = {}
         self._folded: dict[str, bool] = {}
@@ -126,15 +127,14 @@ class Graph:
             raise UnsupportedModelError(f"the value {twice!r} is computed by two nodes")
         waiting = {id(n): sum(i in self._producers for i in set(n.inputs)) for n in self.nodes}
         ready = [n for n in self.nodes if not waiting[id(n)]]
-        done = 0
         while ready:
             node = ready.pop()
-            done += 1
+            self.order.append(node)
             for reader in {id(c): c for o in node.outputs if o for c in self.consumers(o)}.values():
                 waiting[id(reader)] -= sum(o in reader.inputs for o in node.outputs if o)
                 if not waiting[id(reader)]:
                     ready.append(reader)
-        if done < len(self.nodes):
+        if len(self.order) < len(self.nodes):
             node = next(n for n in self.nodes if waiting[id(n)])
             raise UnsupportedModelError(f"{node.describe()} depends on its own output, or on a value given twice")
 

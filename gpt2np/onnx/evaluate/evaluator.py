@@ -63,7 +63,7 @@ class Evaluator:
             if missing:
                 stack.extend(missing)
                 continue
-            self._run(node)
+            self.run(node)
             stack.pop()
         value: Array = self.values[name]
         return value
@@ -80,7 +80,8 @@ class Evaluator:
         """What a node gives for what it has computed."""
         return value
 
-    def _run(self, node: Node) -> None:
+    def run(self, node: Node) -> None:
+        """Compute a node's outputs; its inputs are there."""
         operator = self.operator(node)
         if operator is None:
             raise UnsupportedModelError(f"{node.describe()}: gpt2np does not know what {node.op} means here")
@@ -95,7 +96,9 @@ class Evaluator:
         except UnsupportedModelError:
             raise
         except Exception as error:
-            shapes = ", ".join("-" if i is None else f"{i.dtype}{list(i.shape)}" for i in inputs)
+            shapes = ", ".join(
+                f"{i.dtype}{list(i.shape)}" if isinstance(i, np.ndarray) else type(i).__name__ for i in inputs
+            )
             raise UnsupportedModelError(f"{node.describe()} cannot be evaluated on {shapes}: {error}") from error
         outputs = result if isinstance(result, list) else [result]
         for output, value in zip(node.outputs, outputs, strict=False):

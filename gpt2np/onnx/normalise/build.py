@@ -68,6 +68,7 @@ def build_graph(
 class _Builder:
     def __init__(self, file: ModelFile, graph: Graph, rules: Sequence[Rules]) -> None:
         self.file, self.graph, self.rules = file, graph, rules
+        self.aliases: dict[str, str] = {}  # constants under other names
 
     def add(self, proto: onnx.GraphProto, branch: str) -> None:
         self.add_initializers(proto)
@@ -86,7 +87,10 @@ class _Builder:
                 continue
             domain = _domain(node.domain)
             op = f"{domain}.{node.op_type}" if domain else node.op_type
-            self._rewrite(Node(op, domain, node.name, tuple(node.input), tuple(node.output), attributes))
+            inputs = tuple(self.aliases.get(i, i) for i in node.input)
+            if op == "Identity" and inputs[0] in self.graph.constants:
+                self.aliases[node.output[0]] = inputs[0]
+            self._rewrite(Node(op, domain, node.name, inputs, tuple(node.output), attributes))
 
     def add_initializers(self, proto: onnx.GraphProto) -> None:
         for tensor in proto.initializer:

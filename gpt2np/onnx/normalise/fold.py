@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -42,4 +43,39 @@ def _whole_slice(graph: Graph, node: Node) -> list[Node] | None:
     return [rewritten(node, "Identity", node.inputs[:1], node.outputs[0])]
 
 
-RULES: dict[str, Callable[[Graph, Node], list[Node] | None]] = {"Slice": _whole_slice}
+def _without_effect(neutral: float, places: Sequence[int]) -> Callable[[Graph, Node], list[Node] | None]:
+    """Arithmetic with the number that changes nothing is Identity."""
+
+    def rule(graph: Graph, node: Node) -> list[Node] | None:
+        for i in places:
+            value = graph.constants.get(node.inputs[i])
+            if value is None or len(value.shape) > 1 or math.prod(value.shape) != 1:
+                continue
+            if (graph.constant(node.inputs[i]) == neutral).all():
+                return [rewritten(node, "Identity", (node.inputs[1 - i],), node.outputs[0])]
+        return None
+
+    return rule
+
+
+def _there_and_back(graph: Graph, node: Node) -> list[Node] | None:
+    """A Transpose that undoes the one before it is Identity."""
+    before = graph.producer(node.inputs[0])
+    if before is None or before.op != "Transpose":
+        return None
+    first, second = before.attributes.get("perm"), node.attributes.get("perm")
+    if first is None or second is None:
+        undone = first is second  # both turn all axes round
+    else:
+        undone = len(first) == len(second) and [first[axis] for axis in second] == list(range(len(first)))
+    return [rewritten(node, "Identity", before.inputs[:1], node.outputs[0])] if undone else None
+
+
+RULES: dict[str, Callable[[Graph, Node], list[Node] | None]] = {
+    "Slice": _whole_slice,
+    "Transpose": _there_and_back,
+    "Add": _without_effect(0, (0, 1)),
+    "Sub": _without_effect(0, (1,)),
+    "Mul": _without_effect(1, (0, 1)),
+    "Div": _without_effect(1, (1,)),
+}

@@ -87,6 +87,42 @@ class Branch:
     core: AttentionCore | None = None  # of an attention
     maps: tuple[Linear, ...] = ()  # c_attn (or three maps), or c_fc
 
+    def borders(self) -> list[str]:
+        """The values at its borders."""
+        core = [self.core.scores.out, self.core.heads.out] if self.core else []
+        return [self.norm.x, self.norm.out, *(m.out for m in self.maps), *core, self.out.out]
+
+
+@dataclass
+class Borders:
+    """Where the parts of a GPT-2 begin and end in a graph."""
+
+    head: Linear | None
+    final: LayerNorm  # ln_f
+    output_roles: Roles
+    words: Lookup  # wte
+    places: Lookup  # wpe
+    types: Lookup | None  # wte once more, by token types
+    layers: list[tuple[Branch, Branch]]  # an attention and an MLP each
+
+    @property
+    def lookups(self) -> list[Lookup]:
+        """All embeddings."""
+        return [lookup for lookup in (self.words, self.places, self.types) if lookup is not None]
+
+    @property
+    def cores(self) -> list[AttentionCore]:
+        """The attention of each layer."""
+        return [attention.core for attention, _ in self.layers if attention.core is not None]
+
+
+def find_borders(graph: Graph) -> Borders:
+    """Find the parts, from the outputs backwards."""
+    head, final, output_roles = find_top(graph)
+    lookups, branches = find_branches(graph, final)
+    layers = pair(graph, lookups, branches, final)
+    return Borders(head, final, output_roles, *tell_lookups(graph, lookups), layers)
+
 
 def find_top(graph: Graph) -> tuple[Linear | None, LayerNorm, Roles]:
     """The head (if there is one), the last layer norm, and the outputs' roles."""
@@ -183,10 +219,11 @@ def pair(graph: Graph, lookups: list[Lookup], branches: list[Branch], final: Lay
         biases += added
         for name in added:
             bias = vector(graph, name, branch.out.weight.shape[1])
-            if bias is None or branch.out.bias is not None:
+            if bias is None:
                 raise UnsupportedModelError(
                     f"{branch.out.node.describe()}: {name!r} is added behind it, but is no bias"
                 )
+            bias = bias if branch.out.bias is None else branch.out.bias.plus(bias)
             branch.out = replace(branch.out, bias=bias, bias_later=name)
     if len(branches) % 2 or not branches:
         raise UnsupportedModelError(f"{len(branches)} attentions and MLPs do not make whole blocks")

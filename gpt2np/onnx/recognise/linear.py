@@ -15,7 +15,7 @@ import numpy as np
 from ...errors import UnsupportedModelError
 from ..graph import MOVES, SAME, Graph, Node
 from ..normalise.fold import scalar
-from .sources import Source, constant_shape, constant_source
+from .sources import Source, constant_shape, constant_source, zeros
 
 Array = np.ndarray
 
@@ -34,6 +34,11 @@ class Linear:
     # Of an Einsum: how many axes of x are summed over, and the sizes of the axes that take their place.
     summed: int = 1
     sizes: tuple[int, ...] = ()
+
+    def sources(self, name: str) -> dict[str, Source]:
+        """Weight and bias under the names of `weights.weight_shapes`."""
+        bias = self.bias or zeros(self.weight.shape[1:], "no bias in the file")
+        return {f"{name}.weight": self.weight, f"{name}.bias": bias}
 
 
 def matrix(graph: Graph, name: str) -> Source | None:
@@ -102,11 +107,11 @@ def _biased(graph: Graph, name: str) -> Linear | None:
         if not graph.is_constant(added) or graph.is_constant(product):
             continue
         linear = match_linear(graph, graph.strip(product))
-        if linear is None or linear.bias is not None:
+        if linear is None:
             return None
         bias = vector(graph, added, linear.weight.shape[1])
         if bias is not None:
-            return replace(linear, out=name, bias=bias)
+            return replace(linear, out=name, bias=bias if linear.bias is None else linear.bias.plus(bias))
     return None
 
 

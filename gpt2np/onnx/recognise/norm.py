@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from ...errors import UnsupportedModelError
 from ..evaluate.evaluator import Evaluator
 from ..graph import SAME, Graph, Node
 from .linear import match_linear
-from .sources import Source, constant_source
+from .sources import Source, constant_source, ones, zeros
 
 Array = np.ndarray
 MEANS = {"ReduceMean", "ReduceSum"}
@@ -28,6 +28,13 @@ class LayerNorm:
     bias: Source | None
     epsilon: float
     node: Node
+
+    def sources(self, name: str, width: int) -> dict[str, Source]:
+        """Gain and bias under the names of `weights.weight_shapes`."""
+        return {
+            f"{name}.weight": self.weight or ones((width,), "no gain in the file"),
+            f"{name}.bias": self.bias or zeros((width,), "no bias in the file"),
+        }
 
 
 def _constant_vector(graph: Graph, name: str) -> Source | None:
@@ -157,9 +164,25 @@ def _rearranged_norm(graph: Graph, name: str) -> LayerNorm | None:
     return None
 
 
+def _changed_norm(graph: Graph, name: str) -> LayerNorm | None:
+    """Any of the others, then one more bias."""
+    node = graph.producer(name)
+    if node is None or node.op != "Add":
+        return None
+    for value, added in (node.inputs, node.inputs[::-1]):
+        bias = _constant_vector(graph, added)
+        if bias is None or graph.is_constant(value):
+            continue
+        norm = match_layer_norm(graph, graph.strip(value, SAME))
+        if norm is not None and (norm.weight or norm.bias or bias).shape == bias.shape:
+            return replace(norm, out=name, bias=bias if norm.bias is None else norm.bias.plus(bias))
+    return None
+
+
 LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNorm | None]] = [
     _fused_norm,
     _written_out_norm,
+    _changed_norm,
     _rearranged_norm,
 ]
 

@@ -1,113 +1,92 @@
-"""A graph with values at the borders of its parts, to be run inside them: what its inputs are, and their sizes."""
+"""A graph with values at the borders of its parts, to be run inside them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from ...errors import UnsupportedModelError
 from ..evaluate.evaluator import Evaluator
-from ..graph import Graph
-from .blocks import Branch, Roles, inputs_behind
-from .linear import Linear, nearest_linears
+from ..graph import Graph, Node
+from .blocks import Borders
+from .inputs import Inputs, declared_shape, element_type
+from .linear import Linear
 from .lookup import Lookup
 from .masks import mask_shapes
-from .recognised import LENGTHS, POSITIONS_FROM_MASK
-
-if TYPE_CHECKING:
-    import onnx
+from .products import AttentionCore
+from .recognised import LENGTHS
 
 Array = np.ndarray
 
-# What a probe runs on: no two sizes equal, so that an axis is known by its size.
-BATCH, NEW, PAST = 2, 4, 3
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a probe runs on: B sequences of T new positions behind P cached ones."""
+
+    B: int
+    T: int
+    P: int
+
+    @property
+    def S(self) -> int:
+        """All positions."""
+        return self.P + self.T
+
+
+USUAL = Sizes(2, 4, 3)  # no two sizes equal, so that an axis is known by its size
+
+
+def sizes_allowed(graph: Graph, inputs: Inputs, wanted: Sizes) -> tuple[Sizes, list[int]]:
+    """The sizes nearest to those wanted that the file declares, and the shape of its token ids."""
+    declared = {p.name: declared_shape(p) for p in graph.inputs}
+    (ids,) = inputs.named("input_ids")
+    shape = declared[ids]
+    if len(shape) not in (1, 2, 3):
+        raise UnsupportedModelError(f"input {ids!r} has {len(shape)} axes; token ids have 1 to 3")
+    free = [1] * (len(shape) - 2) + [wanted.B, wanted.T][-len(shape) :]
+    sizes = [s if isinstance(s, int) and s > 0 else size for s, size in zip(shape, free, strict=True)]
+    if graph.one_token:
+        sizes[-1] = 1
+    pasts = [declared[name] for name, (role, _) in inputs.roles.items() if role.startswith("past")]
+    length = pasts[0][-2] if pasts and len(pasts[0]) > 1 else None
+    P = (length if isinstance(length, int) and not inputs.lengths else wanted.P) if pasts else 0
+    return Sizes(math.prod(sizes[:-1]), sizes[-1], P), sizes
 
 
 class Probe:
-    """The values that are known, and what follows from them; float values are mostly NaN, only their shapes count."""
+    """The values that are known, and what follows from them; float values are mostly NaN, only their shapes count.
 
-    def __init__(self, graph: Graph, condition: str = "") -> None:
-        self.graph = graph
-        self.condition = condition
-        self.notes: list[str] = []
-        self.roles: Roles = {}
-        self.width = 0  # of the widest linear map
-        self.mask = ""  # the input that masks scores
+    Parameters
+    ----------
+    graph : Graph
+    borders, inputs
+        What has been found of it.
+    wanted : Sizes
+        To be run on, where the file does not declare others.
+    """
+
+    def __init__(self, graph: Graph, borders: Borders, inputs: Inputs, wanted: Sizes = USUAL) -> None:
+        self.graph, self.borders, self.inputs = graph, borders, inputs
+        self.roles, self.mask, self.lengths = inputs.roles, inputs.mask, inputs.lengths
         self.known: dict[str, Array] = {}  # values of the probe at the borders of parts
         self.touched: set[str] = set()  # constants that were read
-        self.base = Evaluator(graph, {}, self.touched)  # what follows from them, kept
-        self.lengths = {value: role for value, role in graph.lengths.items() if role in LENGTHS}
+        self.base = _Shapes(graph, {}, self.touched)  # what follows from them, kept
+        self.sizes, ids_shape = sizes_allowed(graph, inputs, wanted)
+        self.B, self.T, self.P = self.sizes.B, self.sizes.T, self.sizes.P
+        # rounding to 16 bits is the file's own
+        self.half = any(t.dtype.itemsize == 2 and t.dtype.kind not in "iub" for t in graph.initializers.values())
+        self._feed_inputs(ids_shape)
 
-    def find_inputs(
-        self, words: Lookup, places: Lookup, types: Lookup | None, layers: list[tuple[Branch, Branch]]
-    ) -> None:
-        graph = self.graph
-        self.width = max(m.weight.shape[-1] for layer in layers for branch in layer for m in (*branch.maps, branch.out))
-        self.roles[inputs_behind(self.graph, words)[0]] = "input_ids", None
-        if types is not None:
-            self.roles[graph.strip(types.rows)] = "token_type_ids", None
-        if places.rows and graph.is_input(place := graph.strip(places.rows)):
-            self.roles[place] = "position_ids", None
-        for i, (branch, _) in enumerate(layers):
-            core = branch.core
-            assert core is not None
-            for value, kind in ((core.scores.b, "past_key"), (core.heads.b, "past_value")):
-                for name in nearest_linears(graph, value)[1]:
-                    if name not in self.roles:
-                        self.roles[name] = kind, i
-                    elif self.roles[name] == ("past_key", i):
-                        self.roles[name] = "past", i  # one tensor with both
-            stop = {core.scores.out, *self.roles}
-            for value in graph.ancestors(core.masked, stop):
-                if graph.is_input(value) and value not in self.roles:
-                    self.roles[value] = "attention_mask", None
-        for value in graph.ancestors(places.rows, set(self.roles)) if places.rows else ():
-            if graph.is_input(value) and value not in self.roles:
-                masked = ("attention_mask", None) in self.roles.values() or "position" in value
-                self.roles[value] = "position_ids" if masked else "attention_mask", None
-        if not any(role.startswith("past") for role, _ in self.roles.values()):
-            self.lengths = {}
-        masks = [name for name, (role, _) in self.roles.items() if role == "attention_mask"]
-        self.mask = masks[0] if masks else ""
-        for length, role in graph.lengths.items():
-            if graph.is_input(source := graph.strip(length)):
-                self.roles[source] = role, None
-            for value in graph.ancestors(length, set(self.roles)):
-                if graph.is_input(value) and value not in self.roles:
-                    self.roles[value] = "attention_mask", None  # whose sum is the length
-        if len(masks) > 1:
-            raise UnsupportedModelError(f"the scores are masked by several inputs: {', '.join(masks)}")
-        for port in graph.inputs:
-            if port.name == self.condition:
-                self.roles[port.name] = "use_cache_branch", None
-            if port.name not in self.roles:
-                self.roles[port.name] = "unused", None
-                if any(True for _ in graph.consumers(port.name)):
-                    self.notes.append(f"input {port.name!r} has no part in what the outputs are")
-
-    def feed_inputs(self) -> None:
-        """The probe's inputs, of the sizes that the file declares where it declares any."""
-        declared = {p.name: declared_shape(p) for p in self.graph.inputs}
-        ids = next(n for n, (role, _) in self.roles.items() if role == "input_ids")
-        shape = declared[ids]
-        if len(shape) not in (1, 2, 3):
-            raise UnsupportedModelError(f"input {ids!r} has {len(shape)} axes; token ids have 1 to 3")
-        sizes = [1] * (len(shape) - 2) + [BATCH, NEW][-len(shape) :]
-        sizes = [s if isinstance(s, int) and s > 0 else size for s, size in zip(shape, sizes, strict=True)]
-        self.B, self.T = math.prod(sizes[:-1]), sizes[-1]
-        pasts = [declared[name] for name, (role, _) in self.roles.items() if role.startswith("past")]
-        length = pasts[0][-2] if pasts and len(pasts[0]) > 1 else None
-        self.P = (length if isinstance(length, int) and not self.lengths else PAST) if pasts else 0
-        if self.graph.one_token:
-            self.T = 1
-            sizes = [*sizes[:-1], 1]
-        S = self.P + self.T
-        self._check_room(ids, (self.B, S, max(S, self.width)))
+    def _feed_inputs(self, sizes: list[int]) -> None:
+        maps = [m for layer in self.borders.layers for branch in layer for m in (*branch.maps, branch.out)]
+        width = max(m.weight.shape[-1] for m in maps)
+        (ids,) = self.inputs.named("input_ids")
+        self._check_room(ids, (self.B, self.sizes.S, width))
         for port in self.graph.inputs:
-            role, shape = self.roles[port.name][0], declared[port.name]
+            role, shape = self.roles[port.name][0], declared_shape(port)
             dtype = element_type(port)
             if role == "input_ids":
                 self.know(port.name, np.arange(np.prod(sizes)).reshape(sizes).astype(dtype))
@@ -150,23 +129,45 @@ class Probe:
         if self.graph.budget is not None:  # as float64, a few times over
             self.graph.budget.check(32 * math.prod(sizes), f"input {name!r}, for which the probe is {list(sizes)},")
 
-    def check_ids(self, words: Lookup) -> None:
-        """Each token's row of wte must be looked up, in the order given."""
-        given = self.known[next(n for n, (role, _) in self.roles.items() if role == "input_ids")]
-        rows = self.rows(words)
-        if rows.size != given.size or (rows.ravel() != given.ravel()).any():
-            raise UnsupportedModelError(
-                f"{words.node.describe()} looks up the tokens {rows.ravel().tolist()} where {given.ravel().tolist()} "
-                "are given"
-            )
+    def place(self, tried: Collection[int] | None = None) -> None:
+        """Give the probe values at all borders.
+
+        Where only some layers will be `tried`, the others' values have the shapes that the first layer's have.
+        """
+        borders = self.borders
+        for lookup in borders.lookups:
+            self.know(lookup.out, unknown((*self.rows(lookup).shape, lookup.table.shape[1])))
+        for i, layer in enumerate(borders.layers):
+            if tried is not None and i not in tried and i > 0:
+                for branch, first in zip(layer, borders.layers[0], strict=True):
+                    for value, like in zip(branch.borders(), first.borders(), strict=True):
+                        self.know(value, self.known[like])
+                continue
+            for branch in layer:
+                shape = self.evaluate(branch.norm.x).shape
+                self.know(branch.norm.x, unknown(shape))
+                self.know(branch.norm.out, unknown(shape))
+                for linear in branch.maps:
+                    self.feed_linear(linear)
+                if branch.core is not None:
+                    self._place_core(branch.core)
+                self.feed_linear(branch.out)
+        shape = self.evaluate(borders.final.x).shape
+        self.know(borders.final.x, unknown(shape))
+        self.know(borders.final.out, unknown(shape))
+        if borders.head is not None:
+            self.feed_linear(borders.head)
+
+    def _place_core(self, core: AttentionCore) -> None:
+        values = self.evaluate(core.heads.b).shape
+        D = values[-2 if core.heads.transposed else -1]
+        queries = self.evaluate(core.scores.a).shape
+        self.know(core.scores.out, unknown((*queries[:-1], self.sizes.S)))
+        self.know(core.heads.out, unknown((*queries[:-1], D)))
 
     def know(self, name: str, value: Array) -> None:
         """Give the probe the value at a border."""
         self.known[name] = self.base.values[name] = value
-
-    def forget(self) -> None:
-        """Drop what was computed inside a layer, apart from sizes, positions and masks, which all layers share."""
-        self.base.values = {n: v for n, v in self.base.values.items() if n in self.known or np.size(v) <= 1024}
 
     def evaluate(self, name: str) -> Array:
         """A value of the probe; activations are NaN, only their shape counts."""
@@ -197,33 +198,44 @@ class Probe:
         taken = evaluator(lookup.node.outputs[0])
         return taken[..., 0].astype(np.int64)
 
-    def find_positions(self, places: Lookup) -> tuple[int, str]:
-        """The offset of the first row of wpe, and how rows are chosen."""
-        B, T, P = self.B, self.T, self.P
-        rows = np.broadcast_to(self.rows(places).reshape(-1, T), (B, T))
-        given = [n for n, (role, _) in self.roles.items() if role == "position_ids"]
-        expected = self.known[given[0]].reshape(-1, T) if given else np.arange(P, P + T)
-        offset = rows - expected
-        if (offset != offset.flat[0]).any():
-            raise UnsupportedModelError(
-                f"{places.node.describe()} takes the rows {rows[0].tolist()} of wpe for positions {P}..{P + T - 1}"
-            )
-        how = "input" if given else "range"
-        masks = [n for n, (role, _) in self.roles.items() if role == "attention_mask" and self.known[n].ndim == 2]
-        if how == "range" and masks:
-            mask = np.ones_like(self.known[masks[0]])
-            mask[0, : P + 2] = mask[-1, P + 1] = mask[-1, 0] = 0  # padding on the left, and holes
-            moved = np.broadcast_to(self.rows(places, {masks[0]: mask}).reshape(-1, T), (B, T)) - offset
-            counts = {name: count(mask != 0)[:, P:] for name, count in POSITIONS_FROM_MASK.items()}
-            if (moved != expected).any():
-                how = next((name for name, count in counts.items() if (moved == count).all()), "")
-                if not how:
-                    raise UnsupportedModelError(
-                        f"{places.node.describe()} derives positions from {masks[0]!r} in an unknown way"
-                    )
-        if offset.flat[0]:
-            self.notes.append(f"the first token takes row {int(offset.flat[0])} of wpe")
-        return int(offset.flat[0]), how
+
+ELEMENTWISE = frozenset(
+    {
+        "Add", "Sub", "Mul", "Div", "Pow", "Sum", "Sqrt", "Neg", "Exp", "Tanh", "Erf", "Sigmoid", "Relu", "Gelu",
+        "com.microsoft.Gelu", "com.microsoft.FastGelu", "com.microsoft.QuickGelu",
+    }
+)  # fmt: skip
+
+
+class _Shapes(Evaluator):
+    """An evaluator that makes no array of what is unknown anyway."""
+
+    def run(self, node: Node) -> None:
+        if node.op in ELEMENTWISE:
+            inputs = [self.values[i] for i in node.inputs if i]
+            if any(map(is_unknown, inputs)):
+                self.values[node.outputs[0]] = unknown(_broadcast(node, [a.shape for a in inputs]))
+                return
+        elif node.op == "Concat":
+            inputs = [self.values[i] for i in node.inputs]
+            if all(map(is_unknown, inputs)) and len({a.ndim for a in inputs}) == 1:
+                shape, axis = list(inputs[0].shape), node.attributes["axis"]
+                shape[axis] = sum(a.shape[axis] for a in inputs)
+                self.values[node.outputs[0]] = unknown(shape)
+                return
+        super().run(node)
+
+
+def _broadcast(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    try:
+        return np.broadcast_shapes(*shapes)
+    except ValueError as error:
+        raise UnsupportedModelError(f"{node.describe()} cannot be evaluated on {shapes}: {error}") from error
+
+
+def is_unknown(array: Array) -> bool:
+    """Whether this was made by `unknown`, or is a view of such a value."""
+    return array.dtype == np.float64 and array.ndim > 0 and not any(array.strides)
 
 
 def unknown(shape: Sequence[int]) -> Array:
@@ -231,18 +243,17 @@ def unknown(shape: Sequence[int]) -> Array:
     return np.broadcast_to(np.float64(np.nan), tuple(shape))
 
 
-def declared_shape(port: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
-    dims = port.type.tensor_type.shape.dim
-    return tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in dims)
-
-
-def element_type(port: onnx.ValueInfoProto) -> np.dtype[Any]:
-    """The type of an input's or output's elements; UnsupportedModelError if these are no real numbers."""
-    from onnx import TensorProto, helper
-
-    kind = port.type.tensor_type.elem_type
-    names = TensorProto.DataType
-    if kind not in names.values() or names.Name(kind) in ("UNDEFINED", "STRING", "COMPLEX64", "COMPLEX128"):
-        what = names.Name(kind) if kind in names.values() else f"type {kind}"
-        raise UnsupportedModelError(f"{port.name!r} is declared as {what}: a GPT-2 takes and gives real numbers")
-    return np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+def probes_of(usual: Probe, n_ctx: int, tried: Collection[int]) -> list[Probe]:
+    """The usual probe, and the same graph at other sizes, as far as the file declares none of its own."""
+    probes, seen = [usual], {usual.sizes}
+    for wanted in (Sizes(3, 5, 2), Sizes(1, n_ctx, 0), Sizes(1, 1, n_ctx - 1)):
+        sizes, _ = sizes_allowed(usual.graph, usual.inputs, wanted)
+        if sizes.S > n_ctx:  # one of the lengths is the file's own
+            wanted = Sizes(wanted.B, max(1, n_ctx - sizes.P), max(0, n_ctx - sizes.T))
+            sizes, _ = sizes_allowed(usual.graph, usual.inputs, wanted)
+        if sizes not in seen and sizes.S <= n_ctx:
+            probe = Probe(usual.graph, usual.borders, usual.inputs, wanted)
+            probe.place(tried)
+            probes.append(probe)
+            seen.add(sizes)
+    return probes

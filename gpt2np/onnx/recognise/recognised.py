@@ -11,7 +11,7 @@ import numpy as np
 from ...config import GPT2Config
 from ...errors import InputError
 from ..evaluate.evaluator import Evaluator
-from ..graph import Graph
+from ..graph import Graph, Node
 from .sources import Source
 
 if TYPE_CHECKING:
@@ -32,6 +32,15 @@ class Port:
     # "last_hidden_state", "present", ..., or for any other output the name of its tap
     role: str
     layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One node of the ledger."""
+
+    node: Node
+    role: str
+    tap: str  # the value that the node works for, such as "h.0.attn.q"; "" for what all share
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ class Recognised:
     graph: Graph | None = field(default=None, repr=False, compare=False)  # kept where `lengths` need it
     # The search whose decoder this is: inputs and outputs above are the decoder's then, the file's own are in it.
     search: Search | None = field(default=None, repr=False, compare=False)
+    ledger: tuple[Entry, ...] = field(default=(), repr=False, compare=False)  # every node that an output depends on
 
     def positions_from_mask(self, attention_mask: Array) -> Array:
         """Position of every key, (B, S), as graphs count them that do not take position_ids."""

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...errors import UnsupportedModelError
 from ..read.reader import ModelFile
-from .probe import declared_shape, element_type
+from .inputs import declared_shape, element_type
 from .recognised import Port
 
 if TYPE_CHECKING:

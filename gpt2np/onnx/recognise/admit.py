@@ -1,0 +1,147 @@
+"""The parts of a GPT-2 entered into the ledger, from the outputs to the embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from . import roles
+from .blocks import Branch, Roles
+from .ledger import Ledger
+from .linear import Linear
+from .lookup import Lookup
+from .norm import LayerNorm
+from .outputs import twins_of
+from .products import AttentionCore
+from .recognised import Entry, TapLocation
+
+
+def admit(ledger: Ledger, output_roles: Roles, taps: Mapping[str, TapLocation]) -> tuple[Entry, ...]:
+    """Enter every node that an output depends on.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If a node is none that its role admits.
+    """
+    borders = ledger.probes[0].borders
+    _outputs(ledger, output_roles, taps)
+    if borders.head is not None:
+        _linear(ledger, "logits", borders.head)
+        ledger.region("head", "ln_f", [borders.head.x], [borders.final.out], roles.CARRIER)
+    _layer_norm(ledger, "ln_f", borders.final)
+    added = [b.addend.value for layer in borders.layers for b in layer]
+    starts = [*(lookup.out for lookup in borders.lookups), *added]
+    for i, (attention, mlp) in enumerate(borders.layers):
+        _attention(ledger, i, attention)
+        _mlp(ledger, i, mlp)
+    for i, (attention, mlp) in enumerate(borders.layers):
+        ledger.region("residual", f"h.{i - 1}.resid_post" if i else "embed", [attention.norm.x], starts, roles.RESIDUAL)
+        ledger.region("residual", f"h.{i}.resid_mid", [mlp.norm.x], starts, roles.RESIDUAL)
+    ledger.region("residual", f"h.{len(borders.layers) - 1}.resid_post", [borders.final.x], starts, roles.RESIDUAL)
+    _embeddings(ledger)
+    return tuple(ledger.close())
+
+
+def _outputs(ledger: Ledger, output_roles: Roles, taps: Mapping[str, TapLocation]) -> None:
+    probe = ledger.probes[0]
+    borders = probe.borders
+    for output, (role, layer) in output_roles.items():
+        if role in ("logits", "last_logits") and borders.head is not None:
+            ledger.region("output", "logits", [output], [borders.head.out], roles.VIEW)
+        elif role == "last_hidden_state":
+            ledger.region("output", "ln_f", [output], [borders.final.out], roles.VIEW)
+        elif layer is not None:
+            branch = borders.layers[layer][0]
+            twins, pasts = twins_of(probe, output, branch)
+            tap = f"h.{layer}.attn.{'v' if role == 'present_value' else 'k'}"
+            ledger.region("carrier", tap, [output], [*(m.out for m in twins), *pasts], roles.SCALED_CARRIER)
+            for linear in twins:
+                _linear(ledger, f"h.{layer}.attn.c_attn", linear)
+                ledger.region("carrier", f"h.{layer}.ln_1", [linear.x], [branch.norm.out], roles.VIEW)
+        else:
+            ledger.region("output", role, [output], ledger.graph.chain(taps[role].tensor), roles.VIEW)
+
+
+def _linear(ledger: Ledger, tap: str, linear: Linear) -> None:
+    """A product with weights, a bias, and what only changes the view between them."""
+    ledger.region("linear map", tap, [linear.out], [linear.x], roles.LINEAR)
+
+
+def _layer_norm(ledger: Ledger, tap: str, norm: LayerNorm) -> None:
+    ledger.region("layer norm", tap, [norm.out], [norm.x], roles.LAYER_NORM)
+
+
+def _attention(ledger: Ledger, i: int, branch: Branch) -> None:
+    """From ln_1 to c_proj's output."""
+    core, name = branch.core, f"h.{i}.attn"
+    assert core is not None
+    _linear(ledger, f"{name}.out", branch.out)
+    ledger.region("merging of heads", f"{name}.heads", [branch.out.x], [core.heads.out], roles.CARRIER)
+    ledger.region("product with values", f"{name}.heads", [core.heads.out], core.heads.node.inputs, roles.PRODUCT)
+    ledger.region("probabilities", f"{name}.probs", [core.heads.a], core.node.outputs, roles.PROBS)
+    ledger.region("softmax", f"{name}.probs", core.node.outputs[:1], [core.masked], roles.SOFTMAX)
+    _scores(ledger, f"{name}.scores", core)
+    ledger.region("product with keys", f"{name}.scores", [core.scores.out], core.scores.node.inputs, roles.PRODUCT)
+    inputs = ledger.probes[0].inputs
+    pasts = [value for value, (role, layer) in inputs.roles.items() if role.startswith("past") and layer == i]
+    starts = [*(m.out for m in branch.maps), *pasts]
+    for part, value in zip("qkv", (core.scores.a, core.scores.b, core.heads.b), strict=True):
+        ledger.region("carrier", f"{name}.{part}", [value], starts, roles.SCALED_CARRIER)
+    for linear in branch.maps:
+        _linear(ledger, f"{name}.c_attn", linear)
+        ledger.region("carrier", f"h.{i}.ln_1", [linear.x], [branch.norm.out], roles.VIEW)
+    _layer_norm(ledger, f"h.{i}.ln_1", branch.norm)
+
+
+def _scores(ledger: Ledger, tap: str, core: AttentionCore) -> None:
+    """The scores' own way to the softmax, and beside it what hides them."""
+    graph = ledger.graph
+    way, pending = {core.scores.out}, [core.scores.out]
+    while pending:
+        for node in graph.consumers(pending.pop()):
+            fresh = [o for o in node.outputs if ledger.is_data(o) and o not in way and core.masked not in node.inputs]
+            way.update(fresh)
+            pending.extend(fresh)
+    beside: list[str] = []
+    seen, pending = {core.scores.out}, [core.masked]
+    while pending:
+        value = pending.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value not in way:
+            beside.append(value)
+        elif (made_by := graph.producer(value)) is not None:
+            pending.extend(i for i in made_by.inputs if i)
+    ledger.region("scale and mask", tap, [core.masked], [core.scores.out, *beside], roles.SCORES)
+    masks = ledger.probes[0].inputs.named("attention_mask")
+    ledger.region("mask", tap, beside, masks, roles.MASK)
+
+
+def _mlp(ledger: Ledger, i: int, branch: Branch) -> None:
+    """From ln_2 to c_proj's output."""
+    (fc,) = branch.maps
+    _linear(ledger, f"h.{i}.mlp.out", branch.out)
+    ledger.region("activation", f"h.{i}.mlp.gelu", [branch.out.x], [fc.out], roles.ACTIVATION)
+    _linear(ledger, f"h.{i}.mlp.c_fc", fc)
+    ledger.region("carrier", f"h.{i}.ln_2", [fc.x], [branch.norm.out], roles.VIEW)
+    _layer_norm(ledger, f"h.{i}.ln_2", branch.norm)
+
+
+def _embeddings(ledger: Ledger) -> None:
+    """Which rows are looked up."""
+    inputs, borders = ledger.probes[0].inputs, ledger.probes[0].borders
+    given = [n for n, (role, _) in inputs.roles.items() if role not in ("unused", "use_cache_branch")]
+    ways = (("tokens", borders.words, roles.IDS), ("positions", borders.places, roles.POSITIONS))
+    for role, lookup, allowed in (*ways, ("token types", borders.types, roles.IDS)):
+        if lookup is None or lookup.out in ledger.graph.constants:
+            continue
+        starts = inputs.named("input_ids") if role == "tokens" else given
+        _lookup(ledger, lookup)
+        ledger.region(role, "embed", lookup.node.inputs[1:], starts, allowed)
+
+
+def _lookup(ledger: Ledger, lookup: Lookup) -> None:
+    node = lookup.node
+    ledger.enter_sizes(node.inputs[0])
+    ledger.region("lookup", "embed", [lookup.out], [*node.inputs[1:]], roles.LOOKUP)

@@ -1,0 +1,97 @@
+"""Whether two layers are written alike, so that what has been tried in one holds in the other."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ..graph import Graph
+from .attention import AttentionFound
+from .blocks import Roles
+from .probe import Probe
+from .scores import MaskFound
+
+SMALL = 64  # elements; constants up to this size are part of a form, larger ones are compared
+
+
+class Forms:
+    """The attentions met so far, each by its form."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.met: dict[Hashable, list[tuple[str, ...]]] = {}
+
+    def is_new(self, i: int, found: AttentionFound, mask: MaskFound, output_roles: Roles) -> bool:
+        """Whether no layer before has the same nodes, constants and findings between its borders."""
+        branch = self.probe.borders.layers[i][0]
+        assert branch.core is not None
+        core = branch.core
+        tags: dict[str, Hashable] = {m.out: ("map", n) for n, m in enumerate(branch.maps)}
+        tags |= {core.scores.out: "scores", core.heads.out: "heads"}
+        tags |= {name: role for name, (role, layer) in self.probe.roles.items() if layer == i}
+        tags |= dict.fromkeys(core.node.outputs, "probs")
+        presents = {output: role for output, (role, layer) in output_roles.items() if layer == i}
+        ends = [core.scores.a, core.scores.b, core.heads.b, core.masked, core.heads.a, branch.out.x, *presents]
+        form, large = _form(self.probe, ends, tags)
+        columns = tuple((branch.maps.index(m), c.tobytes()) for m, c in found.columns)
+        findings = (columns, found.heads, found.factors, found.row_order.tobytes(), mask, tuple(presents.values()))
+        others = self.met.setdefault((form, findings), [])
+        if any(all(_equal(self.probe.graph, a, b) for a, b in zip(large, other, strict=True)) for other in others):
+            return False
+        others.append(large)
+        return True
+
+
+def _equal(graph: Graph, a: str, b: str) -> bool:
+    return a == b or np.array_equal(graph.constant(a), graph.constant(b))
+
+
+def _form(probe: Probe, ends: Iterable[str], tags: Mapping[str, Hashable]) -> tuple[Hashable, tuple[str, ...]]:
+    """The nodes behind some values, by number, and the large constants among them, in the order in which they come."""
+    graph = probe.graph
+    numbers: dict[str, int] = {}
+    steps: list[Hashable] = []
+    large: list[str] = []
+
+    def note(value: str, step: Hashable) -> None:
+        numbers[value] = len(steps)
+        steps.append(step)
+
+    wanted = list(ends)
+    for end in wanted:
+        pending = [end]
+        while pending:
+            value = pending[-1]
+            if value in numbers:
+                pending.pop()
+                continue
+            node = graph.producer(value)
+            if value in tags:
+                note(value, tags[value])
+            elif value in graph.constants:
+                tensor = graph.constants[value]
+                if int(np.prod(tensor.shape)) <= SMALL:
+                    note(value, (str(tensor.dtype), tuple(tensor.shape), graph.constant(value).tobytes()))
+                else:
+                    note(value, (str(tensor.dtype), tuple(tensor.shape)))
+                    large.append(value)
+            elif value in probe.known:
+                note(value, value if graph.is_input(value) else probe.known[value].shape)
+            elif node is None:
+                note(value, value)
+            else:
+                missing = [i for i in node.inputs if i and i not in numbers]
+                if missing:
+                    pending.extend(missing)
+                    continue
+                inputs = tuple(numbers[i] if i else -1 for i in node.inputs)
+                attributes = tuple((k, _key(v)) for k, v in sorted(node.attributes.items()))
+                note(value, (node.op, inputs, graph.output_index(value), attributes))
+            pending.pop()
+    return (tuple(steps), tuple(numbers[end] for end in wanted)), tuple(large)
+
+
+def _key(value: Any) -> Hashable:
+    return (value.shape, value.tobytes()) if isinstance(value, np.ndarray) else repr(value)

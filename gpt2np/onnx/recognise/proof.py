@@ -1,0 +1,366 @@
+"""What was found at a few positions, tried at others: all of them where it may depend on the position.
+
+The ledger admits what moves elements, counts positions and hides keys; whether these do so as GPT-2's do is found by
+running them: all token ids, all positions of the context, and all pairs of a query and a key, at more than one batch
+size and length. What only moves is run on numbers that tell where they come from, once for rows and once for
+columns, so that nothing large is made of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...errors import UnsupportedModelError
+from ...masks import MaskRule
+from .attention import AttentionFound, fail, upright
+from .blocks import Branch, Roles
+from .embeddings import position_rows
+from .inputs import declared_shape
+from .linear import Linear
+from .masks import mask_shapes, per_query
+from .outputs import twins_of
+from .probe import Probe
+from .products import AttentionCore
+from .recognised import POSITIONS_FROM_MASK, TapLocation
+from .scores import MaskFound
+
+Array = np.ndarray
+
+AT_ONCE = 1 << 20  # token ids that are tried in one run
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was found of a graph that depends on sizes."""
+
+    offset: int  # of the first row of wpe
+    positions: str  # how rows of wpe are chosen
+    attentions: Sequence[AttentionFound]
+    masks: Sequence[MaskFound]
+    mask_cut: bool
+    output_roles: Roles
+    taps: Mapping[str, TapLocation]
+
+
+def prove(probes: Sequence[Probe], layers: Iterable[int], found: Findings) -> None:
+    """Try what was found by the first probe at the others' sizes, in those layers that are written differently.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it does not hold there.
+    """
+    usual = probes[0]
+    prove_ids(usual)
+    declared = {o.name: len(declared_shape(o)) for o in usual.graph.outputs}
+    for probe in probes:
+        prove_positions(probe, found.offset, found.positions)
+        for output, (role, layer) in found.output_roles.items():
+            if layer is None:
+                prove_shape(probe, output, role, declared[output], found.taps if probe is usual else {})
+    for i in layers:
+        branch, _ = usual.borders.layers[i]
+        assert branch.core is not None
+        presents = {output: role for output, (role, layer) in found.output_roles.items() if layer == i}
+        for probe in probes[1:]:
+            prove_attention(probe, i, branch, found.attentions[i])
+            prove_mask(probe, i, branch.core, found.masks[i], found.attentions[i].scale, found.mask_cut)
+            for output, role in presents.items():
+                prove_present(probe, output, role, i, branch, found.attentions[i])
+
+
+def prove_ids(probe: Probe) -> None:
+    """Every token id must look up its own row of wte."""
+    words = probe.borders.words
+    V = words.table.shape[0]
+    (name,) = probe.inputs.named("input_ids")
+    dtype, shape = probe.known[name].dtype, probe.known[name].shape
+    port = next(p for p in probe.graph.inputs if p.name == name)
+    free = [i for i, size in enumerate(declared_shape(port)) if not (isinstance(size, int) and size > 0)]
+    others = int(np.prod(shape)) // (shape[free[-1]] if free else 1)
+    length = min(-(-V // others), AT_ONCE) if free else 1
+    sizes = [length if free and i == free[-1] else size for i, size in enumerate(shape)]
+    step = int(np.prod(sizes))
+    for start in range(0, V, step):
+        ids = (np.arange(start, start + step) % V).astype(dtype).reshape(sizes)
+        rows = probe.rows(words, {name: ids})
+        if rows.size != ids.size or (rows.ravel() != ids.ravel()).any():
+            wrong = ids.ravel()[rows.ravel() != ids.ravel()] if rows.size == ids.size else ids.ravel()
+            raise UnsupportedModelError(
+                f"{words.node.describe()} does not look up the row of wte of token {int(wrong[0])} where it is given"
+            )
+
+
+def prove_positions(probe: Probe, offset: int, how: str) -> None:
+    """Every new position must take its own row of wpe."""
+    places, T, P, S = probe.borders.places, probe.T, probe.P, probe.sizes.S
+    N = places.table.shape[0]
+
+    def check(expected: Array, feeds: dict[str, Array], what: str) -> None:
+        rows = position_rows(probe, places, feeds)
+        expected = np.broadcast_to(expected, rows.shape) + offset
+        if (rows != expected).any():
+            at = tuple(np.argwhere(rows != expected)[0])
+            raise UnsupportedModelError(
+                f"{places.node.describe()} takes row {rows[at]} of wpe where {what} is {expected[at] - offset}"
+            )
+
+    given = probe.inputs.named("position_ids")
+    if given:
+        known = probe.known[given[0]]
+        for start in (0, N - offset - known.size):
+            values = np.arange(start, start + known.size)[::-1] % max(N - offset, 1)
+            ids = values.astype(known.dtype).reshape(known.shape)
+            check(ids.reshape(-1, T), {given[0]: ids}, "the position that is given")
+        return
+    check(np.arange(P, S), {}, "the position")
+    rng = np.random.default_rng(0)
+    for name in probe.inputs.named("attention_mask"):
+        full = probe.known[name]
+        if full.ndim != 2:
+            continue
+        for share in (0.2, 0.7):
+            mask = np.where(rng.random(full.shape) < share, 0, full)
+            mask[0] = np.arange(S) >= S // 2  # padding on the left
+            mask[:, -1] = 1
+            counted = POSITIONS_FROM_MASK[how](mask != 0)[:, P:] if how in POSITIONS_FROM_MASK else np.arange(P, S)
+            check(counted, {name: mask.astype(full.dtype)}, f"the position by {name!r}")
+
+
+# ------------------------------------------------------------------------------------------------ what only moves
+def prove_attention(probe: Probe, i: int, branch: Branch, found: AttentionFound) -> None:
+    """q, k, v and the merged heads hold the elements that were found, at this size, too."""
+    core = branch.core
+    assert core is not None
+    B, T = probe.B, probe.T
+    H, D = found.heads
+    values = (core.scores.a, core.scores.b, core.heads.b)
+    for side in ("rows", "columns"):
+        feeds, expected = _codes(probe, i, branch.maps, found, side)
+        arrived = probe.run_with(feeds, *values)
+        if found.offsets:
+            nothing = probe.run_with({name: np.zeros_like(code) for name, code in feeds.items()}, *values)
+            for behind, offset, factor in zip(upright(core, *nothing), found.offsets, found.factors, strict=True):
+                if (behind.reshape(B, H, -1, D)[:, :, probe.P :] / factor != offset[:, None]).any():
+                    fail(probe, core.scores.out, f"what is added to q, k or v of layer {i} changes with the length")
+            arrived = [a - m for a, m in zip(arrived, nothing, strict=True)]
+        parts = zip("qkv", values, upright(core, *arrived), expected, found.factors, strict=True)
+        for what, value, array, code, factor in parts:
+            if not _same(array, (B, H, T if what == "q" else probe.sizes.S, D), code, factor):
+                fail(probe, value, f"{what} of layer {i} holds other elements {_at(probe)} than {_at()}")
+        code = expected[0] if side == "rows" else np.arange(1.0, H * D + 1).reshape(1, H, 1, D)
+        shape = probe.known[core.heads.out].shape
+        heads = np.broadcast_to(code, (B, H, T, D)).reshape(shape)
+        (merged,) = probe.run_with({core.heads.out: heads}, branch.out.x)
+        wanted = (np.arange(1.0, B * T + 1)[:, None]) if side == "rows" else np.argsort(found.row_order) + 1.0
+        if merged.size != B * T * H * D or (merged.reshape(B * T, H * D) != wanted).any():
+            fail(probe, branch.out.x, f"the heads of layer {i} are merged otherwise {_at(probe)} than {_at()}")
+
+
+def _codes(
+    probe: Probe, i: int, maps: Sequence[Linear], found: AttentionFound, side: str
+) -> tuple[dict[str, Array], tuple[Array, Array, Array]]:
+    """Numbers for the maps' outputs and the caches, by row or by column, and those expected in q, k and v."""
+    B, T, P = probe.B, probe.T, probe.P
+    H, D = found.heads
+    rows = side == "rows"
+    widths = [m.weight.shape[1] for m in maps]
+    firsts = {m.out: 1 + sum(widths[:n]) for n, m in enumerate(maps)}
+    feeds: dict[str, Array] = {}
+    for m, width in zip(maps, widths, strict=True):
+        shape, ends = probe.known[m.out].shape, m.sizes or (width,)
+        if rows:
+            code = np.arange(1.0, B * T + 1).reshape(*shape[: -len(ends)], *(1,) * len(ends))
+        else:
+            code = np.arange(float(firsts[m.out]), firsts[m.out] + width).reshape(ends)
+        feeds[m.out] = np.broadcast_to(code, shape)
+    old, caches = _cache_codes(probe, i, found, rows)
+    feeds |= caches
+    expected = []
+    for what, (m, columns) in zip(("", "past_key", "past_value"), found.columns, strict=True):
+        code = np.arange(1.0, B * T + 1).reshape(B, 1, T, 1)
+        if not rows:
+            code = np.broadcast_to((columns + float(firsts[m.out])).reshape(1, H, 1, D), (1, H, T, D))
+        if what in old and P:
+            code = np.concatenate([old[what][:, :, :P], code], axis=2)
+        expected.append(code)
+    return feeds, (expected[0], expected[1], expected[2])
+
+
+def _cache_codes(probe: Probe, i: int, found: AttentionFound, rows: bool) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Negative numbers for past keys and values, (B, 1, P, 1) or (1, H, P, D), and for the inputs that hold them."""
+    H, D = found.heads
+    codes: dict[str, Array] = {}
+    feeds: dict[str, Array] = {}
+    for name, (role, layer) in probe.roles.items():
+        if layer != i or not role.startswith("past"):
+            continue
+        shape = probe.known[name].shape
+        B, length = shape[-4], shape[-2]
+        if rows:
+            code = -1.0 - np.arange(B * length).reshape(B, 1, length, 1)
+        else:
+            code = np.broadcast_to(-1.0 - np.arange(H * D).reshape(1, H, 1, D), (1, H, length, D))
+        both = {"past_key": code, "past_value": code - 1e6}
+        codes |= both if role == "past" else {role: both[role]}
+        given = np.stack(list(both.values())) if role == "past" else both[role]
+        feeds[name] = np.broadcast_to(given, shape)
+    return codes, feeds
+
+
+def _same(array: Array, shape: tuple[int, ...], code: Array, factor: float) -> bool:
+    """Whether an array of any leading axes holds a code, (B, H, T, D) or broadcast to that, times a factor."""
+    if array.size != int(np.prod(shape)) or array.shape[-2:] != shape[-2:]:
+        return False
+    array = array.reshape(shape)
+    return bool((array == code).all() if factor == 1 else np.allclose(array, code * factor, rtol=1e-9, atol=0))
+
+
+def _at(probe: Probe | None = None) -> str:
+    if probe is None:
+        return "for 2 sequences of 4 new positions"
+    return f"for {probe.B} sequences of {probe.T} new positions behind {probe.P}"
+
+
+def prove_present(probe: Probe, output: str, role: str, i: int, branch: Branch, found: AttentionFound) -> None:
+    """Keys and values that are handed out are those that are used."""
+    H, D = found.heads
+    twins, _ = twins_of(probe, output, branch)
+    for side in ("rows", "columns"):
+        feeds, (_, k, v) = _codes(probe, i, branch.maps, found, side)
+        for linear, m in twins.items():
+            feeds[linear.out] = feeds[m.out].reshape(probe.feed_linear(linear))
+        (got,) = probe.run_with(feeds, output)
+        if found.offsets:
+            (nothing,) = probe.run_with({name: np.zeros_like(code) for name, code in feeds.items()}, output)
+            got = got - nothing
+        whole = (probe.B, H, probe.sizes.S, D)
+        both = [np.broadcast_to(code, whole) for code in (k, v)]
+        expected = np.stack(both) if role == "present" else both[role == "present_value"]
+        if got.ndim == expected.ndim and probe.lengths:
+            got = got[..., : probe.sizes.S, :]
+        if got.shape != expected.shape or (got != expected).any():
+            fail(probe, output, f"{output!r} holds other keys or values {_at(probe)} than {_at()}")
+
+
+# ------------------------------------------------------------------------------------------------ masks
+def prove_mask(probe: Probe, i: int, core: AttentionCore, found: MaskFound, before: float, cut: bool) -> None:
+    """Every pair of a query and a key is masked as those of the usual probe."""
+    mask, scale = found.mask, found.scale / before
+    B, T, S = probe.B, probe.T, probe.sizes.S
+    half = probe.half
+    score = 1.25
+    shape = probe.known[core.scores.out].shape
+    few = (B, 1, T, S) if len(shape) == 4 else (B, T, S)  # all heads are treated alike
+    dtype = np.float64 if half else np.float32
+
+    def run(feeds: dict[str, Array]) -> Array:
+        try:
+            (got,) = probe.run_with({**feeds, core.scores.out: np.broadcast_to(dtype(score), few)}, core.masked)
+        except UnsupportedModelError:
+            (got,) = probe.run_with({**feeds, core.scores.out: np.broadcast_to(dtype(score), shape)}, core.masked)
+        return got.reshape(B, -1, T, S)
+
+    later = np.arange(S) > np.arange(probe.P, S)[:, None] + mask.shift  # (T, S)
+    if mask.kind in ("none", "given"):
+        later = np.zeros_like(later)
+    hidden = (float(mask.kind == "added"), mask.value)
+    name = probe.mask
+    if not name:
+        _compare(probe, i, core, run({}), [(later, hidden)], score * scale, mask)
+        return
+    known = probe.known[name]
+    options = mask_shapes(_declared(probe, name), B, T, S)
+    full = np.ones(next(size for size, is_cut in options if is_cut == cut), known.dtype)
+    rng = np.random.default_rng(0)
+    if mask.adds:
+        given = rng.integers(-4, 4, full.shape).astype(known.dtype)
+        with np.errstate(invalid="ignore"):  # -inf less -inf, where keys are hidden in any case
+            added = run({name: given}) - run({name: np.zeros_like(full)})
+        wanted = np.broadcast_to(per_query(given, T, S, cut), added.shape)
+        if not (np.isclose(added, wanted, rtol=1e-5) | later).all():
+            fail(
+                probe, core.masked, f"layer {i} adds other elements of {name!r} to its scores {_at(probe)} than {_at()}"
+            )
+        return
+    for share in (0.0, 0.3):
+        padded: Array = np.asarray(rng.random(full.shape) < share)
+        if share:
+            padded[0, ..., : S // 2] = True
+        gone = per_query(padded, T, S, cut)
+        got = run({name: np.where(padded, 0, full)})
+        where = [(later & ~gone, hidden), (gone & ~later, mask.padding), (gone & later, mask.padding_later)]
+        _compare(probe, i, core, got, where, score * scale, mask)
+
+
+def _compare(
+    probe: Probe,
+    i: int,
+    core: AttentionCore,
+    got: Array,
+    effects: Sequence[tuple[Array, tuple[float, float]]],
+    score: float,
+    mask: MaskRule,
+) -> None:
+    """Raise unless scores have become what the mask says."""
+    # twice float32's lowest number is -inf, too
+    lowest = np.finfo(np.float16 if probe.half else np.float32).min
+    hidden = np.zeros(np.broadcast_shapes(*(where.shape for where, _ in effects)), bool)
+    expected = np.full(hidden.shape, score)
+    for where, (factor, added) in effects:
+        where = np.broadcast_to(where, hidden.shape)
+        hidden |= where
+        expected[where] = factor * score + added
+    seen = ~hidden.all(axis=-1, keepdims=True)  # what happens to rows without a key is read elsewhere
+    with np.errstate(invalid="ignore"):
+        close = (got == expected) | (np.abs(got - expected) <= 1e-4 * np.abs(expected))
+    close |= (got <= lowest) & (expected <= lowest)
+    if (close | ~seen).all():
+        return
+    b, _, t, key = np.argwhere(~(close | ~seen) & np.ones_like(got, bool))[0]
+    query = t + probe.P
+    row = np.broadcast_to(close, got.shape)[b, 0, t]
+    seen_keys = np.flatnonzero(~np.broadcast_to(hidden, (*got.shape[:1], 1, *got.shape[2:]))[b, 0, t] & row)
+    window = len(seen_keys) < query + 1 + mask.shift and (np.diff(seen_keys) == 1).all() and seen_keys[-1:] == query
+    more = f", and only the last {len(seen_keys)} keys: local attention, as in GPT-Neo" if window else ""
+    fail(
+        probe,
+        core.masked,
+        f"the mask of layer {i} makes {got[b, 0, t, key]:g} of the score of query {query} and key {key}, where "
+        f"{expected[min(b, len(expected) - 1), 0, t, key] if expected.ndim == 4 else expected[t, key]:g} is due by "
+        f"what it does {_at()}{more}",
+    )
+
+
+def _declared(probe: Probe, name: str) -> tuple[int | str | None, ...]:
+    return declared_shape(next(p for p in probe.graph.inputs if p.name == name))
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+def prove_shape(probe: Probe, output: str, role: str, declared: int, taps: Mapping[str, TapLocation]) -> None:
+    """An output must have the shape that a session gives it: the graph's own, not the one that is declared.
+
+    `declared` is the number of axes that the file declares for it.
+    """
+    (ids,) = probe.inputs.named("input_ids")
+    given = probe.known[ids].shape
+    actual = probe.evaluate(output).shape
+    B, T, S = probe.B, probe.T, probe.sizes.S
+    if role == "last_logits":
+        allowed = {3: (B, 1), 2: (B,)}.get(len(actual), ())
+    elif role.endswith(("attn.scores", "attn.probs", "attn.q", "attn.k", "attn.v")):
+        allowed = (B, actual[1] if len(actual) == 4 else 0, T)
+    else:
+        allowed = given if len(actual) == len(given) + 1 else (B, T)
+    if actual[:-1] != tuple(allowed) or (role.endswith(("scores", "probs")) and actual[-1] != S):
+        fail(probe, output, f"output {output!r} has shape {actual} for token ids {given}")
+    if declared not in (0, len(actual)):
+        fail(probe, output, f"output {output!r} is declared with {declared} axes and has {len(actual)}")
+    if role in taps and role != "logits":
+        numbers = np.arange(float(np.prod(actual))).reshape(actual)
+        ours = taps[role].convert(numbers.reshape(B, T, -1) if len(actual) > 3 and actual[:-1] == given else numbers, B)
+        if ours.size != numbers.size or (ours.ravel() != numbers.ravel()).any():
+            fail(probe, output, f"output {output!r} holds the numbers of {role} in another order or scale")

@@ -1,0 +1,230 @@
+"""Which operators each role of the ledger admits, and what their attributes and inputs must be.
+
+A check answers why a node is refused, "" if it is admitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from ..graph import MASKED, Node
+from ..normalise.fold import small
+
+if TYPE_CHECKING:
+    from .ledger import Ledger
+
+Check = Callable[["Ledger", Node], str]
+
+FLOAT32, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # onnx.TensorProto's numbers
+
+
+def any_(ledger: Ledger, node: Node) -> str:
+    """Where what a node computes is found by running it on everything that it can meet."""
+    return ""
+
+
+def _moves_first(ledger: Ledger, node: Node) -> str:
+    """The first input is moved; how, only sizes and constants may say."""
+    return _only(ledger, node, 0)
+
+
+def _only(ledger: Ledger, node: Node, index: int) -> str:
+    for i, name in enumerate(node.inputs):
+        if i != index and ledger.is_data(name):
+            if ledger.enter_length(name):
+                continue
+            return f"its input {name!r} depends on values, not on sizes alone"
+    return ""
+
+
+def _cast(ledger: Ledger, node: Node) -> str:
+    to = node.attributes.get("to")
+    if to in (FLOAT32, DOUBLE):
+        return ""
+    if to in (FLOAT16, BFLOAT16):
+        return "" if ledger.half else "it rounds to 16 bits in a file whose weights have more"
+    return "it makes whole numbers or truth values of floating-point numbers, or rounds them to 8 bits"
+
+
+def _cast_like(ledger: Ledger, node: Node) -> str:
+    like = node.inputs[1]
+    dtype = ledger.graph.constants[like].dtype if like in ledger.graph.constants else None
+    if dtype is not None and dtype.kind in "iub":
+        return f"it makes {dtype} of floating-point numbers"
+    return ""
+
+
+def _dropout(ledger: Ledger, node: Node) -> str:
+    """Outside training, or with a ratio of 0, it hands its input on."""
+    ratio, training = (small(ledger.graph, node.input(i)) for i in (1, 2))
+    if not node.input(2) or (training is not None and not training.any()):
+        return ""
+    return "" if ratio is not None and not ratio.any() else "it drops values by chance: training_mode is on"
+
+
+def _by_constant(ledger: Ledger, node: Node) -> str:
+    """Arithmetic with one value of data; of a quotient, the dividend."""
+    data = [i for i, name in enumerate(node.inputs) if ledger.is_data(name)]
+    if len(data) != 1:
+        return "both of its inputs depend on values"
+    if node.op == "Div" and data != [0]:
+        return "it divides by what the model computes"
+    return ledger.fixed_operand(node, node.inputs[1 - data[0]])
+
+
+def _guard(ledger: Ledger, node: Node) -> str:
+    """Where(IsNaN(x), 0, x), as exporters write it for rows that may see no key."""
+    graph = ledger.graph
+    asked = graph.producer(graph.strip(node.inputs[0], frozenset({"Identity"})))
+    same = asked is not None and asked.op == "IsNaN" and graph.strip(asked.inputs[0]) == graph.strip(node.inputs[2])
+    zero = small(graph, node.inputs[1])
+    return "" if same and zero is not None and zero.size == 1 and not zero.any() else "it is no guard against NaN"
+
+
+VIEW: Mapping[str, Check] = {
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"), _moves_first),
+    "Cast": _cast,
+    "CastLike": _cast_like,
+    "Dropout": _dropout,
+}
+# What only moves elements.
+CARRIER: Mapping[str, Check] = {
+    **VIEW,
+    **dict.fromkeys(
+        (
+            "Transpose", "Split", "Slice", "Expand", "Tile", "Gather", "GatherND", "GatherElements",
+            "SplitToSequence", "SequenceAt",
+        ),
+        _moves_first,
+    ),
+    "Concat": any_,
+}  # fmt: skip
+# Beside it a number that all elements are multiplied by, and a bias that is added; both are read.
+SCALED_CARRIER: Mapping[str, Check] = {**CARRIER, **dict.fromkeys(("Mul", "Div", "Add", "Sub"), _by_constant)}
+LINEAR: Mapping[str, Check] = {
+    **VIEW,
+    **dict.fromkeys(
+        (
+            "MatMul", "Gemm", "Einsum", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul",
+            "com.microsoft.FusedGemm",
+        ),
+        any_,
+    ),
+    **dict.fromkeys(("Mul", "Add"), _by_constant),
+}  # fmt: skip
+LOOKUP: Mapping[str, Check] = dict.fromkeys(
+    ("Gather", "Slice", "DequantizeLinear", "com.microsoft.DequantizeLinear"), any_
+)
+RESIDUAL: Mapping[str, Check] = {**VIEW, "Add": any_, "Sum": any_}
+
+
+def _last_axis(ledger: Ledger, node: Node) -> str:
+    axis = node.attributes.get("axis", -1)
+    rank = ledger.rank(node.inputs[0])
+    return "" if axis in (-1, rank - 1) else f"it normalises from axis {axis} of {rank} on, not over the last one"
+
+
+def _reduces_last(ledger: Ledger, node: Node) -> str:
+    axes = node.attributes.get("axes")
+    if node.input(1):
+        given = small(ledger.graph, node.input(1))
+        axes = None if given is None else given.reshape(-1).tolist()
+    rank = ledger.rank(node.inputs[0])
+    if axes is None or len(axes) != 1 or axes[0] not in (-1, rank - 1):
+        return f"it takes a mean over the axes {axes} of {rank}, not over the last one"
+    return ""
+
+
+_ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Neg")
+LAYER_NORM: Mapping[str, Check] = {
+    **VIEW,
+    **dict.fromkeys(("LayerNormalization", "com.microsoft.LayerNormalization"), _last_axis),
+    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"), _reduces_last),
+    **dict.fromkeys(_ARITHMETIC, any_),
+}
+
+
+def _softmax(ledger: Ledger, node: Node) -> str:
+    rank = ledger.rank(node.inputs[0])
+    axis = node.attributes.get("axis", 1 if ledger.graph.opset() < 13 else -1)
+    return "" if axis in (-1, rank - 1) else f"it sums over axis {axis} of {rank}, not over the last one"
+
+
+SOFTMAX: Mapping[str, Check] = {"Softmax": _softmax}
+PROBS: Mapping[str, Check] = {**VIEW, "Where": _guard, "IsNaN": any_}
+PRODUCT: Mapping[str, Check] = dict.fromkeys(
+    ("MatMul", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"), any_
+)
+
+_INTEGERS: Mapping[str, Check] = dict.fromkeys(
+    (
+        "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "Clip", "Relu", "Sign", "Floor", "Ceil", "Round",
+        "Cast", "CastLike", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And", "Or", "Xor",
+        "Where", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Expand",
+        "Tile", "Concat", "Gather", "GatherND", "GatherElements", "ScatterND", "ReduceSum", "ReduceMax", "ReduceMin",
+        "BitwiseAnd", "BitwiseOr", "BitwiseNot", "IsNaN", "IsInf",
+    ),
+    any_,
+)  # fmt: skip
+# Token ids and position ids are tried one and all: whatever is done to them.
+IDS: Mapping[str, Check] = _INTEGERS
+# Positions may be counted in a mask.
+POSITIONS: Mapping[str, Check] = {**_INTEGERS, "CumSum": any_}
+# Lengths of a past are computed by the file's own nodes, each time.
+LENGTH = _INTEGERS
+# What hides scores, apart from the scores themselves.
+MASK: Mapping[str, Check] = {**POSITIONS, MASKED: any_, "Trilu": any_, "Reciprocal": any_, "Log": any_}
+
+
+def _masks_scores(ledger: Ledger, node: Node) -> str:
+    return ""
+
+
+def _scales(ledger: Ledger, node: Node) -> str:
+    """Scores are multiplied by a number, or by a mask of zeros and ones that is read whole."""
+    data = [i for i, name in enumerate(node.inputs) if ledger.is_data(name)]
+    if node.op == "Div" and 1 in data:
+        return "it divides by what the model computes"
+    return "" if len(data) > 1 else ledger.fixed_operand(node, node.inputs[1 - data[0]], numbers_only=False)
+
+
+# What may happen to scores on their way to the softmax.
+SCORES: Mapping[str, Check] = {
+    **VIEW,
+    **dict.fromkeys(("Mul", "Div"), _scales),
+    **dict.fromkeys(("Add", "Sub", "Sum", "Where", MASKED), _masks_scores),
+}
+ACTIVATION: Mapping[str, Check] = {
+    **VIEW,
+    **dict.fromkeys(
+        (
+            *_ARITHMETIC, "Sum", "Tanh", "Erf", "Sigmoid", "Exp", "Relu", "Gelu", "Swish", "Max", "Clip",
+            "com.microsoft.Gelu", "com.microsoft.FastGelu", "com.microsoft.BiasGelu", "com.microsoft.QuickGelu",
+        ),
+        any_,
+    ),
+}  # fmt: skip
+
+# Arithmetic of sizes, and masks and positions that follow from sizes alone.
+SIZES = frozenset(
+    {
+        *MASK, "Shape", "Size", "Range", "ConstantOfShape", "EyeLike", "NonZero", "Sqrt", "Pow", "ReduceProd", "Exp",
+        "SplitToSequence", "SequenceAt", "Dropout",
+    }
+)  # fmt: skip
+
+# What is left of its first input may be the same where that is not.
+SELECTING = frozenset({"Gather", "Slice", "Split", "Squeeze", "Unsqueeze", "Reshape", "Identity"})
+# How many elements these have depends on values: of all inputs, or of those from one on.
+SHAPED_BY_VALUE = frozenset({"NonZero", "Compress", "Unique", "Loop", "If", "Scan", "NonMaxSuppression"})
+SHAPED_BY_INPUTS: Mapping[str, int] = {
+    **dict.fromkeys(("Range", "ConstantOfShape"), 0),
+    **dict.fromkeys(
+        (
+            "Reshape", "Slice", "Expand", "Tile", "Pad", "TopK", "Split", "SplitToSequence", "OneHot", "Resize",
+            "Squeeze", "Unsqueeze",
+        ),
+        1,
+    ),
+}  # fmt: skip
