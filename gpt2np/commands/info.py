@@ -18,17 +18,23 @@ def info(
         Path | None, typer.Argument(help="model.onnx, or a folder with one in it. Default: the embedded model.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one line of JSON.")] = False,
+    nodes: Annotated[
+        bool, typer.Option("--nodes", help="Print each node of the graph with its role, its tap and its line of code.")
+    ] = False,
 ) -> None:
     """Explain a model file: configuration, inputs and outputs, and the source of every weight."""
     from ..onnx.read.reader import open_model
     from ..onnx.recognise import recognise
     from ..paths import embedded_model_path
-    from ._terminal import print_json
+    from . import _nodes
+    from ._terminal import print_json, print_table
 
     file = open_model(model or embedded_model_path())
     found = recognise(file)
     if as_json:
-        print_json(describe(file, found))
+        print_json({**describe(file, found), **({"nodes": _nodes.rows(found)} if nodes else {})})
+    elif nodes:
+        print_table(("node", "operator", "role", "tap", "line"), _nodes.table(found))
     else:
         print_info(file, found)
 

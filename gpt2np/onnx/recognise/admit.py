@@ -64,6 +64,11 @@ def _outputs(ledger: Ledger, output_roles: Roles, taps: Mapping[str, TapLocation
 
 def _linear(ledger: Ledger, tap: str, linear: Linear) -> None:
     """A product with weights, a bias, and what only changes the view between them."""
+    if linear.low_rank:
+        starts = ledger.graph.chain(linear.x)
+        ledger.region("linear map", tap, [linear.out], starts, {**roles.LINEAR, **roles.RESIDUAL})
+        ledger.region("carrier", tap, starts[:1], starts[-1:], roles.VIEW)
+        return
     ledger.region("linear map", tap, [linear.out], [linear.x], roles.LINEAR)
 
 

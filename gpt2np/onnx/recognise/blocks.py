@@ -148,12 +148,28 @@ def find_top(graph: Graph) -> tuple[Linear | None, LayerNorm, Roles]:
         head = linear or head
         roles[output.name] = role, None
     if final is None:
+        for output in graph.outputs:
+            _refuse_classifier(graph, output.name)
         names = ", ".join(o.name for o in graph.outputs)
         raise UnsupportedModelError(
             f"none of the outputs {names} is a layer norm, or a linear map behind one, at all positions or the last: "
             "no GPT-2 ends like this"
         )
     return head, final, roles
+
+
+def _refuse_classifier(graph: Graph, output: str) -> None:
+    """Raise if an output is chosen from a linear map behind a layer norm: a class for each sequence, or a span."""
+    for _, value in zip(range(200), graph.ancestors(output), strict=False):
+        linear = match_linear(graph, value)
+        if linear is not None and match_layer_norm(graph, graph.strip(linear.x)) is not None:
+            width = linear.weight.shape[1]
+            raise UnsupportedModelError(
+                f"output {output!r} is chosen from {linear.node.describe()}, which gives {width} numbers for each "
+                f"position: the head of a classifier with {width} classes, not one with a number for each token"
+            )
+        if linear is not None or match_layer_norm(graph, value) is not None:
+            return
 
 
 def find_branches(graph: Graph, final: LayerNorm) -> tuple[list[Lookup], list[Branch]]:
@@ -206,6 +222,11 @@ def pair(graph: Graph, lookups: list[Lookup], branches: list[Branch], final: Lay
     biases: Counter[str] = Counter()
     for n, branch in enumerate(branches):
         if Counter(a.value for a in branch.before) != terms + biases:
+            if n and Counter(a.value for a in branch.before) == Counter(a.value for a in branches[n - 1].before):
+                raise UnsupportedModelError(
+                    f"{branch.norm.node.describe()} (layer norm {n + 1}): an attention and an MLP read the same stream "
+                    "side by side (parallel blocks, as in GPT-J): GPT-2's MLP reads what the attention has added to"
+                )
             raise UnsupportedModelError(
                 f"{branch.norm.node.describe()} (layer norm {n + 1}) does not read the residual stream: "
                 "the embeddings plus every attention and MLP before it"
@@ -233,6 +254,12 @@ def pair(graph: Graph, lookups: list[Lookup], branches: list[Branch], final: Lay
 def tell_lookups(graph: Graph, lookups: list[Lookup]) -> tuple[Lookup, Lookup, Lookup | None]:
     """Which table is wte, which is wpe, and whether wte is looked up once more, by token types."""
     tables = ", ".join(lookup.table.describe() for lookup in lookups) or "none"
+    rotates = next((node for node in graph.nodes if node.op in ("Cos", "Sin")), None)
+    if len(lookups) == 1 and rotates is not None:
+        raise UnsupportedModelError(
+            f"positions are turned into angles ({rotates.describe()}), and no table holds them (rotary positions): "
+            "GPT-2 adds wpe instead"
+        )
     if len(lookups) not in (2, 3):
         raise UnsupportedModelError(f"GPT-2 starts with two embeddings, tokens and positions; here are: {tables}")
     order = [port.name for port in graph.inputs]

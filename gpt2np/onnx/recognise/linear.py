@@ -34,6 +34,7 @@ class Linear:
     # Of an Einsum: how many axes of x are summed over, and the sizes of the axes that take their place.
     summed: int = 1
     sizes: tuple[int, ...] = ()
+    low_rank: bool = False  # a branch of low rank beside the map is merged into it
 
     def sources(self, name: str) -> dict[str, Source]:
         """Weight and bias under the names of `weights.weight_shapes`."""
@@ -156,7 +157,28 @@ def _einsum(graph: Graph, name: str) -> Linear | None:
     return None
 
 
-LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_gemm, _matmul, _scaled, _einsum, _biased]
+def _low_rank(graph: Graph, name: str) -> Linear | None:
+    """A map and a branch of low rank beside it: x @ W + b + s * (x @ A) @ B is x @ (W + s * A @ B) + b.
+
+    LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685), exported before it was merged.
+    """
+    node = graph.producer(name)
+    if node is None or node.op != "Add" or any(graph.is_constant(i) for i in node.inputs):
+        return None
+    for whole, branch in (node.inputs, node.inputs[::-1]):
+        value = graph.strip(branch)
+        up = _scaled(graph, value) or _matmul(graph, value)
+        down = None if up is None else _matmul(graph, graph.strip(up.x)) or _scaled(graph, graph.strip(up.x))
+        if up is None or down is None:
+            continue
+        base = match_linear(graph, graph.strip(whole))
+        if base is None or graph.strip(down.x) != graph.strip(base.x):
+            continue
+        return replace(base, out=name, weight=base.weight.with_product(down.weight, up.weight), low_rank=True)
+    return None
+
+
+LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_gemm, _matmul, _scaled, _einsum, _biased, _low_rank]
 
 
 def match_linear(graph: Graph, name: str) -> Linear | None:

@@ -323,16 +323,13 @@ def _compare(
     b, _, t, key = np.argwhere(~(close | ~seen) & np.ones_like(got, bool))[0]
     query = t + probe.P
     row = np.broadcast_to(close, got.shape)[b, 0, t]
-    seen_keys = np.flatnonzero(~np.broadcast_to(hidden, (*got.shape[:1], 1, *got.shape[2:]))[b, 0, t] & row)
-    window = len(seen_keys) < query + 1 + mask.shift and (np.diff(seen_keys) == 1).all() and seen_keys[-1:] == query
-    more = f", and only the last {len(seen_keys)} keys: local attention, as in GPT-Neo" if window else ""
-    fail(
-        probe,
-        core.masked,
-        f"the mask of layer {i} makes {got[b, 0, t, key]:g} of the score of query {query} and key {key}, where "
-        f"{expected[min(b, len(expected) - 1), 0, t, key] if expected.ndim == 4 else expected[t, key]:g} is due by "
-        f"what it does {_at()}{more}",
-    )
+    sight = np.flatnonzero(~np.broadcast_to(hidden, (*got.shape[:1], 1, *got.shape[2:]))[b, 0, t] & row)
+    if 0 < len(sight) < query + 1 + mask.shift and (np.diff(sight) == 1).all() and sight[-1] == query + mask.shift:
+        what = f"query {query} sees only the last {len(sight)} keys (local attention, as in GPT-Neo): GPT-2's sees all"
+    else:
+        due = expected[min(b, len(expected) - 1), 0, t, key] if expected.ndim == 4 else expected[t, key]
+        what = f"the score {score:g} of query {query} and key {key} becomes {got[b, 0, t, key]:g}, not {due:g}"
+    fail(probe, core.masked, f"the mask of layer {i}: {what}")
 
 
 def _declared(probe: Probe, name: str) -> tuple[int | str | None, ...]:

@@ -83,6 +83,16 @@ class Source:
         total = self.then("Add", self.shape, lambda a: a + other.read().astype(a.dtype))
         return replace(total, origin=tuple(dict.fromkeys((*self.origin, *other.origin))))
 
+    def with_product(self, left: Source, right: Source) -> Source:
+        """The matrix plus the product of two others."""
+
+        def merged(a: Array) -> Array:
+            product = left.read().astype(np.float64) @ right.read().astype(np.float64)
+            return (a + product).astype(a.dtype)
+
+        origin = tuple(dict.fromkeys((*self.origin, *left.origin, *right.origin)))
+        return replace(self.then("LoRA", self.shape, merged), origin=origin)
+
     def reshaped(self, shape: tuple[int, ...]) -> Source:
         """The same elements in another shape."""
         return (
