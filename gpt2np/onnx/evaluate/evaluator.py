@@ -9,7 +9,7 @@ import numpy as np
 
 from ...errors import UnsupportedModelError
 from ..graph import Graph, Node
-from .growth import most_elements
+from .growth import GROWING, all_small, most_elements
 from .operators import OPERATORS, Operator
 
 Array = np.ndarray
@@ -45,27 +45,30 @@ class Evaluator:
             If it needs an operator that is not listed here, an input that was not given, or a node fails; or if
             the graph has a budget, and a node asks for more than is left of it.
         """
+        values, constants = self.values, self.graph.constants
         stack = [name]
-        while stack:  # depth first without recursion: graphs are thousands of nodes deep
-            current = stack[-1]
-            if current in self.values:
-                stack.pop()
-                continue
-            if current in self.graph.constants:
-                self.values[current] = self.graph.constant(current)
-                self.read.add(current)
-                stack.pop()
-                continue
-            node = self.graph.producer(current)
-            if node is None:
-                raise UnsupportedModelError(f"the value {current!r} is neither computed by a node nor given")
-            missing = [i for i in node.inputs if i and i not in self.values]
-            if missing:
-                stack.extend(missing)
-                continue
-            self.run(node)
-            stack.pop()
-        value: Array = self.values[name]
+        with np.errstate(all="ignore"):
+            while stack:  # depth first without recursion: graphs are thousands of nodes deep
+                current = stack[-1]
+                if current in values:
+                    stack.pop()
+                    continue
+                if current in constants:
+                    values[current] = self.graph.constant(current)
+                    self.read.add(current)
+                    stack.pop()
+                    continue
+                node = self.graph.producer(current)
+                if node is None:
+                    raise UnsupportedModelError(f"the value {current!r} is neither computed by a node nor given")
+                height = len(stack)
+                for i in node.inputs:
+                    if i and i not in values:
+                        stack.append(i)  # noqa: PERF401  a frame for each node costs more
+                if len(stack) == height:
+                    self.run(node)
+                    stack.pop()
+        value: Array = values[name]
         return value
 
     def operator(self, node: Node) -> Operator | None:
@@ -86,13 +89,12 @@ class Evaluator:
         if operator is None:
             raise UnsupportedModelError(f"{node.describe()}: gpt2np does not know what {node.op} means here")
         inputs = [self.values[i] if i else None for i in node.inputs]
-        budget = self.graph.budget
+        budget = None if node.op not in GROWING and all_small(inputs) else self.graph.budget
         try:
             inputs = self.taken(node, inputs)
             if budget is not None:
                 budget.check(8 * most_elements(node, inputs), node.describe())
-            with np.errstate(all="ignore"):
-                result = operator(node, inputs, self.graph.opset(node.domain))
+            result = operator(node, inputs, self.graph.opsets.get(node.domain, 1))
         except UnsupportedModelError:
             raise
         except Exception as error:

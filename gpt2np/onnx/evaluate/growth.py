@@ -12,6 +12,8 @@ from ..graph import Node
 
 Array = np.ndarray
 
+FEW = 32  # elements; what four inputs of so many broadcast to still takes less than the least budget
+
 
 def most_elements(node: Node, inputs: Sequence[Any]) -> int:
     """An upper bound of the elements that a node makes; for products, of the multiplications.
@@ -27,6 +29,14 @@ def most_elements(node: Node, inputs: Sequence[Any]) -> int:
         return max(together, math.prod(np.broadcast_shapes(*(a.shape for a in arrays))))
     except ValueError:
         return together
+
+
+def all_small(inputs: Sequence[Any]) -> bool:
+    """Whether so little goes in that what comes out need not be counted: the arithmetic of sizes."""
+    for array in inputs:
+        if array is not None and (isinstance(array, tuple) or array.size > FEW):
+            return False
+    return len(inputs) < 5
 
 
 def _values(array: Array) -> int:

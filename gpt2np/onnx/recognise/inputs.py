@@ -13,6 +13,7 @@ from .blocks import Borders, Roles, inputs_behind
 from .linear import nearest_linears
 from .products import AttentionCore
 from .recognised import LENGTHS
+from .roles import SHAPED_BY_INPUTS, SHAPED_BY_VALUE
 
 if TYPE_CHECKING:
     import onnx
@@ -27,6 +28,7 @@ class Inputs:
     mask: str = ""  # the input that masks scores
     lengths: dict[str, str] = field(default_factory=dict)  # values that are lengths of the past: their roles
     notes: list[str] = field(default_factory=list)
+    size_values: set[str] = field(default_factory=set)  # values that depend on sizes and constants alone
 
     def named(self, role: str) -> list[str]:
         """The inputs of a role."""
@@ -61,6 +63,23 @@ def find_inputs(graph: Graph, borders: Borders, condition: str = "") -> Inputs:
             found.roles[port.name] = "unused", None
             if graph.consumers(port.name):
                 found.notes.append(f"input {port.name!r} has no part in what the outputs are")
+    found.size_values = _size_values(graph)
+    return found
+
+
+def _size_values(graph: Graph) -> set[str]:
+    """Values that depend on sizes of inputs and on constants alone."""
+    found: set[str] = set()
+    lengths = bool(graph.lengths)  # of buffers, which the caller gives as numbers
+    shaped: set[str] = {i.name for i in graph.inputs}  # values whose sizes depend on no value of the caller's
+    for node in graph.order:
+        known = [not i or i in found or graph.is_constant(i) for i in node.inputs]
+        if node.inputs and (all(known) or (node.op in ("Shape", "Size") and (lengths or node.inputs[0] in shaped))):
+            found.update(node.outputs)
+        sized = known[SHAPED_BY_INPUTS.get(node.op, len(known)) :]
+        by_value = node.op in SHAPED_BY_VALUE or not all(sized)
+        if not by_value and all(k or i in shaped for i, k in zip(node.inputs, known, strict=True)):
+            shaped.update(node.outputs)
     return found
 
 

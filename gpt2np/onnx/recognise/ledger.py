@@ -16,7 +16,7 @@ from ...errors import UnsupportedModelError
 from ..graph import Graph, Node
 from .probe import Probe
 from .recognised import LENGTHS, Entry
-from .roles import LENGTH, SELECTING, SHAPED_BY_INPUTS, SHAPED_BY_VALUE, SIZES, Check
+from .roles import LENGTH, SELECTING, SIZES, Check
 
 Array = np.ndarray
 
@@ -35,25 +35,10 @@ class Ledger:
         self.graph, self.probes = graph, probes
         self.entries: dict[int, Entry] = {}  # by the node's id
         self.half = probes[0].half
-        self.sizes = self._size_values()
+        self.sizes = probes[0].size_values
         self._fixed: dict[str, bool] = {}
         self._lengths: set[str] = set()  # values that say how many positions of a buffer count
         self._seen: set[str] = set()  # sizes and constants that have been entered
-
-    def _size_values(self) -> set[str]:
-        """Values that depend on sizes of inputs and on constants alone."""
-        found: set[str] = set()
-        lengths = bool(self.graph.lengths)  # of buffers, which the caller gives as numbers
-        shaped: set[str] = {i.name for i in self.graph.inputs}  # values whose sizes depend on no value of the caller's
-        for node in self.graph.order:
-            known = [not i or i in found or self.graph.is_constant(i) for i in node.inputs]
-            if node.inputs and (all(known) or (node.op in ("Shape", "Size") and (lengths or node.inputs[0] in shaped))):
-                found.update(node.outputs)
-            sized = known[SHAPED_BY_INPUTS.get(node.op, len(known)) :]
-            by_value = node.op in SHAPED_BY_VALUE or not all(sized)
-            if not by_value and all(k or i in shaped for i, k in zip(node.inputs, known, strict=True)):
-                shaped.update(node.outputs)
-        return found
 
     def is_data(self, name: str) -> bool:
         """Whether a value depends on more than sizes and constants."""

@@ -71,6 +71,7 @@ class Probe:
     def __init__(self, graph: Graph, borders: Borders, inputs: Inputs, wanted: Sizes = USUAL) -> None:
         self.graph, self.borders, self.inputs = graph, borders, inputs
         self.roles, self.mask, self.lengths = inputs.roles, inputs.mask, inputs.lengths
+        self.size_values = inputs.size_values
         self.known: dict[str, Array] = {}  # values of the probe at the borders of parts
         self.touched: set[str] = set()  # constants that were read
         self.base = _Shapes(graph, {}, self.touched)  # what follows from them, kept
@@ -78,6 +79,7 @@ class Probe:
         self.B, self.T, self.P = self.sizes.B, self.sizes.T, self.sizes.P
         # rounding to 16 bits is the file's own
         self.half = any(t.dtype.itemsize == 2 and t.dtype.kind not in "iub" for t in graph.initializers.values())
+        self._computed: dict[str, Array] = {}  # sizes, and what follows from them
         self._feed_inputs(ids_shape)
 
     def _feed_inputs(self, sizes: list[int]) -> None:
@@ -157,6 +159,7 @@ class Probe:
         self.know(borders.final.out, unknown(shape))
         if borders.head is not None:
             self.feed_linear(borders.head)
+        self._computed = {name: value for name, value in self.base.values.items() if name in self.size_values}
 
     def _place_core(self, core: AttentionCore) -> None:
         values = self.evaluate(core.heads.b).shape
@@ -180,7 +183,7 @@ class Probe:
 
     def evaluator(self, feeds: dict[str, Array]) -> Evaluator:
         """The probe, with some values replaced."""
-        return Evaluator(self.graph, {**self.known, **feeds}, self.touched)
+        return Evaluator(self.graph, {**self._computed, **self.known, **feeds}, self.touched)
 
     def feed_linear(self, linear: Linear) -> tuple[int, ...]:
         """Let the probe know the shape of a linear map's output."""
@@ -191,7 +194,7 @@ class Probe:
     def rows(self, lookup: Lookup, feeds: dict[str, Array] | None = None) -> Array:
         """Which rows of its table a lookup takes."""
         if lookup.rows:
-            return self.run_with(feeds or {}, lookup.rows)[0]
+            return Evaluator(self.graph, {**self.known, **(feeds or {})}, self.touched)(lookup.rows)
         numbered = np.arange(lookup.table.shape[0], dtype=np.float64)[:, None]
         known = {n: v for n, v in self.known.items() if n != lookup.out}
         evaluator = Evaluator(self.graph, {**known, **(feeds or {}), lookup.node.inputs[0]: numbered})
