@@ -36,7 +36,7 @@ def assert_parity(
 
     Parameters
     ----------
-    actual, expected : array, mapping of name to array, Trace, or path of a trace's .npz
+    actual, expected : array or tensor, mapping of name to one, Output, tuple of arrays, Trace, or a trace's path
         Names must be the same on both sides; a missing one is a failure.
     oracle : the same, optional
         Values in float64, to say which side is closer to them: R = rms(actual - oracle) / rms(expected - oracle).
@@ -52,6 +52,7 @@ def assert_parity(
     InputError
         If an argument is none of the above.
     """
+    __tracebackhide__ = True  # pytest shows the test, not this
     from .parity.compare import Comparison
     from .parity.metrics import measure, rms
     from .parity.report import number
@@ -97,14 +98,19 @@ def assert_parity(
 
 def _arrays(value: Any) -> dict[str, np.ndarray]:
     """Any accepted form as {name: array}; one array alone is called "array"."""
+    from .parity.forms import as_array, named
     from .parity.trace import Trace, load
 
     if isinstance(value, (str, Path)):
         value = load(Path(value))
     if isinstance(value, Trace):
         return {**value.outputs, **value.taps}
-    if isinstance(value, Mapping):
-        return {str(name): np.asarray(array) for name, array in value.items()}
+    several = isinstance(value, (tuple, list)) and all(hasattr(v, "shape") for v in value)
+    if isinstance(value, Mapping) or hasattr(value, "_fields") or (several and len(value)):
+        given = named(value, [f"output{i + 1}" for i in range(len(value))], "the arrays")
+        return {name: as_array(array, f"{name!r} is given") for name, array in given.items()}
+    if hasattr(value, "detach"):  # a torch tensor
+        value = as_array(value, "the array is given")
     try:
         array = np.asarray(value)
     except ValueError:  # lists of unequal lengths

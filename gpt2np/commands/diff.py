@@ -26,6 +26,9 @@ def diff(
     ] = False,
     data: Annotated[list[Path] | None, typer.Option(help="a test_data_set folder, or a folder of them")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="run on this text (needs a tokenizer)")] = None,
+    ids: Annotated[
+        list[str] | None, typer.Option(metavar="1,2,3|FILE", help="run on these token ids (.npy, .npz or text)")
+    ] = None,
     random: Annotated[int, typer.Option(min=0, help="run on random prompts")] = 0,
     seed: Annotated[int, typer.Option(help="of the random prompts")] = 0,
     preset: Annotated[
@@ -51,16 +54,23 @@ def diff(
     - `gpt2np diff good.onnx bad.onnx --random 1 --dump-repro repro/`
     - `gpt2np diff golden.npz port.npz`
 
-    An .npz is a trace, or what np.savez wrote under the names of outputs and taps. Exit code 0: no difference,
+    An .npz is a trace, or what np.savez wrote under the names of outputs and taps; a folder of .npy, a .safetensors,
+    or a .json beside raw .bin files ({"NAME": {"shape": [...], "dtype": "float32"}}) will do as well. Without an
+    input, a few random prompts are compared. Exit code 0: no difference,
     1: a difference or a missing run, 2: usage or unreadable input, 3: nothing was compared.
     """
     from ..parity import cases
     from ..parity import diff as parity_diff
+    from ..parity.subject import Subject
     from ._terminal import check_writable, deliver
 
     check_writable(json, junit)
+
+    def inputs(model: Subject) -> list[cases.Case]:
+        return cases.gather_cases(model, data or [], prompt or [], random, seed, ids or [])
+
     report = parity_diff.diff(
-        a, b, lambda model: cases.gather_cases(model, data or [], prompt or [], random, seed), oracle, preset,
+        a, b, inputs, oracle, preset,
         rtol or [], atol or [], local, dump_repro, padding, replace or [], digits,
     )  # fmt: skip
     deliver(report, json, junit)

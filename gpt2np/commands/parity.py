@@ -22,6 +22,9 @@ def parity(
         list[Path] | None, typer.Option(help="a test_data_set folder or a folder of them; default: beside MODEL")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="run on this text (needs a tokenizer)")] = None,
+    ids: Annotated[
+        list[str] | None, typer.Option(metavar="1,2,3|FILE", help="run on these token ids (.npy, .npz or text)")
+    ] = None,
     random: Annotated[int, typer.Option(min=0, help="run on that many random prompts")] = 0,
     seed: Annotated[int, typer.Option(help="of the random prompts")] = 0,
     engine: Annotated[str, typer.Option(help="ours: numba or numpy")] = "numba",
@@ -61,7 +64,7 @@ def parity(
 
     check_writable(json, junit, save_trace)
     options = capture.Options(
-        parties.model_path(model), against or [], data or [], prompt or [], random, seed, engine, preset,
+        parties.model_path(model), against or [], data or [], prompt or [], random, ids or [], seed, engine, preset,
         rtol or [], atol or [], run.parse_checks(checks), noise_floor, padding,
     )  # fmt: skip
     report = run.parity(options, save_trace)

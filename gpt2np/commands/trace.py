@@ -13,6 +13,9 @@ def trace(
     output: Annotated[Path, typer.Option("--output", "-o", help="the .npz to write")] = Path("trace.npz"),
     prompt: Annotated[str | None, typer.Option(help="run on this text (needs a tokenizer)")] = None,
     data: Annotated[Path | None, typer.Option(help="run on the input of this test_data_set folder")] = None,
+    ids: Annotated[
+        str | None, typer.Option(metavar="1,2,3|FILE", help="run on these token ids (.npy, .npz or text)")
+    ] = None,
     random: Annotated[bool, typer.Option("--random", help="run on a random prompt")] = False,
     seed: Annotated[int, typer.Option(help="of the random prompt")] = 0,
     runner: Annotated[str, typer.Option(help="ours, ort, ort-off, onnxref, or package.module:function")] = "ours",
@@ -37,11 +40,13 @@ def trace(
     from ..parity.subject import Subject
     from ._terminal import check_writable, console
 
-    if sum((prompt is not None, data is not None, random)) != 1:
-        raise InputError("give one of --prompt, --data and --random")
+    if sum((prompt is not None, data is not None, ids is not None, random)) != 1:
+        raise InputError("give one of --prompt, --ids, --data and --random")
     check_writable(output)
     subject = Subject(parties.model_path(model))
-    cases = gather_cases(subject, [data] if data else [], [prompt] if prompt else [], int(random), seed)
+    cases = gather_cases(
+        subject, [data] if data else [], [prompt] if prompt else [], int(random), seed, [ids] if ids else []
+    )
     party = (
         parties.Ours(subject, engine if dtype == "float32" else "numpy", dtype)
         if runner == "ours"

@@ -27,6 +27,7 @@ class Options:
     data: list[Path] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)
     random: int = 0
+    ids: list[str] = field(default_factory=list)
     seed: int = 0
     engine: str = "numba"
     preset: str = "auto"

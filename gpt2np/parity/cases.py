@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from ..call import check_ids
 from ..errors import InputError, TokenizerError
+from ..files import read_arrays
 from ..onnx.read.datasets import DataSet, expand, find_sets, load_set
 from ..onnx.recognise.recognised import LENGTHS
 from ..signature import Feeds
@@ -116,15 +118,49 @@ def random_cases(model: Subject, count: int, seed: int, longest: int = 48, full:
     return cases
 
 
-def gather_cases(model: Subject, data: Sequence[Path], prompts: Sequence[str], count: int, seed: int) -> list[Case]:
+def gather_cases(
+    model: Subject, data: Sequence[Path], prompts: Sequence[str], count: int, seed: int, ids: Sequence[str] = ()
+) -> list[Case]:
     """The inputs to compare on: data sets (by default those beside the model), prompts, random tokens."""
-    folders = expand(data) if data else [] if prompts or count else find_sets(model.path)
+    folders = expand(data) if data else [] if prompts or count or ids else find_sets(model.path)
     cases = cases_from_data([load_set(folder, model.input_names, model.output_names) for folder in folders])
     for i, prompt in enumerate(prompts):
         cases.append(case_from_ids(model, f"prompt_{i}", prompt_ids(model, prompt)))
+    for i, text in enumerate(ids):
+        cases.append(case_from_ids(model, f"ids_{i}", given_ids(text, model)))
     if not cases and not data and not count:
         return default_cases(model, seed) if model.found is not None else []
     return cases + (random_cases(model, count, seed) if count else [])
+
+
+def given_ids(text: str, model: Subject) -> Array:
+    """Token ids (B, T) of --ids: "1,2,3", or an .npy, an .npz or a text file of them.
+
+    Raises
+    ------
+    InputError, TokenRangeError
+        If there are none, they are no whole numbers, or one is no token of the model.
+    """
+    path = Path(text)
+    try:
+        if path.suffix == ".npy":
+            value = np.load(path, allow_pickle=False)
+        elif path.suffix == ".npz":
+            arrays = read_arrays(path, InputError)
+            wanted = [n for n in arrays if n.removeprefix("input/") in (*model.input_names, "ids", "input_ids")]
+            if not wanted and len(arrays) != 1:
+                raise InputError(f"--ids {text}: none of its arrays {', '.join(arrays)} is called ids")
+            value = arrays[wanted[0] if wanted else next(iter(arrays))]
+        else:
+            words = (path.read_text(encoding="utf-8") if path.is_file() else text).replace(",", " ").split()
+            value = np.array([int(word) for word in words], np.int64)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--ids takes whole numbers as 1,2,3, or a file of them; {text}: {error}") from None
+    if value.dtype.kind not in "iu" or not value.size:
+        raise InputError(f"--ids {text}: expected whole numbers, got {value.dtype} {value.shape}")
+    return check_ids(np.atleast_2d(value).reshape(-1, value.shape[-1]), model.config)
 
 
 def default_cases(model: Subject, seed: int = 0) -> list[Case]:

@@ -141,8 +141,10 @@ def config_facts(a: GPT2Config, b: GPT2Config) -> Iterator[tuple[str, str]]:
             resolved[f"h.{i}.{norm} epsilon"] = (a.epsilon(f"h.{i}.{norm}"), b.epsilon(f"h.{i}.{norm}"))
     resolved["ln_f epsilon"] = (a.epsilon("ln_f"), b.epsilon("ln_f"))
     for field in fields(a):
-        if field.name not in ("overrides", "layer_norm_epsilon", "activation", "attn_scale"):
+        if field.name not in ("overrides", "layer_norm_epsilon", "activation", "attn_scale", "mask"):
             resolved[field.name] = (getattr(a, field.name), getattr(b, field.name))
+    if a.mask != b.mask:
+        resolved["mask"] = (a.mask.describe(), b.mask.describe())
     for name, (x, y) in resolved.items():
         if x != y:
             yield name.split(" ")[0], f"{name}: {x} in A, {y} in B"

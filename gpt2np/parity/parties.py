@@ -371,7 +371,7 @@ def model_path(given: Path | None) -> Path:
 
 def model_of(text: str) -> Path | None:
     """The model file that a party's name stands for, if it is one."""
-    if text.endswith(".onnx") or (text and Path(text).is_dir()):
+    if text.endswith(".onnx") or (text and Path(text).is_dir() and not is_trace(text)):
         path = model_path(Path(text))
         if not path.is_file():
             raise InputError(f"{text}: no such model")

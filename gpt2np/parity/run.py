@@ -45,7 +45,7 @@ def parity(options: Options, save_trace: Path | None = None) -> Report:
     if model.found is not None and model.found.search is not None:
         return search_parity(model, model.found.search, options, parity)
     budgets.check_names(model.output_names, model)
-    cases = gather_cases(model, options.data, options.prompts, options.random, options.seed)
+    cases = gather_cases(model, options.data, options.prompts, options.random, options.seed, options.ids)
     ours = Ours(model, options.engine)
     others = [runner_of(model, text, options.engine) for text in options.against or ["ort"]]
     runners: list[Runner] = [ours, *others]
@@ -55,7 +55,7 @@ def parity(options: Options, save_trace: Path | None = None) -> Report:
         report.parties.pop(ours.name)
     elif budgets.default.source.startswith("auto"):
         budgets.arbiter = Arbiter(model)
-    if any(not c.recorded for c in cases) and not (options.prompts or options.random):
+    if any(not c.recorded for c in cases) and not (options.prompts or options.random or options.ids):
         add_once(report.findings, f"no test_data_set_* beside {model.path.name}: compared on random prompts")
     if not cases:
         report.not_compared.append(f"no test_data_set_* beside {model.path}: give --data, --prompt or --random")

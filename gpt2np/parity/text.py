@@ -161,7 +161,8 @@ def verdict_lines(report: Report) -> list[Line]:
     if code == 0:
         text = "verdict: PASS"
         if rounding:
-            text += f"; {rounding:,} numbers beyond the zoo's tolerance are rounding: float64 decides"
+            what = "1 number" if rounding == 1 else f"{rounding:,} numbers"
+            text += f"; {what} beyond the zoo's tolerance {'is' if rounding == 1 else 'are'} rounding: float64 decides"
         return [(line, "bold green") for line in wrap(text, "  ")] + finding_lines(report)
     names = failed_names(report)
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

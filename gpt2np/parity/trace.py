@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import TraceError
-from ..files import json_object, read_arrays
+from ..files import json_object
 from ..weights import Array
+from .dumps import is_dump, read_dump
 
 SCHEMA = 1
 KIND = "gpt2np trace"
@@ -89,7 +90,7 @@ def load(path: Path, sha256: str | None = None) -> Trace:
         If the file is missing, truncated, no trace, of a newer schema, or its arrays do not match the manifest;
         with `sha256`, also if it was recorded from another model file.
     """
-    arrays = read_arrays(path, TraceError)
+    arrays = read_dump(path)
     text = arrays.pop("manifest", None)
     if text is None and sha256 is None and not any("/" in name for name in arrays):
         return Trace({}, {}, arrays, {"kind": "arrays", "runner": "plain arrays", "stats_only": False})
@@ -124,8 +125,8 @@ def load(path: Path, sha256: str | None = None) -> Trace:
 
 
 def is_trace(text: str) -> bool:
-    """Whether a party on the command line is a trace file."""
-    return text.endswith(".npz")
+    """Whether a party on the command line is a trace file, or arrays in another form."""
+    return is_dump(text)
 
 
 def provenance(inputs: Mapping[str, Array], **more: Any) -> dict[str, Any]:

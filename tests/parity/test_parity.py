@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from gpt2np.cli import app
 from gpt2np.errors import ComparisonError, InputError, TraceError
+from gpt2np.model import Output
 from gpt2np.onnx.read.datasets import expand, find_sets, load_set, save_set
 from gpt2np.parity import trace
 from gpt2np.parity.capture import Options, record
@@ -364,6 +365,17 @@ def test_assert_parity_says_what_and_where() -> None:
         assert_parity({}, {})
     with pytest.raises(InputError):
         assert_parity(b, b, budget="loose")
+
+
+def test_assert_parity_takes_what_a_model_returns() -> None:
+    x, p = np.ones((1, 2, 3), np.float32), np.zeros((2, 1, 1, 2, 3), np.float32)
+    out = Output(x, None, [p])
+    assert_parity(out, out)
+    assert_parity((x, p), [x, p])
+    with pytest.raises(AssertionError, match="last_hidden_state"):
+        assert_parity(out._replace(last_hidden_state=x + 1), out)
+    with pytest.raises(AssertionError, match="missing in actual"):
+        assert_parity((x,), (x, p))
 
 
 def test_golden_traces_are_regenerated_on_demand(pytester: pytest.Pytester) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,14 +12,15 @@ import pytest
 from typer.testing import CliRunner
 
 from gpt2np.cli import app
-from gpt2np.errors import InputError
+from gpt2np.errors import InputError, TraceError
 from gpt2np.model import Output
 from gpt2np.onnx.read.datasets import save_set
 from gpt2np.parity.budgets import AUTO_BUDGET, Arbiter, parse_budgets
 from gpt2np.parity.capture import Options
-from gpt2np.parity.cases import Case, case_from_ids, gather_cases
+from gpt2np.parity.cases import Case, case_from_ids, gather_cases, given_ids
 from gpt2np.parity.compare import Comparison, compare_arrays
 from gpt2np.parity.diff import diff
+from gpt2np.parity.dumps import read_dump
 from gpt2np.parity.forms import as_array, named
 from gpt2np.parity.metrics import Budget
 from gpt2np.parity.parties import Ours
@@ -288,3 +290,84 @@ def test_what_a_function_does_wrong_is_one_clear_line(
     assert report.exit_code == 1
     assert words in report.comparisons[0].problem
     assert "\n" not in report.comparisons[0].problem
+
+
+# ----------------------------------------------------------------------------------------- dumps and token ids
+
+
+def write_npy(folder: Path, arrays: Arrays) -> Path:
+    (folder / "dump").mkdir()
+    for name, value in arrays.items():
+        np.save(folder / "dump" / f"{name}.npy", value)
+    return folder / "dump"
+
+
+def write_raw(folder: Path, arrays: Arrays) -> Path:
+    entries = {}
+    for name, value in arrays.items():
+        value.tofile(folder / f"{name}.bin")
+        entries[name] = {"shape": list(value.shape), "dtype": value.dtype.name}
+    (folder / "dump.json").write_text(json.dumps(entries))
+    return folder / "dump.json"
+
+
+def write_safetensors(folder: Path, arrays: Arrays) -> Path:
+    header, data = {}, b""
+    for name, value in arrays.items():
+        start, data = len(data), data + value.tobytes()
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [start, len(data)]}
+    text = json.dumps(header).encode()
+    (folder / "dump.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return folder / "dump.safetensors"
+
+
+@pytest.mark.parametrize("write", [write_npy, write_raw, write_safetensors])
+def test_arrays_are_read_in_any_form(
+    write: Callable[[Path, Arrays], Path], right: tuple[Path, Case, Arrays], tmp_path: Path
+) -> None:
+    path, case, outputs = right
+    report = diff(str(path), str(write(tmp_path, outputs)), lambda m: [case])
+    assert report.exit_code == 0
+    assert {c.output for c in report.comparisons} == set(outputs)
+
+
+def test_a_dump_that_is_not_as_long_as_it_says_is_refused(right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
+    path = write_raw(tmp_path, right[2])
+    (tmp_path / "output1.bin").write_bytes(b"1234")
+    with pytest.raises(TraceError, match="'output1' has 4 bytes"):
+        read_dump(path)
+    whole = write_safetensors(tmp_path, right[2]).read_bytes()
+    for size in (0, 5, 20, len(whole) - 3):
+        (tmp_path / "dump.safetensors").write_bytes(whole[:size])
+        with pytest.raises(TraceError):
+            read_dump(tmp_path / "dump.safetensors")
+
+
+def test_token_ids_are_given_as_numbers_or_as_a_file(folder: Path, tmp_path: Path) -> None:
+    model = Subject(folder / "zoo" / "model.onnx")
+    np.save(tmp_path / "ids.npy", IDS)
+    np.savez(tmp_path / "ids.npz", ids=IDS, other=np.zeros(3))
+    (tmp_path / "ids.txt").write_text("5 17 30\n2, 7,7 19 34")
+    for text in ("5,17,30,2,7,7,19,34", *(str(tmp_path / f"ids.{kind}") for kind in ("npy", "npz", "txt"))):
+        np.testing.assert_array_equal(given_ids(text, model), IDS)
+    for text in ("1,x", "99999", "-1", "", str(tmp_path / "nowhere.npy")):
+        with pytest.raises(InputError):
+            given_ids(text, model)
+    report = parity(Options(model.path, ids=["5,17,30"], engine="numpy"))
+    assert report.exit_code == 0
+    assert {c.case for c in report.comparisons} == {"ids_0"}
+
+
+def test_a_trace_beside_a_function_gives_the_inputs(right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
+    path, _, _ = right
+    golden = str(tmp_path / "golden.npz")
+    result = CliRunner().invoke(app, ["trace", str(path), "--ids", "5,17,30", "-o", golden, "--engine", "numpy"])
+    assert result.exit_code == 0, result.output
+    (tmp_path / "golden_port.py").write_text(
+        "import gpt2np\n"
+        f"model = gpt2np.load({str(path)!r}, engine='numpy')\n"
+        "def forward(feeds):\n    return {'output1': model(feeds['input1'][0]).last_hidden_state[None]}\n"
+    )
+    report = diff(golden, f"{tmp_path / 'golden_port.py'}:forward", lambda m: [])
+    assert report.exit_code == 0, said(report)
+    assert [c.output for c in report.comparisons] == ["output1"]
