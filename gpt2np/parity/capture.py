@@ -59,14 +59,13 @@ def taps_from(runner: Runner, case: Case) -> Callable[[Sequence[str]], dict[str,
 
 
 def around(model: Subject, runner: Runner, case: Case, call: Call, tap: str) -> dict[str, Array]:
-    """A party's taps up to one of them: all, or where they are large the last two layers."""
-    names = tap_names(model.config)
-    wanted = names[: names.index(tap) + 1]
-    layer, part = split_tap(tap)
-    if part in ("attn.q", "attn.k"):
-        wanted = names[: names.index(f"h.{layer}.attn.v") + 1]
+    """All taps that a party gives, or where they are large those of two layers up to `tap`."""
+    wanted = tap_names(model.config)
     if sum(4 * math.prod(tap_shape(t, model.config, call)) for t in wanted) > 256 << 20:
-        wanted = wanted[-30:]
+        layer, part = split_tap(tap)
+        last = f"h.{layer}.attn.v" if part in ("attn.q", "attn.k") else tap
+        outputs = [t for t in wanted if split_tap(t)[1] in ("attn.k", "attn.v", "logits")]
+        wanted = [*outputs, *wanted[: wanted.index(last) + 1][-30:]]
     return runner.run(case.feeds, False, wanted).taps
 
 

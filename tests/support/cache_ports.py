@@ -64,8 +64,8 @@ CACHE_BUGS: dict[str, CacheBug] = {
     ),
     "past of the layer before": CacheBug("h.0.attn.scores", ("cache_layer",), on_past(lambda p: [p[-1], *p[:-1]])),
     "past of layer 0 everywhere": CacheBug("h.1.attn.scores", ("cache_layer",), on_past(lambda p: [p[0]] * len(p))),
-    "past rows reversed": CacheBug(
-        "h.0.attn.scores", ("cache_reversed",), on_past(lambda p: [x[:, :, :, ::-1] for x in p])
+    "past rows reversed": CacheBug(  # attention does not mind the order: only the presents show it
+        "present.0", ("output_order",), on_past(lambda p: [x[:, :, :, ::-1] for x in p])
     ),
     "past of the other sequence": CacheBug(
         "h.0.attn.scores", ("cache_batch",), on_past(lambda p: [x[:, ::-1] for x in p])

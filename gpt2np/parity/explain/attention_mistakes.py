@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import combinations, permutations
 from typing import Any
@@ -15,10 +15,12 @@ from ...weights import Array
 from ..operations import Run, masked_softmax, split_tap, tap_inputs
 from ..program import Program
 from .gradients import F64
-from .problem import Guess, Problem, other_weights
+from .mistakes import own_weights
+from .problem import Guess, Problem, afterwards, fit
 
 
-def c_attn(problem: Problem, layer: int, forward: bool) -> Iterator[Guess]:
+def c_attn(problem: Problem, layer: int) -> Iterator[Guess]:
+    """Guesses at the map that makes q, k and v: the order of its columns, its heads, its weights."""
     p = problem.program
     name = f"h.{layer}.attn.c_attn"
     taps = [f"h.{layer}.attn.{x}" for x in "qkv"]
@@ -34,12 +36,8 @@ def c_attn(problem: Problem, layer: int, forward: bool) -> Iterator[Guess]:
         if order != (0, 1, 2):
             first = next(i for i in range(3) if order[i] != i)
             names = ", ".join("qkv"[i] for i in order)
-            yield Guess(
-                "qkv_order",
-                taps[first],
-                f"c_attn's thirds in the order {names}",
-                weights=columns(grid[list(order)].ravel()),
-            )
+            text = f"c_attn's thirds were in the order {names}"
+            yield Guess("qkv_order", taps[first], text, weights=columns(grid[list(order)].ravel()))
     index = grid.ravel()
     for text, order_in in (
         ("(H, 3, D)", index.reshape(H, 3, D).transpose(1, 0, 2)),
@@ -51,33 +49,25 @@ def c_attn(problem: Problem, layer: int, forward: bool) -> Iterator[Guess]:
         there = order_in.ravel()
         back = np.argsort(there)
         for order_of, words in ((there, f"{text} read as (3, H, D)"), (back, f"(3, H, D) read as {text}")):
-            yield Guess("head_split", taps[0], f"head split interleaved: {words}", weights=columns(order_of))
+            yield Guess("head_split", taps[0], f"c_attn's columns were {words}", weights=columns(order_of))
     for which in [(0,), (1,), (2,), (0, 1, 2)]:
         if C == H * D:
             new = weight.copy()
             for w in which:
                 new[:, w * C : (w + 1) * C] = weight[:, w * C : (w + 1) * C].T
             letters = "".join("qkv"[w] for w in which)
-            yield Guess(
-                "transposed",
-                taps[which[0]],
-                f"{name}.weight: the {letters} part is transposed",
-                weights={f"{name}.weight": new},
-            )
+            text = f"the {letters} part of {name}.weight were transposed"
+            yield Guess("transposed", taps[which[0]], text, weights={f"{name}.weight": new})
     for flipped in (weight.reshape(3 * H * D, C).T, weight.T.reshape(C, 3 * H * D)):
-        yield Guess(
-            "transposed",
-            taps[0],
-            f"{name}.weight is read as ({3 * H * D}, {C}) transposed",
-            weights={f"{name}.weight": flipped},
-        )
+        text = f"{name}.weight were read as ({3 * H * D}, {C}) and transposed"
+        yield Guess("transposed", taps[0], text, weights={f"{name}.weight": flipped})
 
     def unmoved(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
         value = p.run(tap, call, x, dtype)  # (B, H, T, D)
         return value.transpose(0, 2, 1, 3).reshape(value.shape)
 
-    if forward and problem.call.input_ids.shape[1] > 1:
-        text = "(B, T, HD) reshaped to (B, H, T, D) without transposing"
+    if problem.call.input_ids.shape[1] > 1:
+        text = "(B, T, HD) were reshaped to (B, H, T, D) without transposing"
         yield Guess("head_split", taps[0], text, runs=dict.fromkeys(taps, unmoved))
     for heads, which, first in _head_orders(problem, layer):
         swapped = grid.copy()
@@ -86,20 +76,18 @@ def c_attn(problem: Problem, layer: int, forward: bool) -> Iterator[Guess]:
         moved = [i for i in range(H) if heads[i] != i]
         letters = ", ".join("qkv"[w] for w in which)
         yield Guess(
-            "swapped_heads", taps[first], f"heads {' and '.join(map(str, moved))} of {letters} are swapped",
+            "swapped_heads", taps[first], f"heads {' and '.join(map(str, moved))} of {letters} were swapped",
             weights=columns(swapped.ravel()),
         )  # fmt: skip
-    others = [f"h.{i}.attn.c_attn" for i in range(p.config.n_layer) if i != layer]
     first_tap = next((t for t in taps if t in problem.suspects), taps[0])
-    yield from other_weights(problem, first_tap, name, others, forward)
+    yield from own_weights(problem, first_tap, name)
     for w, tap in enumerate(taps):
         part = slice(w * H * D, (w + 1) * H * D)
         if bias[part].any():
             changed = bias.copy()
             changed[part] = 0
-            yield Guess(
-                "missing_bias", tap, f"the {'qkv'[w]} part of {name}.bias is missing", weights={f"{name}.bias": changed}
-            )
+            text = f"the {'qkv'[w]} part of {name}.bias were missing"
+            yield Guess("missing_bias", tap, text, weights={f"{name}.bias": changed})
 
 
 def _head_orders(problem: Problem, layer: int) -> Iterator[tuple[list[int], tuple[int, ...], int]]:
@@ -137,90 +125,152 @@ def _head_orders(problem: Problem, layer: int) -> Iterator[tuple[list[int], tupl
 
 
 def scale(problem: Problem, tap: str) -> Iterator[Guess]:
+    """Guesses at the scale of the scores."""
     p = problem.program
     layer = split_tap(tap)[0]
     assert layer is not None
     now, D = p.config.layer_scale(layer), p.config.head_size
     right = 1 / math.sqrt(D)
-
-    def factor(value: float) -> Run:
-        return lambda q, call, name, x, dtype: np.asarray(p.run(name, call, x, dtype) * (value / now))
-
     candidates = {
-        "1/sqrt(D)": right, "missing": 1.0, "applied twice (1/D)": right * right, "doubled (2/sqrt(D))": 2 * right,
-        "halved (0.5/sqrt(D))": right / 2, "1/sqrt(C)": 1 / math.sqrt(p.config.n_embd), "sqrt(D)": math.sqrt(D),
-        "1/D^0.25": D**-0.25, f"1/sqrt(D)/{layer + 1} (by layer)": right / (layer + 1),
-        "4/sqrt(D)": 4 * right, "0.25/sqrt(D)": right / 4,
-        "another layer's": p.config.attn_scale or right,
+        "1/sqrt(D)": right, "there is none": 1.0, "applied twice, 1/D": right * right, "2/sqrt(D)": 2 * right,
+        "0.5/sqrt(D)": right / 2, "1/sqrt(C)": 1 / math.sqrt(p.config.n_embd), "sqrt(D)": math.sqrt(D),
+        "1/D^0.25": D**-0.25, "1/sqrt(D) divided by the layer's number": right / (layer + 1),
+        "4/sqrt(D)": 4 * right, "0.25/sqrt(D)": right / 4, "that of most layers": p.config.attn_scale or right,
     }  # fmt: skip
-    for text, value in candidates.items():
+    for words, value in candidates.items():
         if not math.isclose(value, now, rel_tol=1e-4):
-            words = f"the scale of the scores is {now:.5g}, not {value:.5g}: {text}"
-            yield Guess("scale", tap, words, runs={tap: factor(value)})
+            by_layer = "by the layer" in words
+            text = f"the scores were scaled by {words if by_layer else f'{value:.5g} ({words})'}"
+            yield Guess("scale", tap, text, f"{now:.5g}", runs=scaled(problem, tap, value / now))
+
+
+def scaled(problem: Problem, tap: str, factor: float) -> dict[str, Run]:
+    return afterwards(problem, tap, lambda x: x * factor)
+
+
+def fitted_scale(problem: Problem, tap: str) -> Guess:
+    """The scale of the scores of one layer that removes most of the error."""
+    now = problem.program.config.layer_scale(split_tap(tap)[0] or 0)
+
+    def make(value: float) -> Guess:
+        text = f"the scores were scaled by {value:.6g}"
+        return Guess("scale", tap, text, f"{now:.5g}", runs=scaled(problem, tap, value / now))
+
+    return fit(problem, make, now)
 
 
 def mask(problem: Problem, tap: str) -> Iterator[Guess]:
-    """Masks by what MaskRule can say of them: which keys are forbidden, and what their scores become."""
+    """Masks: by what MaskRule can say of them, by which keys each query sees, and without the caller's mask."""
     config = problem.program.config
     now, call = config.mask, problem.call
 
-    def masked(**change: Any) -> Run:
+    def masked(**change: Any) -> dict[str, Run]:
         other = replace(config, mask=replace(now, **change))
-
-        return lambda p, call, name, x, dtype: masked_softmax(x[0], other, call.attention_mask)
+        return {tap: lambda p, call, name, x, dtype: masked_softmax(x[0], other, call.attention_mask)}
 
     def keys(shift: int) -> str:
-        return "query i sees keys up to i" + (f" {'+-'[shift < 0]} {abs(shift)}" if shift else "")
+        return "up to i" + (f" {'+-'[shift < 0]} {abs(shift)}" if shift else "")
 
-    S = call.start + call.input_ids.shape[1]
-    for shift in (0, 1, -1, 2):
+    T = call.input_ids.shape[1]
+    S = call.start + T
+    if call.attention_mask is not None and (call.attention_mask == 0).any():
+        unused = {tap: lambda p, call, name, x, dtype: masked_softmax(x[0], config, None)}
+        yield Guess("mask_unused", tap, "attention_mask were not used", runs=unused)
+    for shift in dict.fromkeys((0, 1, -1, 2, -2, -call.start)):
         if shift != now.shift or now.kind == "none":
             cause = "mask_missing" if now.kind == "none" else "mask_shift"
-            text = f"mask off by {abs(shift - now.shift)}: {keys(shift)}, not {keys(now.shift)}"
+            words = "; the mask were not moved on by the past" if shift and shift == -call.start else ""
+            text = f"query i saw keys {keys(shift)}{words}"
             change = {"kind": "replaced", "value": -1e4} if now.kind == "none" else {}
-            yield Guess(cause, tap, text, runs={tap: masked(shift=shift, **change)})
-    yield Guess("mask_missing", tap, "no causal mask at all", runs={tap: masked(kind="none", shift=S)})
+            yield Guess(cause, tap, text, f"keys {keys(now.shift)}", runs=masked(shift=shift, **change))
+    yield Guess("mask_missing", tap, "there were no causal mask at all", runs=masked(kind="none", shift=S))
+    query, key = np.arange(S - T, S)[:, None], np.arange(S)
+    shapes = [(f"the mask were block-wise, in blocks of {n}", key // n <= query // n) for n in (2, 4, 8, 16) if n < S]
+    shapes += [
+        (f"each query saw only its last {n} keys", (key <= query) & (key > query - n))
+        for n in (1, 2, 3, 4, 6, 8, 16, 32)
+        if n < S
+    ]
+    shapes += [("the mask were upside down: queries saw later keys only", key >= query)]
+    for text, seen in shapes:
+        yield Guess("mask_shape", tap, text, runs={tap: seeing(seen)})
     values: list[tuple[float, str]] = [
         (v, k) for v in (-1e4, -1.0, -2.0, -5.0, -10.0, -20.0, -50.0, -100.0, -1e3) for k in ("replaced", "added")
     ]
-    for value, kind in [*values, (0.0, "replaced"), *_fitted_mask(problem, tap)]:
+    fitted = _fitted_mask(problem, tap)
+    for value, kind in [*values, (0.0, "replaced"), *fitted]:
         if (value, kind) != (now.value, now.kind):
-            text = f"mask value: {now.value:.5g} {now.kind}, not {value:.5g} {kind}"
-            yield Guess("mask_value", tap, text, runs={tap: masked(value=value, kind=kind)})
+            verb = "became" if kind == "replaced" else "had added"
+            text, have = f"masked scores {verb} {value:.5g}", f"{now.value:.5g} ({now.kind})"
+            yield Guess("mask_value", tap, text, have, runs=masked(value=value, kind=kind),
+                        fitted=int((value, kind) in fitted))  # fmt: skip
+
+
+def seeing(seen: Array) -> Run:
+    return lambda p, call, tap, x, dtype: softmax_of(x[0], seen)
+
+
+def softmax_of(scores: Array, seen: Array, axis: int = -1, base: float = math.e, more: float = 0.0) -> Array:
+    """Softmax over the keys that are seen, or what mistakes make of it."""
+    scores = np.where(seen, scores, -np.inf)
+    high = np.maximum(scores.max(axis=axis, keepdims=True), np.finfo(np.float64).min)
+    exps = np.power(base, scores - high) if base != math.e else np.exp(scores - high)
+    return np.asarray(exps / np.maximum(exps.sum(axis=axis, keepdims=True) + more * np.exp(-high), 1e-300))
 
 
 def other_softmax(problem: Problem, tap: str) -> Iterator[Guess]:
     """Softmaxes that are none, and masks that MaskRule has no words for: the probabilities show both."""
-    scores = problem.values.get(source := tap_inputs(tap, problem.program.config)[0], problem.given.get(source))
-    probs = problem.observed[tap]
-    if scores is None or not np.isfinite(scores).all():
-        return
-    T, S = scores.shape[-2:]
+    call = problem.call
+    T = call.input_ids.shape[1]
+    S = call.start + T
     causal = np.arange(S) <= np.arange(S - T, S)[:, None]
-    allowed = np.where(causal, scores, -np.inf)
-    exps = np.exp(allowed - allowed.max(axis=-1, keepdims=True))
-    columns = np.exp(allowed - np.maximum(allowed.max(axis=-2, keepdims=True), np.finfo(np.float64).min))
-    unmasked = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    if call.attention_mask is not None and call.attention_mask.ndim == 2:
+        causal = causal & (call.attention_mask != 0)[:, None, None, :]
 
-    def instead(value: Array) -> dict[str, Run]:
-        return {tap: lambda p, call, name, x, dtype: value}
+    def form(f: Callable[[Array], Array]) -> dict[str, Run]:
+        return {tap: lambda p, call, name, x, dtype: f(x[0])}
 
-    yield Guess("softmax_form", tap, "exp without the division by the sum", runs=instead(exps))
-    yield Guess("softmax_form", tap, "softmax over the queries, not over the keys",
-                runs=instead(columns / np.maximum(columns.sum(axis=-2, keepdims=True), 1e-300)))  # fmt: skip
-    yield Guess("softmax_form", tap, "masked after the softmax: the rows do not sum to 1",
-                runs=instead(np.where(causal, unmasked / unmasked.sum(axis=-1, keepdims=True), 0)))  # fmt: skip
+    def undivided(x: Array) -> Array:
+        x = np.where(causal, x, -np.inf)
+        return np.asarray(np.exp(x - np.maximum(x.max(axis=-1, keepdims=True), -1e300)))
+
+    def late(x: Array, again: bool) -> Array:
+        probs = np.where(causal, softmax_of(x, np.ones_like(causal)), 0)
+        return probs / np.maximum(probs.sum(axis=-1, keepdims=True), 1e-300) if again else probs
+
+    for text, f in (
+        ("exp were not divided by the sum", undivided),
+        ("softmax ran over the queries, not over the keys", lambda x: softmax_of(x, causal, axis=-2)),
+        (
+            "softmax ran over the heads, not over the keys",
+            lambda x: np.where(causal, softmax_of(x, causal, axis=-3), 0),
+        ),
+        ("the softmax had base 2", lambda x: softmax_of(x, causal, base=2.0)),
+        ("1 were added to the softmax's denominator", lambda x: softmax_of(x, causal, more=1.0)),
+        ("the mask came after the softmax: the rows do not sum to 1", lambda x: late(x, False)),
+        ("masked scores were 0 before the softmax", lambda x: softmax_of(np.where(causal, x, 0), np.ones_like(causal))),
+        ("there were no softmax at all", lambda x: np.where(causal, x, 0)),
+        ("the softmax were a sigmoid", lambda x: np.where(causal, 1 / (1 + np.exp(-x)), 0)),
+        ("softmax were applied twice", lambda x: softmax_of(softmax_of(x, causal), causal)),
+    ):
+        yield Guess("softmax_form", tap, text, runs=form(f))
+    probs, scores = problem.observed.get(tap), problem.input(tap)
+    if probs is None or scores is None or not np.isfinite(scores).all() or not np.isfinite(probs).all():
+        return
     seen = np.asarray(np.greater(probs, 0).any(axis=(0, 1)))  # (T, S): keys that some head looks at
-    different = np.flatnonzero(np.not_equal(seen, causal).any(axis=-1))
+    allowed = causal if causal.ndim == 2 else causal.any(axis=(0, 1))
+    different = np.flatnonzero(np.not_equal(seen, allowed).any(axis=-1))
     if len(different) and seen.any(axis=-1).all():
         rows = []
         for row in sorted({int(different[0]), int(different[-1])}):
             keys = np.flatnonzero(seen[row])
             some = "some of " if len(keys) <= keys[-1] - keys[0] else ""
-            rows.append(f"query {row} sees {some}keys {keys[0]} to {keys[-1]}, not 0 to {row + S - T}")
-        exps = np.where(seen, np.exp(scores - np.where(seen, scores, -np.inf).max(axis=-1, keepdims=True)), 0)
-        text = f"another mask: {'; '.join(rows)}"
-        yield Guess("mask_shape", tap, text, runs=instead(exps / exps.sum(axis=-1, keepdims=True)))
+            rows.append(f"query {row} saw {some}keys {keys[0]} to {keys[-1]}, not 0 to {row + S - T}")
+        guess = Guess(
+            "mask_shape", tap, f"the mask were another: {'; '.join(rows)}", runs=form(lambda x: softmax_of(x, seen))
+        )
+        guess.fitted = len(different)
+        yield guess
 
 
 def _fitted_mask(problem: Problem, tap: str) -> list[tuple[float, str]]:
@@ -237,13 +287,15 @@ def _fitted_mask(problem: Problem, tap: str) -> list[tuple[float, str]]:
         log = np.log(probs)
     diagonal = np.arange(S - T, S)[None, None, :, None]
     own = np.take_along_axis(log - scores, np.broadcast_to(diagonal, (*probs.shape[:3], 1)), axis=-1)
-    effective = (log - own)[forbidden]
+    with np.errstate(invalid="ignore"):
+        effective = (log - own)[forbidden]
     added = effective - scores[forbidden]
     fitted = [(float(np.median(effective)), "replaced"), (float(np.median(added)), "added")]
     return [(value, kind) for value, kind in fitted if abs(value) > 1e-3]
 
 
 def merge(problem: Problem, tap: str) -> Iterator[Guess]:
+    """Guesses at how the heads were put side by side."""
     H, D = problem.program.config.n_head, problem.program.config.head_size
 
     def unmoved(p: Program, call: Call, name: str, x: list[Array], dtype: Any) -> Array:
@@ -251,15 +303,15 @@ def merge(problem: Problem, tap: str) -> Iterator[Guess]:
         B, T, _ = merged.shape
         return merged.reshape(B, T, H, D).transpose(0, 2, 1, 3).reshape(B, T, H * D)
 
-    yield Guess("head_split", tap, "(B, H, T, D) reshaped to (B, T, HD) without transposing", runs={tap: unmoved})
+    yield Guess("head_split", tap, "(B, H, T, D) were reshaped to (B, T, HD) without transposing", runs={tap: unmoved})
 
     def ordered(order: Array) -> Run:
         return lambda p, call, name, x, dtype: problem.program.run(name, call, x, dtype)[..., order]
 
     grid = np.arange(H * D).reshape(H, D)
-    yield Guess("head_split", tap, "heads merged as (D, H)", runs={tap: ordered(grid.T.ravel())})
-    yield Guess("head_split", tap, "heads merged from (D, H)", runs={tap: ordered(np.argsort(grid.T.ravel()))})
-    for a, b in combinations(range(H), 2):
+    yield Guess("head_split", tap, "heads were merged as (D, H)", runs={tap: ordered(grid.T.ravel())})
+    yield Guess("head_split", tap, "heads were merged from (D, H)", runs={tap: ordered(np.argsort(grid.T.ravel()))})
+    for a, b in combinations(range(H), 2) if tap in problem.observed else ():  # else they are c_proj's rows
         order = grid.copy()
         order[[a, b]] = order[[b, a]]
-        yield Guess("swapped_heads", tap, f"heads {a} and {b} are swapped", runs={tap: ordered(order.ravel())})
+        yield Guess("swapped_heads", tap, f"heads {a} and {b} were swapped", runs={tap: ordered(order.ravel())})

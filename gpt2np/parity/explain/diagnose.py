@@ -1,12 +1,11 @@
-"""From outputs that differ to the operation that differs and the likely mistake.
+"""From a difference that was located to its cause.
 
-Two questions, asked in this order:
+Two kinds of evidence are told apart:
 
-1. Does a party's operation do something else than the program says? Its taps tell: the first local error
-   beyond its budget names the operation, and the mistakes are tried on that operation alone.
-2. If all parties agree with each other but not with the recorded data, then the file is not the one that made
-   the data. Recorded outputs hold keys and values of every layer: the first of them that differs brackets the
-   culprit, and mistakes are undone one by one, to see which makes the recorded data come out.
+1. A party gave what the first differing operation reads: the mistakes are tried on that operation alone, fed with
+   the party's own inputs.
+2. It gave outputs alone, or only some taps (recorded data, a port that returns its outputs): each tap that agrees
+   vouches for all that it was computed from. What is left is an interval, and the mistakes are tried through it.
 """
 
 from __future__ import annotations
@@ -24,11 +23,17 @@ from ...weights import Array
 from ..compare import Comparison
 from ..localise import F32, F64, LOCAL_FACTOR, TapRow
 from ..metrics import difference, measure
-from ..operations import split_tap, tap_inputs, tap_names
+from ..operations import OPERATIONS, split_tap, tap_inputs, tap_names
 from ..program import Program
-from .problem import Guess, Problem
+from .cache_mistakes import written_elsewhere
+from .problem import Clock, Guess, Problem, Progress
 from .rank import rank
+from .rounding import bits_of
+from .shorten import shortened
 from .solve import tap_of_element
+from .where import describe
+
+SECONDS = 60.0  # of processor time that a search takes at most, unless the user says otherwise
 
 
 @dataclass
@@ -41,28 +46,43 @@ class Diagnosis:
     suspects: list[str] = field(default_factory=list)  # operations that it may be
     guesses: list[Guess] = field(default_factory=list)
     case: str = ""  # the input that it was found on
+    where: str = ""  # where inside the array the error is: "only position 5"; "" where it is everywhere
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "tap": self.tap, "who": self.who, "text": self.text, "suspects": self.suspects, "case": self.case,
-            "guesses": [g.as_dict() for g in self.guesses],
+            "where": self.where, "guesses": [g.as_dict() for g in self.guesses],
         }  # fmt: skip
 
 
-def from_taps(program: Program, call: Call, row: TapRow, party: str, given: Mapping[str, Array]) -> Diagnosis:
-    """The cause at an operation whose local error is out of budget, from the party's own taps around it."""
+def from_taps(
+    program: Program, call: Call, row: TapRow, party: str, given: Mapping[str, Array],
+    seconds: float = SECONDS, progress: Progress | None = None,
+) -> Diagnosis:  # fmt: skip
+    """The cause at the first operation that differs; `given`: every tap that the party gave."""
     layer, part = split_tap(row.tap)
     group = [f"h.{layer}.attn.{x}" for x in "qkv"] if part in ("attn.q", "attn.k", "attn.v") else [row.tap]
+    if not set(tap_inputs(row.tap, program.config)) <= set(given):
+        found = from_outputs(program, call, given, party, seconds=seconds, progress=progress)
+        if found is not None:
+            return found
     observed = {tap: given[tap] for tap in group if tap in given}
     inputs = {tap: value for tap, value in given.items() if tap not in observed}
     suspects = group + [t for t in missing_inputs(row.tap, program, inputs) if t not in group]
-    names = tap_names(program.config)
-    suspects.sort(key=names.index)
-    problem = Problem(program, call, inputs, observed, suspects)
-    guesses = rank(problem, forward=True)
-    best = guesses[0] if guesses and guesses[0].removed > 0.9 else None
+    suspects.sort(key=tap_names(program.config).index)
+    problem = Problem(program, call, inputs, observed, suspects, Clock(seconds, progress))
+    guesses = rank(problem)
+    best = guesses[0] if guesses and (guesses[0].likely or guesses[0].removed > 0.9) else None
     tap = row.tap if best is None else best.named or best.tap
-    return Diagnosis(tap, party, f"{party} computes {tap} differently", suspects, guesses)
+    where = "" if best is not None and best.explains else place_in(problem, row.tap)
+    return Diagnosis(tap, party, f"{party} computes {tap} differently", suspects, guesses, where=where)
+
+
+def place_in(problem: Problem, tap: str) -> str:
+    """Where inside an observed array the error is, in words."""
+    value, expected = problem.observed[tap], problem.values[tap]
+    floor = 1e-5 * max(_rms(expected), 1e-30)
+    return describe(value - expected, floor, OPERATIONS[split_tap(tap)[1]].shape, problem.call.start)
 
 
 def misplaced(
@@ -76,7 +96,7 @@ def misplaced(
         for text, value in placements(c.output, right, call):
             if value.shape == given[c.output].shape and measure(given[c.output], value, c.budget).ok:
                 text = f"{c.output} holds {text}"
-                guesses.append(Guess("output_order", c.output, text, removed=1.0, explains=True))
+                guesses.append(Guess("output_order", c.output, text, removed=1.0, explains=True, likely=True))
                 break
         else:
             return None
@@ -93,6 +113,17 @@ def placements(name: str, right: Mapping[str, Array], call: Call) -> Iterator[tu
             yield f"what belongs into {other}", right[other]
     if value.ndim == 5:  # (2, B, H, S, D)
         yield "values in place of keys and keys in place of values", value[::-1]
+    if value.ndim >= 4 and call.start:
+        old, new = value[..., : call.start, :], value[..., call.start :, :]
+        for text, both in (
+            ("the past alone: the new positions were never written", (old, 0 * new)),
+            ("the new positions alone: the past is zeros", (0 * old, new)),
+            ("the cached positions in reverse order", (old[..., ::-1, :], new)),
+            ("the past of the batch's sequences in reverse order", (np.flip(old, -4), new)),
+            ("the new positions in reverse order", (old, new[..., ::-1, :])),
+            ("the last new position over again", (old, np.broadcast_to(new[..., -1:, :], new.shape))),
+        ):
+            yield text, np.concatenate(both, axis=-2)
     if value.ndim >= 4:
         for text, moved in (
             ("its positions in reverse order", np.flip(value, -2)),
@@ -154,84 +185,85 @@ def nonfinite(program: Program, call: Call, names: Sequence[str]) -> Diagnosis |
     if not guesses:
         guesses = [Guess("overflow", first, "finite weights and inputs, but not a finite result", removed=1.0)]
     guesses.sort(key=lambda g: -g.removed)
+    guesses[0].likely = guesses[0].removed == 1.0
     return Diagnosis(first, "the file", f"{first} is the first tap that is not finite", [first], guesses)
 
 
-def from_recorded(
-    program: Program, call: Call, recorded: Mapping[str, Array], spare: Mapping[str, Array] | None = None
-) -> Diagnosis | None:
-    """Which operation of the file is not the one that made the recorded taps. `spare`: its unused weights."""
+def from_outputs(
+    program: Program, call: Call, held: Mapping[str, Array], who: str, spare: Mapping[str, Array] | None = None,
+    seconds: float = SECONDS, progress: Progress | None = None,
+) -> Diagnosis | None:  # fmt: skip
+    """The cause where only outputs, or some taps, are known; None where float32 noise explains them all.
+
+    who: whose arrays they are; "the file" where they are recorded data, which the file does not reproduce.
+    spare: initializers of the file that nothing uses.
+    """
+    clock = Clock(seconds, progress)
     names = tap_names(program.config)
-    ordered = [tap for tap in names if tap in recorded]
+    ordered = [tap for tap in names if tap in held]
     if not ordered:
         return None
-    # 1. The first recorded tap that float32 noise does not explain.
-    low = dict(_kept(program, call, F32, ordered))
-    values = dict(_kept(program, call, F64, ordered + _boundaries(program)))
+    program, call, held = shortened(program, call, held)
+    low = {t: v for t, v in program.walk(call, F32, until=ordered[-1]) if t in held}
+    right = dict(program.walk(call, F64, until=ordered[-1]))
     errors: dict[str, float] = {}
     for tap in ordered:
-        floor = _rms(difference(low[tap], values[tap]))
-        scale = _rms(values[tap])
-        errors[tap] = _rms(difference(recorded[tap], values[tap])) / max(floor, scale * 1e-7, 1e-300)
-    wrong = [tap for tap in ordered if errors[tap] > LOCAL_FACTOR]
+        scale = _rms(right[tap])
+        floor = _rms(difference(low[tap], right[tap])) + (scale * 2.0 ** -bits_of(held[tap]) / 3)
+        errors[tap] = _rms(difference(held[tap], right[tap])) / max(floor, scale * 1e-7, 1e-300)
+    wrong = [tap for tap in ordered if not errors[tap] <= LOCAL_FACTOR]
     if not wrong:
         return None
-    first = wrong[0]
-    layer, _ = split_tap(first)
-    # 2. The operations that it may be: everything after the last layer whose keys and values are right.
-    suspects, start = bracket(program, ordered, wrong, first)
-    # 3. What to explain: this tap and what follows it, two layers deep.
-    last = program.config.n_layer - 1 if layer is None else min(layer + 2, program.config.n_layer - 1)
-    observed = {
-        tap: recorded[tap]
-        for tap in ordered
-        if names.index(tap) >= names.index(suspects[0]) and (split_tap(tap)[0] or 0) <= last
-        and not (split_tap(tap)[0] is None and last < program.config.n_layer - 1)
-    }  # fmt: skip
-    given = {start: values[start]} if start else {}
-    problem = Problem(program, call, given, observed, suspects)
-    guesses = rank(problem, forward=False, spare=spare)
-    if guesses and guesses[0].removed >= 0.3:
+    if call.start:
+        written = written_elsewhere(program, call, held)
+        if written is not None:
+            return Diagnosis(written.tap, who, f"{who} puts new keys and values in the wrong place", [], [written])
+    suspects, vouched = interval(program, wrong[0], [tap for tap in ordered if tap not in wrong])
+    given = {tap: right[tap] for tap in vouched}
+    after = names.index(suspects[0])
+    observed = {tap: held[tap] for tap in ordered if names.index(tap) >= after and tap not in vouched}
+    problem = Problem(program, call, given, observed, suspects, clock)
+    guesses = rank(problem, spare)
+    tap = wrong[0]
+    if guesses and (guesses[0].likely or guesses[0].removed >= 0.3):
         tap = guesses[0].tap
-        text = f"the file's {tap} is not what made the recorded data"
-    else:
-        tap = suspects[0] if len(suspects) == 1 else first
-        text = f"the file differs from what made the recorded data between {suspects[0]} and {suspects[-1]}"
-    return Diagnosis(tap, "the file", text, suspects, guesses)
+    elif len(suspects) == 1:
+        tap = suspects[0]
+    text = f"{who} differs from {'what made the recorded data' if who == 'the file' else 'the model'}"
+    text += f" between {suspects[0]} and {suspects[-1]}" if len(suspects) > 1 else f" at {suspects[0]}"
+    where = "" if guesses and guesses[0].explains else place_in(problem, wrong[0])
+    return Diagnosis(tap, who, text, suspects, guesses, where=where)
 
 
-def _kept(program: Program, call: Call, dtype: Any, taps: Sequence[str]) -> list[tuple[str, Array]]:
-    last = max(taps, key=tap_names(program.config).index)
-    return [(tap, value) for tap, value in program.walk(call, dtype, until=last) if tap in set(taps)]
+def interval(program: Program, first: str, agree: Iterable[str]) -> tuple[list[str], set[str]]:
+    """The operations that a first wrong tap may come from, in order, and the taps that are vouched for.
 
-
-def _boundaries(program: Program) -> list[str]:
-    return ["embed", *(f"h.{i}.resid_post" for i in range(program.config.n_layer))]
-
-
-def bracket(program: Program, ordered: Sequence[str], wrong: Sequence[str], first: str) -> tuple[list[str], str | None]:
-    """Suspected operations, and the tap before them that is known to be right (None: the token ids).
-
-    Right keys and values of layer i vouch for its ln_1 and everything before. A layer with a wrong k and a
-    right v (or the other way round) has a wrong c_attn: a wrong input would have changed both.
+    A tap that agrees vouches for all that it was computed from: right keys and values of layer i for its ln_1 and
+    everything before. Queries, keys and values come from one matrix: where one is suspected, so are the others that
+    are not vouched for.
     """
     names = tap_names(program.config)
-    layer, _ = split_tap(first)
-    pair = {f"h.{layer}.attn.k", f"h.{layer}.attn.v"}
-    if layer is not None and pair <= set(ordered) and len(pair & set(wrong)) == 1:
-        # q is suspected with them: the three come from one matrix, and q comes first
-        suspects = [f"h.{layer}.attn.q", *sorted(pair & set(wrong))]
-        return suspects, f"h.{layer - 1}.resid_post" if layer else "embed"
-    before = [tap for tap in ordered if names.index(tap) < names.index(first)]
-    good = max((split_tap(tap)[0] for tap in before if split_tap(tap)[0] is not None), default=None)  # type: ignore[type-var]
-    end = names.index(first)
-    if layer is not None:
-        end = names.index(f"h.{layer}.attn.v")
-    if good is None:
-        return names[: end + 1], None
-    inside = names[names.index(f"h.{good}.attn.q") : end + 1]
-    vouched = {f"h.{good}.attn.k", f"h.{good}.attn.v"}
-    return [t for t in inside if t not in vouched], f"h.{good - 1}.resid_post" if good else "embed"
+    vouched: set[str] = set()
+    for tap in agree:
+        if names.index(tap) < names.index(first) or split_tap(tap)[0] == split_tap(first)[0]:
+            vouched |= {tap, *ancestors(tap, program)}
+    suspects = ({first} | ancestors(first, program)) - vouched
+    layer, part = split_tap(first)
+    if part in ("attn.q", "attn.k", "attn.v"):
+        suspects |= {f"h.{layer}.attn.{x}" for x in "qkv"} - vouched
+    return sorted(suspects, key=names.index), vouched
+
+
+def ancestors(tap: str, program: Program) -> set[str]:
+    """Every tap that one is computed from."""
+    found: set[str] = set()
+    pending = list(tap_inputs(tap, program.config))
+    while pending:
+        name = pending.pop()
+        if name not in found:
+            found.add(name)
+            pending += tap_inputs(name, program.config)
+    return found
 
 
 def _rms(x: Array) -> float:

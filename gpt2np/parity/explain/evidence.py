@@ -1,79 +1,168 @@
-"""What the error itself shows, and what the file shows, where no mistake of the catalogue fits."""
+"""What the arrays themselves show, and what the file shows, where no mistake of the catalogue fits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 
-from ...weights import Array
-from ..operations import Run
+from ..operations import OPERATIONS, split_tap, tap_inputs, tap_names
 from .gradients import F64
-from .problem import CERTAIN, Guess, Problem, weight_names
-from .rounding_mistakes import SIXTEEN_BITS, rounded
+from .problem import CERTAIN, Guess, Problem, afterwards, weight_names
+from .rounding import BITS, SIXTEEN_BITS, kind_of, quantised, rounded
+from .where import describe, inside
 
 
-def shape_of_the_error(problem: Problem) -> Iterator[Guess]:
-    """Where no mistake of the catalogue fits: a copy, a constant factor, a clipped range, or plain imprecision."""
-    noise: list[tuple[float, bool]] = []  # error by value of each tap, and whether it is without direction
+def facts(problem: Problem) -> Iterator[Guess]:
+    """What can be read off the observed arrays without trying anything: never written, copied, not finite."""
     for tap, value in problem.observed.items():
         expected = problem.values[tap]
-        if not value.any():
-            yield Guess("never_written", tap, f"{tap} is all zeros", removed=1.0, evidence="in what it gave")
+        if not value.any() and expected.any():
+            yield Guess("never_written", tap, f"{tap} were never written", removed=1.0, explains=True,
+                        evidence="it is all zeros")  # fmt: skip
             continue
-        for other, twin in problem.given.items():
-            if other != tap and twin.shape == value.shape and np.array_equal(twin, value):
-                text = f"{tap} is {other} over again"
-                yield Guess("copied", tap, text, removed=1.0, evidence="equal in what it gave")
+        own = tap_inputs(tap, problem.program.config)  # an operation left out: there are words for that
+        others = {t: v for t, v in {**problem.values, **problem.given}.items() if t not in own}
+        for other, twin in others.items():
+            if (
+                other != tap
+                and twin.shape == value.shape
+                and np.array_equal(twin.astype(np.float32), value.astype(np.float32))
+            ):
+                text = f"{tap} were {other} over again"
+                cause = "copied"
+                if split_tap(tap)[1] in ("embed", "resid_mid", "resid_post") and _later(problem, other, tap):
+                    cause, text = "in_place", f"{tap} had been changed in place to {other} after it was recorded"
+                yield Guess(cause, tap, text, removed=1.0, explains=True, evidence="equal number for number",
+                            fitted=int(cause == "copied"))  # fmt: skip
         bad = ~np.isfinite(value)
         if bad.any() and np.isfinite(expected).all():
             at = tuple(int(i) for i in np.argwhere(bad)[0])
-            text = f"{tap}{list(at)} is {value[at]:g}, where {expected[at]:.6g} belongs"
+            text = f"{tap}{list(at)} became {value[at]:g}, where {expected[at]:.6g} belongs"
             if np.abs(expected).max() > 65504:
                 text += "; float16 ends at 65504"
-            yield Guess("not_finite", tap, text, removed=1.0, evidence=f"{int(bad.sum())} of {bad.size} numbers")
-        if bad.any() or not np.isfinite(expected).all():
+            yield Guess(
+                "not_finite", tap, text, removed=1.0, explains=True, evidence=f"{int(bad.sum())} of {bad.size} numbers"
+            )
+
+
+def _later(problem: Problem, one: str, other: str) -> bool:
+    names = tap_names(problem.program.config)
+    return names.index(one) > names.index(other)
+
+
+def shape_of_the_error(problem: Problem) -> Iterator[Guess]:
+    """A constant factor, a clipped range, dropout, one part of an array alone, or plain imprecision."""
+    noise: list[tuple[float, bool]] = []  # error by value of each tap, and whether it is without direction
+    for tap, value in problem.observed.items():
+        expected = problem.values[tap]
+        if value.shape != expected.shape or not (np.isfinite(value).all() and np.isfinite(expected).all()):
             continue
         error = value - expected
         size, rms = float(np.sqrt(np.mean(error**2))), float(np.sqrt(np.mean(expected**2)))
-        if size == 0 or rms == 0:
+        if size == 0 or rms == 0 or not value.any():
             continue
-        factor = float((value * expected).sum() / (expected * expected).sum())
-        low, high = float(value.min()), float(value.max())
-        for cause, text, change in (
-            ("factor", f"multiplied by {factor:.6g}", partial(np.multiply, factor)),
-            ("clipped", f"clipped to {low:.6g} ... {high:.6g}", partial(np.clip, min=low, max=high)),
-        ):
-            runs = {tap: _afterwards(problem, change)}
-            guess = problem.judge(Guess(cause, tap, f"{tap} is {text}", runs=runs))
-            if guess.removed > 0.5:
-                yield guess
+        yield from _stretched(problem, tap)
+        yield from _dropped(problem, tap)
+        floor = 1e-5 * rms
+        words = describe(error, floor, OPERATIONS[split_tap(tap)[1]].shape, problem.call.start)
+        if words and problem.local:
+            number = words.startswith("one number")
+            yield Guess("one_number" if number else "one_part", tap, f"{words} of {tap} were wrong", removed=0.49,
+                        evidence="the rest agrees", fitted=2)  # fmt: skip
         sizes = np.linalg.svd(error.reshape(-1, error.shape[-1]), compute_uv=False) ** 2
         along = abs(float((error * expected).mean())) / (size * rms)
-        noise.append((size / rms, along < 0.1 and sizes[0] < 0.5 * sizes.sum()))
+        noise.append((size / rms, along < 0.1 and sizes[0] < 0.5 * sizes.sum() and inside(error, floor) is None))
     largest = max((share for share, _ in noise), default=0.0)
     if 2**-20 < largest < 1 / 32 and all(free for share, free in noise if share > largest / 16):
-        text = f"arithmetic of about {math.floor(-math.log2(largest))} bits: sums, an approximation or intermediate "
+        bits = math.floor(-math.log2(largest))
+        text = (
+            f"it had arithmetic of about {bits} bits: sums, an approximation or intermediate results in a narrow type"
+        )
         evidence = f"the error has no direction; it is {largest:.1e} of the value"
-        tap = next(iter(problem.observed))
-        yield Guess("imprecise", tap, text + "results in a narrow type", removed=0.3, evidence=evidence)
+        yield Guess("imprecise", next(iter(problem.observed)), text, removed=0.3, evidence=evidence, fitted=1)
 
 
-def _afterwards(problem: Problem, change: Callable[[Array], Array]) -> Run:
-    return lambda p, call, tap, x, dtype: change(problem.program.run(tap, call, x, dtype))
+def _stretched(problem: Problem, tap: str) -> Iterator[Guess]:
+    value, expected = problem.observed[tap], problem.values[tap]
+    factor = float((value * expected).sum() / (expected * expected).sum())
+    low, high = float(value.min()), float(value.max())
+    for cause, text, change in (
+        ("factor", f"multiplied by {factor:.6g}", partial(np.multiply, factor)),
+        ("clipped", f"clipped to {low:.6g} ... {high:.6g}", partial(np.clip, min=low, max=high)),
+    ):
+        guess = Guess(cause, tap, f"{tap} were {text}", runs=afterwards(problem, tap, change), fitted=1)
+        yield problem.judge(guess)
+
+
+def _dropped(problem: Problem, tap: str) -> Iterator[Guess]:
+    """Some numbers are 0, the others larger by one factor: dropout was on."""
+    value, expected = problem.observed[tap], problem.values[tap]
+    alive = np.abs(expected) > 1e-3 * np.abs(expected).max()
+    zero = (value == 0) & alive
+    share = zero.sum() / max(alive.sum(), 1)
+    if not 0.005 < share < 0.9 or (inside(np.where(zero, expected, 0), 0.0) is not None and share > 0.5):
+        return
+    factor = float(np.median(value[alive & ~zero] / expected[alive & ~zero]))
+    keep = np.where(value == 0, 0, factor)
+    text = f"dropout were on: {share:.0%} of {tap} are 0, the others are multiplied by {factor:.4g}"
+    guess = Guess("dropout", tap, text, runs=afterwards(problem, tap, lambda x: x * keep), fitted=1)
+    yield problem.judge(guess)
+
+
+def stored_narrow(problem: Problem) -> Iterator[Guess]:
+    """Observed arrays whose numbers all fit into a 16-bit type, where that rounding is the whole error."""
+    for tap, value in problem.observed.items():
+        kind = kind_of(value)
+        if kind and problem.stored[tap] < 24:
+            after = np.sqrt(np.mean(np.square(rounded(problem.values[tap], kind) - value)))
+            before = np.sqrt(np.mean(np.square(problem.values[tap] - value)))
+            rms = np.sqrt(np.mean(np.square(value)))
+            if before <= 2.0 ** -BITS[kind] * rms:
+                text = f"{tap} were rounded to {kind}"
+                guess = Guess("rounding", tap, text, evidence=f"every number of it is a {kind}")
+                guess.removed, guess.explains = float(1 - after / before) if before > 0 else 0.0, True
+                yield guess
 
 
 def shown_by_the_file(problem: Problem) -> list[Guess]:
     """Oddities among the suspected operations' weights that cannot be undone, only pointed at."""
-    found: list[Guess] = []
-    found += same_as_another_layer(problem)
-    found += representable_in_16_bits(problem)
-    return found
+    return [*same_as_another_layer(problem), *representable_in_16_bits(problem), *odd_values(problem)]
+
+
+def odd_values(problem: Problem) -> Iterator[Guess]:
+    """Weights that hold what no training leaves: columns of zeros, 8-bit values, equal rows of wpe."""
+    p = problem.program
+    for name, tap in weight_names(problem):
+        value = p.weights(name, F64).astype(np.float64)
+        if value.ndim != 2 or not value.any():
+            continue
+        dead = np.flatnonzero(~value.any(axis=0))
+        if 0 < len(dead) <= value.shape[1] // 4 and not name.startswith(("wte", "wpe", "lm_head")):
+            text = f"column {', '.join(map(str, dead[:4]))} of {name} were not zeros"
+            yield Guess("dead_column", tap, text, "zeros there", removed=CERTAIN, evidence="in the file")
+        used = np.unique(problem.call.position_ids) if name.startswith("wpe") else np.arange(0)
+        wrong = [int(r) for r in used if not value[r].any() or (r and np.array_equal(value[r], value[r - 1]))]
+        if wrong:
+            what = "zeros" if not value[wrong[0]].any() else f"row {wrong[0] - 1} over again"
+            text = f"row {wrong[0]} of wpe were a row of its own"
+            yield Guess("position_rows", tap, text, what, removed=CERTAIN, evidence="in the file")
+        for by_column in (False, True):
+            if value.size > 256 and np.allclose(
+                quantised(value, by_column), value, rtol=0, atol=1e-6 * np.abs(value).max()
+            ):
+                share = expected_rounding_error(problem, name, tap, "int8")
+                if 0.2 < share < 5:
+                    text = f"{name} were not rounded to int8"
+                    yield Guess("quantised", tap, text, "int8 values", removed=CERTAIN,
+                                evidence=f"error is {share:.2g} x what such rounding makes")  # fmt: skip
+                break
 
 
 def same_as_another_layer(problem: Problem) -> list[Guess]:
+    """Weights that are another layer's, element for element."""
     found = []
     p = problem.program
     for name, tap in weight_names(problem):
@@ -85,8 +174,9 @@ def same_as_another_layer(problem: Problem) -> list[Guess]:
             continue
         for i in range(p.config.n_layer):
             if i != int(layer) and np.array_equal(mine, p.weights(f"h.{i}.{stem}", F64)):
-                words = f"{name} is element for element h.{i}.{stem}: another layer's weight"
-                found.append(Guess("other_layer", tap, words, removed=CERTAIN, evidence="equal in the file"))
+                words = f"{name} were a weight of its own"
+                now = f"h.{i}.{stem} there, element for element"
+                found.append(Guess("other_layer", tap, words, now, removed=CERTAIN, evidence="equal in the file"))
                 break
     return found
 
@@ -108,8 +198,8 @@ def representable_in_16_bits(problem: Problem) -> list[Guess]:
             share = expected_rounding_error(problem, name, tap, kind)
             if 0.2 < share < 5:
                 alone = len(rounded_ones) < len(exact)
-                words = f"{name} holds {kind} values only: rounded to {kind}"
-                guess = Guess("rounding", tap, words, evidence=f"error is {share:.2g} x what such rounding makes")
+                words, now = f"{name} were not rounded to {kind}", f"{kind} values only"
+                guess = Guess("rounding", tap, words, now, evidence=f"error is {share:.2g} x what such rounding makes")
                 guess.removed = CERTAIN if alone else 0.5
                 found.append(guess)
     return found
@@ -118,9 +208,11 @@ def representable_in_16_bits(problem: Problem) -> list[Guess]:
 def expected_rounding_error(problem: Problem, name: str, tap: str, kind: str) -> float:
     """Error of the problem over the error that rounding errors of this size, drawn at random, would make."""
     value = problem.program.weights(name, F64).astype(np.float64)
-    bits = 8 if kind == "bf16" else 11  # of the significand
-    _, exponent = np.frexp(value)
-    noise = np.random.default_rng(0).uniform(-0.5, 0.5, value.shape) * np.ldexp(1.0, exponent - bits)
+    if kind == "int8":
+        step = np.full_like(value, np.abs(value).max() / 127)
+    else:
+        step = np.ldexp(1.0, np.frexp(value)[1] - BITS[kind])
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, value.shape) * step
     moved = problem.run(problem.program.with_({name: value + noise}), tap)
     made = problem.weighted({t: moved[t] - problem.values[t] for t in problem.observed})
     size = math.sqrt(sum(float(np.square(v).sum()) for v in made.values()))

@@ -1,4 +1,4 @@
-"""The usual mistakes outside the attention: embedding, norms, linear maps, activation, head, other inputs."""
+"""The usual mistakes outside the attention: norms, linear maps, activation, residual stream, other inputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from ...activations import ACTIVATIONS
 from ...call import Call
 from ...weights import Array
-from ..operations import Run, embed_at, split_tap, tap_inputs
+from ..operations import Run, split_tap, tap_inputs
 from ..program import Program
 from .gradients import F64
-from .problem import Guess, Problem, norm_names, other_weights, swap_text, together
+from .problem import Guess, Problem, afterwards, fit, norm_names, together
 
 # What an operation is fed with by mistake: (which of its inputs, the tap that it reads). "{x}" is the layer's stream.
 OTHER_INPUTS: dict[str, tuple[tuple[int, str], ...]] = {
@@ -45,7 +45,7 @@ def other_input(problem: Problem, tap: str) -> Iterator[Guess]:
             name = f"h.{(layer or 0) - 1}.resid_mid"
         name = name.format(h=block, x=stream)
         value = problem.given.get(name, problem.values.get(name))
-        now = problem.values.get(inputs[which], problem.given.get(inputs[which]))
+        now = problem.input(tap, which)
         if value is None or now is None or name == inputs[which] or value.shape != now.shape:
             continue
 
@@ -53,106 +53,100 @@ def other_input(problem: Problem, tap: str) -> Iterator[Guess]:
             return problem.program.run(t, c, [v if j == i else old for j, old in enumerate(x)], dtype)
 
         group = together(problem, tap)
-        text = f"{' and '.join(group)} read{'s' if len(group) == 1 else ''} {name} instead of {inputs[which]}"
-        yield Guess("other_input", group[0], text, runs=dict.fromkeys(group, run))
+        text = f"{' and '.join(group)} read {name}"
+        yield Guess("other_input", group[0], text, inputs[which], runs=dict.fromkeys(group, run))
 
 
-def activation(form: str) -> Run:
-    return lambda p, call, tap, x, dtype: ACTIVATIONS[form](x[0])
-
-
-def other_activation(problem: Problem, tap: str, now: str) -> Iterator[Guess]:
-    """None of GPT2Config's: none at all, or GELU by tanh with other constants, which the values tell."""
+def activation(problem: Problem, tap: str) -> Iterator[Guess]:
+    """Another activation: one of the table, none at all, or GELU by tanh with other constants."""
+    layer, _ = split_tap(tap)
+    now = problem.program.config.layer_activation(layer)  # type: ignore[arg-type]
+    title = ACTIVATIONS[now].title
 
     def form(f: Callable[[Array], Array]) -> dict[str, Run]:
         return {tap: lambda p, call, name, x, dtype: f(x[0])}
 
     def tanh(k: float, c: float) -> Callable[[Array], Array]:
-        return lambda x: 0.5 * x * (1 + np.tanh(k * x + c * x * x * x))
+        return lambda x: 0.5 * x * (1 + np.tanh(k * (x + c * x * x * x)))
 
-    yield Guess("gelu_form", tap, "no activation at all", runs=form(lambda x: x))
-    square = form(lambda x: 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x))))
-    yield Guess("gelu_form", tap, "GELU form: x * x in place of x * x * x in the tanh", runs=square)
-    x = problem.values.get(source := tap_inputs(tap, problem.program.config)[0], problem.given.get(source))
-    if now == "gelu_tanh" and tap in problem.observed and x is not None:
+    for name, other in ACTIVATIONS.items():
+        if name != now:
+            yield Guess("gelu_form", tap, f"the activation were {other.title}", title, runs=form(other.function))
+    yield Guess("gelu_form", tap, "there were no activation at all", title, runs=form(lambda x: x))
+    if now != "gelu_tanh":
+        return
+    right = math.sqrt(2 / math.pi)
+    square = form(lambda x: 0.5 * x * (1 + np.tanh(right * (x + 0.044715 * x * x))))
+    yield Guess("gelu_form", tap, "GELU had x * x in place of x * x * x in its tanh", title, runs=square)
+    yield Guess(
+        "gelu_form", tap, "GELU lacked its factor 0.5", title, runs=form(lambda x: 2 * tanh(right, 0.044715)(x))
+    )
+
+    def constants(k: float, c: float, fitted: int = 0) -> Guess:
+        text = f"GELU were 0.5 x (1 + tanh({k:.6g} (x + {c:.6g} x^3)))"
+        return Guess(
+            "gelu_constant", tap, text, f"0.797885 and 0.044715 ({title})", runs=form(tanh(k, c)), fitted=fitted
+        )
+
+    for k, c in ((right, 0.44715), (right, 0.0044715), (right, 0.0447), (right, 0.04715), (right, 0.0), (0.8, 0.044715),
+                 (math.sqrt(math.pi / 2), 0.044715), (2 / math.pi, 0.044715), (math.sqrt(2), 0.044715)):  # fmt: skip
+        yield constants(k, c)
+    x = problem.input(tap)
+    if tap in problem.observed and x is not None:
         with np.errstate(all="ignore"):
             u = 2 * problem.observed[tap] / x - 1
             clear = (np.abs(u) < 0.99) & (np.abs(x) > 0.3)
         if clear.sum() > 8:
             x = x[clear]
             (k, c), *_ = np.linalg.lstsq(np.stack([x, x**3], axis=1), np.arctanh(u[clear]), rcond=None)
-            if abs(c) < 1e-3 * abs(k):
-                return  # a sigmoid, which is tried by name
-            text = (
-                f"GELU's constants: tanh({k:.6g} * (x + {c / k:.6g} * x^3)), not tanh(0.797885 * (x + 0.044715 * x^3))"
-            )
-            yield Guess("gelu_constant", tap, text, runs=form(tanh(float(k), float(c))))
+            if abs(c) > 1e-3 * abs(k):  # else a sigmoid, which is tried by name
+                yield constants(float(k), float(c / k), 2)
 
 
-def without_residual(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
-    return x[1]
+def residual(problem: Problem, tap: str) -> Iterator[Guess]:
+    """The addition to the stream: lost, doubled, negated, scaled."""
+    what = "the attention" if tap.endswith("mid") else "the MLP"
+
+    def sums(a: float, b: float) -> dict[str, Run]:
+        return {tap: lambda p, call, name, x, dtype: a * x[0] + b * x[1]}
+
+    yield Guess("missing_residual", tap, f"the residual were not added to {what}'s result", runs=sums(0, 1))
+    yield Guess("missing_branch", tap, f"{what}'s result were not added", runs=sums(1, 0))
+    yield Guess("residual_twice", tap, "the residual were added twice", runs=sums(2, 1))
+    yield Guess("branch_twice", tap, f"{what}'s result were added twice", runs=sums(1, 2))
+    yield Guess("residual_sign", tap, f"{what}'s result were taken off, not added", runs=sums(1, -1))
+    yield Guess(
+        "residual_scale", tap, "the sum were multiplied by sqrt(1/2)", runs=sums(math.sqrt(0.5), math.sqrt(0.5))
+    )
 
 
-def embedding(problem: Problem) -> Iterator[Guess]:
-    N = problem.program.config.n_ctx
+def norm_run(epsilon: float | None = None, outside: bool = False, ddof: int = 0, centre: bool = True) -> Run:
+    def run(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+        weight, bias, own = p.norm(tap, dtype)
+        eps = own if epsilon is None else epsilon
+        centred = x[0] - x[0].mean(axis=-1, keepdims=True) if centre else x[0]
+        variance = (centred * centred).sum(axis=-1, keepdims=True) / (x[0].shape[-1] - ddof)
+        root = np.sqrt(variance) + eps if outside else np.sqrt(variance + eps)
+        return np.asarray(centred / root * weight + bias)
 
-    def moved(by: int) -> Run:
-        def run(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
-            return embed_at(p, call, (call.position_ids + by) % N, dtype)
-
-        return run
-
-    def without(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
-        return p.weights("wte.weight", dtype)[call.input_ids].astype(dtype)
-
-    def at(rows: Array) -> Run:
-        return lambda p, call, tap, x, dtype: embed_at(p, call, np.broadcast_to(rows, call.input_ids.shape), dtype)
-
-    def scaled(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
-        wte = p.weights("wte.weight", dtype)[call.input_ids].astype(dtype)
-        return np.asarray(wte * math.sqrt(wte.shape[-1]) + p.weights("wpe.weight", dtype)[call.position_ids])
-
-    T = problem.call.input_ids.shape[1]
-    if T > 1:
-        yield Guess("positions", "embed", "every position is 0", runs={"embed": at(np.zeros(T, int))})
-        yield Guess("positions", "embed", "positions run backwards", runs={"embed": at(np.arange(T)[::-1])})
-    yield Guess("scaled_embedding", "embed", "the token vectors are multiplied by sqrt(C)", runs={"embed": scaled})
-    for by in (1, -1, 2, -2):
-        yield Guess("position_offset", "embed", f"positions are off by {abs(by)}", runs={"embed": moved(by)})
-    start = problem.call.start
-    if start:
-        yield Guess(
-            "position_offset",
-            "embed",
-            "positions start again at 0 after the cached ones",
-            runs={"embed": moved(-start)},
-        )
-    yield Guess("missing_positions", "embed", "the position embedding is not added", runs={"embed": without})
+    return run
 
 
-def layer_norm(problem: Problem, tap: str, forward: bool) -> Iterator[Guess]:
+def layer_norm(problem: Problem, tap: str) -> Iterator[Guess]:
+    """Guesses at a layer norm: its epsilon, its variance, its form, its weights."""
     p = problem.program
     now = p.config.epsilon(tap)
-
-    def form(eps: float, outside: bool = False, ddof: int = 0, centre: bool = True) -> Run:
-        def run(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
-            weight, bias, _ = p.norm(tap, dtype)
-            centred = x[0] - x[0].mean(axis=-1, keepdims=True) if centre else x[0]
-            variance = (centred * centred).sum(axis=-1, keepdims=True) / (x[0].shape[-1] - ddof)
-            root = np.sqrt(variance) + eps if outside else np.sqrt(variance + eps)
-            return np.asarray(centred / root * weight + bias)
-
-        return run
-
+    have = f"{now:g}"
     others = {p.config.epsilon(n) for n in norm_names(p)} | {p.config.layer_norm_epsilon}
     candidates = sorted({1e-5, 1e-6, 1e-8, 1e-12, 1e-4, 1e-3, 1e-2, 0.1, 0.0} | others)
     for eps in candidates:
         if not math.isclose(eps, now, rel_tol=1e-3):
-            text = f"epsilon {swap_text(f'{eps:g}', f'{now:g}', forward)}"
-            yield Guess("epsilon_value", tap, text, runs={tap: form(eps)})
+            yield Guess("epsilon_value", tap, f"epsilon were {eps:g}", have, runs={tap: norm_run(eps)})
     for eps in sorted({now, 1e-5, *candidates[1:]}):
-        yield Guess("epsilon_outside", tap, f"epsilon {eps:g} outside the root", runs={tap: form(eps, outside=True)})
-    yield Guess("ddof", tap, "variance divided by C - 1 instead of C (ddof 1)", runs={tap: form(now, ddof=1)})
+        text = f"epsilon ({eps:g}) stood outside the root"
+        yield Guess("epsilon_outside", tap, text, "it inside", runs={tap: norm_run(eps, outside=True)})
+    text = "the variance were divided by C - 1 (ddof 1)"
+    yield Guess("ddof", tap, text, "it divided by C", runs={tap: norm_run(ddof=1)})
 
     def other(combine: Callable[[Array, Array, Array], Array], axis: Any = -1, root: bool = True) -> Run:
         def run(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
@@ -164,57 +158,134 @@ def layer_norm(problem: Problem, tap: str, forward: bool) -> Iterator[Guess]:
         return run
 
     for text, run in {
-        "weight and bias change places": other(lambda y, w, b: y * b + w),
-        "the bias is added before the weight is multiplied": other(lambda y, w, b: (y + b) * w),
-        "1 + weight in place of weight": other(lambda y, w, b: y * (1 + w) + b),
-        "divided by the variance, not by its root": other(lambda y, w, b: y * w + b, root=False),
-        "mean and variance over the positions": other(lambda y, w, b: y * w + b, axis=-2),
-        "mean and variance over positions and width together": other(lambda y, w, b: y * w + b, axis=(-1, -2)),
-        "neither weight nor bias is applied": other(lambda y, w, b: y),
+        "weight and bias changed places": other(lambda y, w, b: y * b + w),
+        "the bias were added before the weight is multiplied": other(lambda y, w, b: (y + b) * w),
+        "1 + weight stood in place of weight": other(lambda y, w, b: y * (1 + w) + b),
+        "it divided by the variance, not by its root": other(lambda y, w, b: y * w + b, root=False),
+        "mean and variance were taken over the positions": other(lambda y, w, b: y * w + b, axis=-2),
+        "mean and variance were taken over positions and width together": other(
+            lambda y, w, b: y * w + b, axis=(-1, -2)
+        ),
+        "neither weight nor bias were applied": other(lambda y, w, b: y),
     }.items():
-        yield Guess("norm_form", tap, f"{tap}: {text}", runs={tap: run})
-    yield Guess("missing_norm", tap, f"{tap} is not applied", runs={tap: lambda p, call, name, x, dtype: x[0]})
-    yield Guess("no_centring", tap, "the mean is not taken off (RMS norm)", runs={tap: form(now, centre=False)})
-    yield Guess(
-        "missing_weight", tap, f"{tap}.weight is not applied",
-        weights={f"{tap}.weight": np.ones(p.config.n_embd)},
-    )  # fmt: skip
-    yield from other_weights(problem, tap, tap, [n for n in norm_names(p) if n != tap], forward)
+        yield Guess("norm_form", tap, f"in {tap} {text}", runs={tap: run})
+    yield Guess("missing_norm", tap, f"{tap} were not applied", runs={tap: lambda p, call, name, x, dtype: x[0]})
+    text = "the mean were not taken off (RMS norm)"
+    yield Guess("no_centring", tap, text, runs={tap: norm_run(centre=False)})
+    ones = {f"{tap}.weight": np.ones(p.config.n_embd)}
+    yield Guess("missing_weight", tap, f"{tap}.weight were not applied", weights=ones)
+    yield from own_weights(problem, tap, tap)
 
 
-def linear(problem: Problem, tap: str, name: str, forward: bool) -> Iterator[Guess]:
+def fitted_epsilon(problem: Problem, tap: str, start: float) -> Guess:
+    """The epsilon of one norm that removes most of the error."""
+    have = f"{problem.program.config.epsilon(tap):g}"
+
+    def make(eps: float) -> Guess:
+        return Guess("epsilon_value", tap, f"epsilon were {eps:.4g}", have, runs={tap: norm_run(eps)})
+
+    return fit(problem, make, start)
+
+
+def own_weights(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
+    """What can happen to the weight and bias of any map by themselves: missing, twice, negated."""
+    w = problem.program.weights
+    bias = w(f"{name}.bias", F64)
+    if bias.any():
+        for cause, words, factor in (
+            ("missing_bias", "missing", 0.0), ("bias_twice", "added twice", 2.0), ("bias_negated", "negated", -1.0),
+            ("bias_twice", "halved", 0.5),
+        ):  # fmt: skip
+            yield Guess(cause, tap, f"{name}.bias were {words}", weights={f"{name}.bias": factor * bias})
+    if "ln_" not in name:
+        negated = {f"{name}.weight": -w(f"{name}.weight", F64)}
+        yield Guess("weight_negated", tap, f"{name}.weight were negated", weights=negated)
+
+
+def other_weights(problem: Problem, tap: str, name: str, others: list[str]) -> Iterator[Guess]:
+    """Another map's weight and bias in place of this one's, or the two exchanged."""
+    w = problem.program.weights
+    kinds = ("weight", "bias")
+    mine = {kind: w(f"{name}.{kind}", F64) for kind in kinds}
+    for other in others:
+        theirs = {kind: w(f"{other}.{kind}", F64) for kind in kinds}
+        both = {f"{name}.{kind}": theirs[kind] for kind in kinds}
+        yield Guess("other_layer", tap, f"weight and bias of {other} stood in place of {name}'s", weights=both)
+        back = {f"{other}.{kind}": mine[kind] for kind in kinds}
+        text = f"weight and bias of {name} and {other} were exchanged"
+        yield Guess("weights_exchanged", tap, text, weights={**both, **back})
+        for kind in kinds:
+            one = {f"{name}.{kind}": theirs[kind]}
+            yield Guess("other_layer", tap, f"{other}.{kind} stood in place of {name}.{kind}", weights=one)
+            text = f"{name}.{kind} and {other}.{kind} were exchanged"
+            yield Guess("weights_exchanged", tap, text, weights={**one, f"{other}.{kind}": mine[kind]})
+
+
+def linear(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
+    """Guesses at a linear map that makes one tap: transposed, heads in another order, another's weights."""
     p = problem.program
-    layer, part = split_tap(tap)
+    part = split_tap(tap)[1]
     key = f"{name}.weight"
     weight = p.weights(key, F64)
     rows, columns = weight.shape
     if rows == columns:
-        yield Guess("transposed", tap, f"{key} is transposed", weights={key: weight.T})
+        yield Guess("transposed", tap, f"{key} were transposed", weights={key: weight.T})
     else:
         for flipped in (weight.reshape(columns, rows).T, weight.T.reshape(rows, columns)):
-            yield Guess("transposed", tap, f"{key} is read as ({columns}, {rows}) transposed", weights={key: flipped})
+            text = f"{key} were read as ({columns}, {rows}) and transposed"
+            yield Guess("transposed", tap, text, weights={key: flipped})
     if part == "attn.out":
         H = p.config.n_head
         heads = weight.reshape(H, rows // H, columns)
         for a, b in combinations(range(H), 2):
             order = list(range(H))
             order[a], order[b] = b, a
-            yield Guess(
-                "swapped_heads", tap, f"{key}: heads {a} and {b} are swapped",
-                weights={key: heads[order].reshape(rows, columns)},
-            )  # fmt: skip
+            new = {key: heads[order].reshape(rows, columns)}
+            yield Guess("swapped_heads", tap, f"heads {a} and {b} of {key} were swapped", weights=new)
         for text, mixed in (
-            ("(D, H) instead of (H, D)", heads.transpose(1, 0, 2)),
-            ("(H, D) instead of (D, H)", weight.reshape(rows // H, H, columns).transpose(1, 0, 2)),
+            ("(D, H)", heads.transpose(1, 0, 2)),
+            ("(H, D) taken for (D, H)", weight.reshape(rows // H, H, columns).transpose(1, 0, 2)),
         ):
-            yield Guess("head_split", tap, f"{key}: rows ordered {text}", weights={key: mixed.reshape(rows, columns)})
-    stem = name.split(".", 2)[2]
-    others = [f"h.{i}.{stem}" for i in range(p.config.n_layer) if i != layer]
-    yield from other_weights(problem, tap, name, others, forward)
+            new = {key: mixed.reshape(rows, columns)}
+            yield Guess("head_split", tap, f"the rows of {key} were ordered {text}", "(H, D)", weights=new)
+    yield from own_weights(problem, tap, name)
+    yield from dead_columns(problem, tap, name)
 
 
-def head(problem: Problem) -> Iterator[Guess]:
-    p = problem.program
-    if not p.config.tied:
-        wte = p.weights("wte.weight", F64)
-        yield Guess("untied_head", "logits", "the head is not wte (untied)", weights={p.head: wte})
+def dead_columns(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
+    """Columns of an observed linear map that are constant: zero, or the bias alone."""
+    observed = problem.observed.get(tap)
+    if observed is None or split_tap(tap)[1] in ("attn.q", "attn.k", "attn.v"):
+        return
+    flat = observed.reshape(-1, observed.shape[-1])
+    bias = problem.program.weights(f"{name}.bias", F64)
+    weight = problem.program.weights(f"{name}.weight", F64)
+    for words, still in (("0", 0 * bias), ("its bias alone", bias)):
+        dead = np.flatnonzero((np.abs(flat - still) < 1e-6).all(axis=0))
+        if 0 < len(dead) < len(bias) and len(flat) > 1:
+            new_weight, new_bias = weight.copy(), bias.copy()
+            new_weight[:, dead], new_bias[dead] = 0, still[dead]
+            shown = ", ".join(map(str, dead[:4])) + (" ..." if len(dead) > 4 else "")
+            text = f"column {shown} of {name} were dead: it gives {words}"
+            yield Guess("dead_column", tap, text, weights={f"{name}.weight": new_weight, f"{name}.bias": new_bias})
+
+
+def whole_results(problem: Problem, tap: str) -> Iterator[Guess]:
+    """What can be done to a result as a whole, where that result was seen."""
+    if tap not in problem.observed:
+        return
+
+    def last(x: Array) -> Array:
+        return np.broadcast_to(x[..., -1:, :], x.shape)
+
+    for cause, text, change in (
+        ("integers", f"{tap} were rounded to integers", np.rint),
+        ("integers", f"{tap} were cut off to integers", np.trunc),
+        (
+            "last_everywhere",
+            f"every position of {tap} were the last one",
+            last,
+        ),
+        ("negated", f"{tap} were negated", np.negative),
+    ):
+        yield Guess(cause, tap, text, runs=afterwards(problem, tap, change))

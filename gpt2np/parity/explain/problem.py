@@ -1,17 +1,17 @@
 """What is to be explained, and one possible explanation of it.
 
-A `Problem` holds values that are trusted (`given`), values that should come out (`observed`), and the
-operations between them. A `Guess` changes the program at one of these operations; how much of the error it
-removes says how well it explains it. The same machinery serves both questions:
-
-- the program under test is wrong and good outputs were recorded: which change makes it right?
-- the program is right and another party's operation differs: which mistake reproduces what that party did?
+A `Problem` holds a program, values that are trusted (`given`) and values that came out elsewhere (`observed`): of a
+port, of another runtime, or recorded. A `Guess` changes the program, so that it computes what was observed; how much
+of the error the change removes says how well it explains it. It reads the same in both directions: "what was observed
+behaves as if X; the model has Y", whichever of the two is the one at fault.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +23,31 @@ from ..metrics import difference
 from ..operations import Run, split_tap, tap_inputs, tap_names, tap_weights
 from ..program import Program
 from .gradients import F32, F64
+from .rounding import bits_of
 
 NOISE_FACTOR = 10.0  # a guess explains an error if it leaves no more than so many times float32's own error
-
-
 CERTAIN = 0.96  # rank of what the file itself shows (two layers with one weight) though it cannot be undone
+CLOSE = 0.9  # a guess that leaves more than noise is most likely from here on, if it has no rival
+RIVAL = 3.0  # what leaves at most so many times as much as the best guess is its rival
+
+Progress = Callable[[float, str], None]  # share of the time that is used up, what is being tried
+
+
+class Clock:
+    """Processor time that a search may take."""
+
+    def __init__(self, seconds: float = 60.0, progress: Progress | None = None) -> None:
+        self.start, self.seconds, self.progress = time.process_time(), seconds, progress
+
+    @property
+    def used(self) -> float:
+        return time.process_time() - self.start
+
+    def out(self, doing: str = "", share: float = 1.0) -> bool:
+        """Whether that share of the time is used up; tells how far it is."""
+        if self.progress is not None and doing:
+            self.progress(min(1.0, self.used / self.seconds), doing)
+        return self.used > share * self.seconds
 
 
 @dataclass
@@ -36,31 +56,46 @@ class Guess:
 
     cause: str  # a stable identifier, for tools
     tap: str  # the first tap that it changes
-    text: str  # for people
+    text: str  # a clause: what was observed behaves as if "the bias were missing"
+    now: str = ""  # what the model has, where that is not said already
     weights: dict[str, Array] = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
+    call: Call | None = None  # another call: another past, mask or positions
+    fitted: int = 0  # numbers that were fitted to the error; what is exact goes before what is fitted
     removed: float = -math.inf  # share of the error that it removes: 1 explains all of it
     explains: bool = False  # what remains is float32 noise
-    evidence: str = ""  # what the file itself shows for it
+    likely: bool = False  # it may be called the cause: see `name_likely`
+    evidence: str = ""  # what the file or the arrays themselves show for it
     element: tuple[str, tuple[int, ...], float] = ("", (), 0.0)  # a wrong element: weight, index, correction
     named: str = ""  # the tap to name, where it is an input of `tap` that arrives changed
 
     @property
-    def merit(self) -> tuple[bool, float]:
-        """What guesses are ranked by."""
-        return self.explains, self.removed
+    def merit(self) -> tuple[bool, bool, float]:
+        """What guesses are ranked by: those that leave noise alone, first the ones that fit nothing to it."""
+        return self.explains, not (self.explains and self.fitted), self.removed
 
     @property
-    def likely(self) -> bool:
-        """Whether to name it as the cause: it explains at least half of the error, or the file shows it."""
-        return self.explains or self.removed >= 0.5 or bool(self.evidence)
+    def variant(self) -> str:
+        """Its text without the layer: the same mistake made in another layer has the same."""
+        return re.sub(r"\bh\.\d+\.", "h.*.", self.text)
+
+    @property
+    def share(self) -> str:
+        """How well it explains, in words."""
+        if self.evidence and not self.explains and not math.isfinite(self.removed):
+            return "shown"
+        return "explains all of it" if self.explains else f"explains part ({self.removed:.0%})"
+
+    def sentence(self, who: str, model: str = "the model") -> str:
+        """ "WHO behaves as if ...; the model has ..."."""
+        return f"{who} behaves as if {self.text}" + (f"; {model} has {self.now}" if self.now else "")
 
     def applied(self, program: Program) -> Program:
-        return program.with_(self.weights, self.runs, **self.config)
+        return program.with_(self.weights, self.runs)
 
     def as_dict(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("cause", "tap", "text", "removed", "explains", "evidence")}
+        names = ("cause", "tap", "text", "now", "removed", "explains", "likely", "evidence")
+        return {name: getattr(self, name) for name in names}
 
 
 class Problem:
@@ -73,9 +108,11 @@ class Problem:
         given: Mapping[str, Array],
         observed: Mapping[str, Array],
         suspects: Sequence[str],
+        clock: Clock | None = None,
     ) -> None:
-        self.program, self.call = program, call
+        self.program, self.call, self.clock = program, call, clock or Clock()
         self.given = {tap: value.astype(np.float64) for tap, value in given.items()}
+        self.stored = {tap: bits_of(value) for tap, value in observed.items()}  # of the significand that was kept
         self.observed = {tap: value.astype(np.float64) for tap, value in observed.items()}
         self.suspects = list(suspects)
         names = tap_names(program.config)
@@ -95,18 +132,43 @@ class Problem:
         self.values = self.run(program)
         self.before = self.error(self.values)
         low = self.run(program, dtype=F32)
-        noise = self.weighted({tap: low[tap] - self.values[tap] for tap in observed})
-        with np.errstate(over="ignore"):
-            self.noise = math.sqrt(sum(float(np.square(v).sum()) for v in noise.values()))
+        squares = 0.0
+        with np.errstate(all="ignore"):
+            for tap, value in self.observed.items():
+                squares += float(np.square((low[tap] - self.values[tap]) * self.weights[tap]).sum())
+                if self.stored[tap] < 24:  # rounding to 11 bits, say, is its noise
+                    squares += float(np.square(value * self.weights[tap]).sum()) * 2.0 ** (-2 * self.stored[tap]) / 12
+        self.noise = math.sqrt(squares)
+        self.only: dict[str, Array] = {}  # where alone guesses are made, as masks; see `confined`
 
-    def run(self, program: Program, first: str | None = None, dtype: Any = F64) -> dict[str, Array]:
+    @property
+    def local(self) -> bool:
+        """Whether what is observed is the suspected operation itself, its inputs given."""
+        return set(self.suspects) == set(self.observed)
+
+    def run(
+        self, program: Program, first: str | None = None, dtype: Any = F64, call: Call | None = None
+    ) -> dict[str, Array]:
         """All values of another program; operations before `first` keep the base program's."""
         start = self.taps.index(first) if first in self.taps else 0
         known = {**{t: self.values[t] for t in self.taps[:start]}, **self.given} if start else dict(self.given)
         for tap in self.taps[start:]:
             inputs = [self.given.get(i, known.get(i)) for i in tap_inputs(tap, program.config)]
-            known[tap] = program.run(tap, self.call, inputs, dtype)  # type: ignore[arg-type]
+            known[tap] = program.run(tap, call or self.call, inputs, dtype)  # type: ignore[arg-type]
         return known
+
+    def input(self, tap: str, which: int = 0) -> Array | None:
+        """An input of an operation, as the program under test gives it to it."""
+        name = tap_inputs(tap, self.program.config)[which]
+        return self.given.get(name, self.values.get(name))
+
+    def local_change(self, guess: Guess, tap: str) -> Array | None:
+        """What a guess changes at one tap, its inputs as they are; None where it changes nothing of that tap."""
+        if guess.call is not None:
+            return None
+        x = [self.given.get(i, self.values.get(i)) for i in tap_inputs(tap, self.program.config)]
+        changed = guess.applied(self.program).run(tap, self.call, x, F64)  # type: ignore[arg-type]
+        return changed - self.values[tap] if changed.shape == self.values[tap].shape else None
 
     def weighted(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Arrays of the observed taps, scaled so that the sum of all squares is the relative squared error."""
@@ -121,16 +183,38 @@ class Problem:
         """Relative rms error over all observed taps; infinite where one is not finite."""
         total = 0.0
         for tap, target in self.observed.items():
-            with np.errstate(over="ignore"):
+            if values[tap].shape != target.shape:
+                return math.inf
+            with np.errstate(over="ignore", invalid="ignore"):
                 total += float(np.square(difference(values[tap], target) * self.weights[tap]).sum())
         return math.sqrt(total)
 
     def judge(self, guess: Guess) -> Guess:
-        """Fill in how much of the error the guess removes."""
-        after = self.error(self.run(guess.applied(self.program), guess.tap))
-        guess.removed = 1 - after / self.before if self.before > 0 and math.isfinite(after) else -math.inf
-        guess.explains = after <= NOISE_FACTOR * self.noise
+        """Fill in how much of the error the guess removes.
+
+        What remains is held against what was observed, too: numbers that are near nothing explain nothing, however
+        much smaller than the error the observed values are.
+        """
+        values = self.run(guess.applied(self.program), guess.tap, call=guess.call)
+        for tap, mask in self.only.items():
+            values[tap] = np.where(mask, values[tap], self.values[tap])
+        after, whole = self.error(values), min(self.before, 1.0)
+        guess.removed = 1 - after / whole if whole > 0 and math.isfinite(after) else -math.inf
+        guess.explains = after <= NOISE_FACTOR * self.noise and after < 0.5 * whole
         return guess
+
+
+def name_likely(ranked: Sequence[Guess]) -> None:
+    """Say of the best guess whether it may be called the cause.
+
+    It may if what it leaves is noise, or if it removes nine tenths, fits nothing to the error, and no other cause
+    comes near it.
+    """
+    if not ranked:
+        return
+    best, others = ranked[0], [g for g in ranked[1:] if g.cause != ranked[0].cause]
+    rivals = [g for g in others if g.explains or 1 - g.removed <= RIVAL * max(1 - best.removed, 1e-6)]
+    best.likely = best.likely or best.explains or (best.removed >= CLOSE and not best.fitted and not rivals)
 
 
 def together(problem: Problem, tap: str) -> list[str]:
@@ -155,21 +239,37 @@ def norm_names(p: Program) -> list[str]:
     return [f"h.{i}.{n}" for i in range(p.config.n_layer) for n in ("ln_1", "ln_2")] + ["ln_f"]
 
 
-def other_weights(problem: Problem, tap: str, name: str, others: list[str], forward: bool) -> Iterator[Guess]:
-    """Missing bias, another layer's weights, rounding: what can happen to the weight and bias of any map."""
-    w = problem.program.weights
-    for other in others:
-        both = {f"{name}.{kind}": w(f"{other}.{kind}", F64) for kind in ("weight", "bias")}
-        yield Guess("other_layer", tap, f"weight and bias of {other} in place of {name}'s", weights=both)
-        for kind in ("weight", "bias"):
-            one = {f"{name}.{kind}": both[f"{name}.{kind}"]}
-            yield Guess("other_layer", tap, f"{other}.{kind} in place of {name}.{kind}", weights=one)
-    bias = w(f"{name}.bias", F64)
-    if bias.any():
-        yield Guess("missing_bias", tap, f"{name}.bias is missing", weights={f"{name}.bias": np.zeros_like(bias)})
-        yield Guess("bias_twice", tap, f"{name}.bias is added twice", weights={f"{name}.bias": 2 * bias})
+def afterwards(problem: Problem, tap: str, change: Callable[[Array], Array]) -> dict[str, Run]:
+    """The operation as it is, its result changed."""
+    return {tap: lambda p, call, name, x, dtype: change(problem.program.run(name, call, x, dtype))}
 
 
-def swap_text(other: object, now: object, forward: bool) -> str:
-    wrong, right = (other, now) if forward else (now, other)
-    return f"{wrong} instead of {right}"
+def fit(problem: Problem, make: Callable[[float], Guess], start: float, rounds: int = 12) -> Guess:
+    """The guess of a family with one positive number that removes most of the error: Gauss-Newton on its logarithm."""
+
+    def residual(log: float) -> Array:
+        guess = make(math.exp(log))
+        values = problem.run(guess.applied(problem.program), guess.tap)
+        with np.errstate(all="ignore"):
+            return np.concatenate([r.ravel() for r in problem.residuals(values).values()])
+
+    log = best = math.log(start)
+    least = math.inf
+    for _ in range(rounds):
+        e = residual(log)
+        size = float(np.square(e).sum())
+        if not math.isfinite(size):
+            break
+        if size < least:
+            least, best = size, log
+        slope = (residual(log + 1e-4) - e) / 1e-4
+        bottom = float(np.square(slope).sum())
+        if not bottom > 0 or not math.isfinite(bottom) or problem.clock.out():
+            break
+        step = -float((slope * e).sum()) / bottom
+        log += min(max(step, -2.0), 2.0)
+        if abs(step) < 1e-9:
+            break
+    guess = make(math.exp(best))
+    guess.fitted = 1
+    return problem.judge(guess)

@@ -1,88 +1,212 @@
-"""All guesses at one problem, tried and ranked: "did you mean"."""
+"""All guesses at one problem, tried in the order of what they cost, and ranked: "did you mean".
+
+1. what the arrays show by themselves; 2. mistakes with nothing to fit, at each suspected operation; 3. the same made
+in every layer at once; 4. other weights and narrower types; 5. mistakes confined to the part of the array where the
+error is; 6. numbers that are fitted; 7. single weights; 8. the shape of the error. A stage is left out where an
+earlier one explains everything, and the clock ends the search wherever it is.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from ...activations import ACTIVATIONS
+from ...call import Call
 from ...weights import Array
-from ..operations import split_tap
-from .attention_mistakes import c_attn, mask, merge, other_softmax, scale
-from .evidence import shape_of_the_error, shown_by_the_file
-from .gradients import F64
-from .mistakes import activation, embedding, head, layer_norm, linear, other_activation, other_input, without_residual
-from .problem import Guess, Problem, swap_text, weight_names
-from .rounding_mistakes import narrow_types
-from .solve import absent_biases, single_elements
+from ..operations import OPERATIONS, Run, split_tap
+from ..program import Program
+from . import attention_mistakes as attention
+from .cache_mistakes import cache
+from .embedding_mistakes import embedding, head
+from .evidence import facts, shape_of_the_error, shown_by_the_file, stored_narrow
+from .gradients import F64, Gradients
+from .mistakes import (
+    activation,
+    fitted_epsilon,
+    layer_norm,
+    linear,
+    other_input,
+    other_weights,
+    residual,
+    whole_results,
+)
+from .problem import Guess, Problem, name_likely, norm_names, weight_names
+from .rounding_mistakes import narrow_everywhere, narrow_types
+from .solve import absent_biases, dead_column, single_elements
+from .where import describe, inside
+
+KEPT = 0.02  # a guess that removes less is forgotten
+SHOWN = 0.05
+FIT = 0.5  # among millions of numbers, one that fits a little can always be found: what is fitted must do this much
 
 
-def rank(problem: Problem, forward: bool, spare: Mapping[str, Array] | None = None, keep: int = 5) -> list[Guess]:
-    """The best explanations, best first.
+class Ranking:
+    """The best guess of each cause at each tap; a guess may hold whole weight matrices."""
 
-    forward: the program is right and a mistake is to be reproduced; otherwise it is wrong and to be undone.
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.best = problem, dict[tuple[str, str], Guess]()
+
+    @property
+    def explained(self) -> bool:
+        return any(g.explains for g in self.best.values())
+
+    def keep(self, guess: Guess) -> None:
+        key = guess.cause, guess.tap
+        if guess.removed > KEPT and (key not in self.best or guess.merit > self.best[key].merit):
+            self.best[key] = guess
+
+    def try_all(self, guesses: Iterable[Guess], share: float, least: float = KEPT) -> None:
+        """Judge guesses until that share of the time is used up."""
+        for guess in guesses:
+            if self.problem.clock.out(guess.text, share):
+                return
+            judged = guess if math.isfinite(guess.removed) else self.problem.judge(guess)
+            if judged.removed > least:
+                self.keep(judged)
+
+    def ranked(self) -> list[Guess]:
+        return sorted(self.best.values(), key=lambda g: g.merit, reverse=True)
+
+
+def rank(problem: Problem, spare: Mapping[str, Array] | None = None, keep: int = 5) -> list[Guess]:
+    """The best explanations, best first; the first of them says whether it may be called the cause.
+
     spare: initializers of the file that nothing uses, which may be the weights that are missed.
     """
-    best: dict[tuple[str, str], Guess] = {}
-
-    def keep_best(guess: Guess) -> None:
-        """Of each cause at each tap only the best: a guess may hold whole weight matrices."""
-        key = guess.cause, guess.tap
-        if guess.removed > 0.02 and (key not in best or guess.merit > best[key].merit):
-            best[key] = guess
-
+    found = Ranking(problem)
+    for guess in [*facts(problem), *stored_narrow(problem)]:
+        found.keep(guess)
+    stages: list[Callable[[], Iterable[Guess]]] = []
     if problem.before > 0 and math.isfinite(problem.before):
-        for tap in problem.suspects:
-            for guess in catalogue(problem, tap, forward):
-                keep_best(problem.judge(guess))
-        for guess in spare_weights(problem, spare or {}):
-            keep_best(problem.judge(guess))
-        if not forward:
-            for guess in [*everywhere(problem, list(best.values())), *absent_biases(problem)]:
-                keep_best(guess)
-        if not any(g.explains for g in best.values()):
-            for guess in single_elements(problem):
-                if guess.removed > 0.5:  # among millions of numbers, one that fits a little can always be found
-                    keep_best(guess)
-    if forward and problem.before > 0 and not any(g.explains for g in best.values()):
-        for guess in shape_of_the_error(problem):
-            keep_best(guess)
-    if not forward:
-        explained = any(g.explains for g in best.values())
-        for found in shown_by_the_file(problem):
-            found.removed = 0.1 if explained else found.removed
-            keep_best(found)
-    ranked = sorted(best.values(), key=lambda g: g.merit, reverse=True)
-    return [g for g in ranked if g.removed > 0.05][:keep]
+        plain = ordered(problem, [g for tap in problem.suspects for g in catalogue(problem, tap)])
+        found.try_all(plain, 0.4)
+        stages = [
+            lambda: everywhere(problem),
+            lambda: spare_weights(problem, spare or {}),
+            lambda: (g for tap in problem.suspects for g in further(problem, tap)),
+            lambda: confined(problem, found),
+            lambda: by_head(problem, found.ranked()),
+            lambda: fitted(problem, found.ranked()),
+            lambda: absent_biases(problem),
+        ]
+        for number, stage in enumerate(stages):
+            if not found.explained:
+                found.try_all(stage(), 0.5 + 0.05 * number)
+        if not found.explained and not problem.clock.out("single weights", 0.7):
+            found.try_all([*dead_column(problem), *single_elements(problem)], 1.0, FIT)
+    if problem.before > 0 and not found.explained:
+        found.try_all(shape_of_the_error(problem), 1.0)
+    shown = list(shown_by_the_file(problem)) if not problem.clock.out(share=0.95) else []
+    for guess in shown:
+        guess.removed = 0.1 if found.explained else guess.removed
+        guess.likely = not found.explained and len({g.tap for g in shown}) == 1 and guess.removed > 0.9
+        found.keep(guess)
+    ranked = [g for g in found.ranked() if g.removed > SHOWN][:keep]
+    name_likely(ranked)
+    return ranked
 
 
-def everywhere(problem: Problem, guesses: Sequence[Guess]) -> list[Guess]:
-    """The most promising guesses once more, made in every layer at once: exporters err in all layers alike."""
-    if any(g.explains for g in guesses):
-        return []
-    found = []
-    norms = ("ln_1", "ln_2", "ln_f")
-    for guess in sorted(guesses, key=lambda g: -g.removed)[:8]:
-        layer, part = split_tap(guess.tap)
-        if layer is None or guess.removed < 0.02:
+def catalogue(problem: Problem, tap: str, alone: bool = False) -> Iterator[Guess]:
+    """Mistakes with nothing to fit, at one operation. `alone`: q, k or v by itself, suspected or not."""
+    layer, part = split_tap(tap)
+    if part == "embed":
+        yield from embedding(problem)
+    elif part in ("ln_1", "ln_2", "ln_f"):
+        yield from layer_norm(problem, tap)
+    elif part in ("attn.q", "attn.k", "attn.v"):
+        # the three share one matrix: they are tried together, at the first of them that is suspected
+        group = [f"h.{layer}.attn.{x}" for x in "qkv"]
+        if alone or tap == next(t for t in group if t in problem.suspects):
+            yield from attention.c_attn(problem, layer)  # type: ignore[arg-type]
+    elif part == "attn.scores":
+        yield from attention.scale(problem, tap)
+        yield from cache(problem, tap)
+    elif part == "attn.probs":
+        yield from attention.mask(problem, tap)
+        yield from attention.other_softmax(problem, tap)
+    elif part == "attn.heads":
+        yield from attention.merge(problem, tap)
+        yield from cache(problem, tap)
+    elif part in ("attn.out", "mlp.out", "mlp.c_fc"):
+        yield from linear(problem, tap, tap.replace(".out", ".c_proj"))
+    elif part == "mlp.gelu":
+        yield from activation(problem, tap)
+    elif part in ("resid_mid", "resid_post"):
+        yield from residual(problem, tap)
+    elif part == "logits":
+        yield from head(problem)
+    yield from other_input(problem, tap)
+    yield from whole_results(problem, tap)
+
+
+def further(problem: Problem, tap: str) -> Iterator[Guess]:
+    """What is more work or less usual: another map's weights, narrower types."""
+    layer, part = split_tap(tap)
+    p = problem.program
+    if part in ("ln_1", "ln_2", "ln_f"):
+        yield from other_weights(problem, tap, tap, [n for n in norm_names(p) if n != tap])
+    elif part in ("attn.q", "attn.out", "mlp.c_fc", "mlp.out") or (tap == problem.suspects[0] and "attn." in part):
+        for name in dict.fromkeys(n.rsplit(".", 1)[0] for n, at in weight_names(problem) if at == tap):
+            stem = name.split(".", 2)[2]
+            others = [f"h.{i}.{stem}" for i in range(p.config.n_layer) if i != layer]
+            yield from other_weights(problem, tap, name, others)
+    yield from narrow_types(problem, tap)
+
+
+def ordered(problem: Problem, guesses: list[Guess]) -> list[Guess]:
+    """Guesses in the order in which to try them: where time is short, by what they promise to first order.
+
+    A guess that changes a tap by d changes the error by J d. One backward pass over the error e gives e . J d for
+    every guess at the price of its own operation; passes over random vectors r give |J d|^2 as the mean of (r . J d)^2.
+    """
+    from time import process_time
+
+    start = process_time()
+    problem.run(problem.program)
+    if (process_time() - start) * len(guesses) < 0.3 * problem.clock.seconds:
+        return guesses
+    back = Gradients(problem.program, problem.call, problem.values, problem.taps)
+    rng = np.random.default_rng(0)
+    vectors = [problem.residuals()]
+    vectors += [{t: rng.standard_normal(v.shape) for t, v in problem.observed.items()} for _ in range(3)]
+    slopes = []
+    for vector in vectors:
+        back(problem.weighted(vector))
+        slopes.append(dict(back.at_taps))
+
+    def promise(guess: Guess) -> float:
+        changed = [t for t in problem.taps if t in guess.runs or t == guess.tap]
+        dots = np.zeros(len(vectors))
+        for tap in changed:
+            if tap not in slopes[0] or problem.clock.out(share=0.2):
+                continue
+            moved = problem.local_change(guess, tap)
+            dots += [float((moved * slope[tap]).sum()) if moved is not None else 0.0 for slope in slopes]
+        return float(dots[0] / (math.sqrt(float(np.square(dots[1:]).mean())) or 1.0))
+
+    return sorted(guesses, key=promise, reverse=True)
+
+
+def everywhere(problem: Problem) -> Iterator[Guess]:
+    """The same mistake made in every layer at once: exporters and ports err in all layers alike."""
+    groups: dict[tuple[str, str], list[Guess]] = {}
+    for tap in problem.taps:
+        if split_tap(tap)[1] in ("attn.k", "attn.v", "embed", "logits") or problem.clock.out(share=0.5):
             continue
-        weights, runs = dict(guess.weights), dict(guess.runs)
-        key = guess.text.replace(f"h.{layer}.", "h.*.")
-        for tap in problem.taps:
-            other, its_part = split_tap(tap)
-            group = its_part == part or (part in norms and its_part in norms)
-            if group and tap != guess.tap:
-                for twin in catalogue(problem, tap, forward=False, alone=True):
-                    if twin.cause == guess.cause and twin.text.replace(f"h.{other}.", "h.*.") == key:
-                        weights |= twin.weights
-                        runs |= twin.runs
-                        break
-        if len(weights) + len(runs) > len(guess.weights) + len(guess.runs):
-            text = f"{guess.text}, and so in the other layers"
-            found.append(problem.judge(Guess(guess.cause, guess.tap, text, weights=weights, runs=runs)))
-    return found
+        for guess in catalogue(problem, tap, alone=True):
+            if not guess.fitted and guess.call is None:
+                variant = guess.variant.replace("ln_1", "ln").replace("ln_2", "ln").replace("ln_f", "ln")
+                groups.setdefault((guess.cause, variant.replace("h.*.ln", "ln")), []).append(guess)
+    for same in groups.values():
+        if len(same) > 1:
+            weights = {name: value for g in same for name, value in g.weights.items()}
+            runs = {tap: run for g in same for tap, run in g.runs.items()}
+            text = f"{same[0].text}, and so in all {len({split_tap(g.tap)[0] for g in same})} layers"
+            yield Guess(same[0].cause, same[0].tap, text, same[0].now, weights=weights, runs=runs)
+    yield from narrow_everywhere(problem)
 
 
 def spare_weights(problem: Problem, spare: Mapping[str, Array]) -> Iterator[Guess]:
@@ -92,45 +216,63 @@ def spare_weights(problem: Problem, spare: Mapping[str, Array]) -> Iterator[Gues
         for origin, value in spare.items():
             for fitting in (value, value.T) if value.shape != value.shape[::-1] else (value,):
                 if fitting.shape == shape:
-                    text = f"{origin}, which the file holds unused, in place of what it takes for {name}"
+                    text = f"{name} were {origin}, which the file holds unused"
                     yield Guess("other_layer", tap, text, weights={name: fitting.astype(np.float64)})
 
 
-def catalogue(problem: Problem, tap: str, forward: bool, alone: bool = False) -> Iterator[Guess]:
-    """Mistakes whose right (or wrong) form is known, at one operation; `alone`: suspected or not."""
-    layer, part = split_tap(tap)
-    if part == "embed":
-        yield from embedding(problem)
-    elif part in ("ln_1", "ln_2", "ln_f"):
-        yield from layer_norm(problem, tap, forward)
-    elif part in ("attn.q", "attn.k", "attn.v"):
-        # the three share one matrix: they are tried together, at the first of them that is suspected
-        group = [f"h.{layer}.attn.{x}" for x in "qkv"]
-        if alone or tap == next(t for t in group if t in problem.suspects):
-            yield from c_attn(problem, layer, forward)  # type: ignore[arg-type]
-    elif part == "attn.scores":
-        yield from scale(problem, tap)
-    elif part == "attn.probs":
-        yield from mask(problem, tap)
-        if tap in problem.observed:
-            yield from other_softmax(problem, tap)
-    elif part == "attn.heads" and forward:  # in a file, another order of heads is one of c_proj's rows
-        yield from merge(problem, tap)
-    elif part in ("attn.out", "mlp.out", "mlp.c_fc"):
-        yield from linear(problem, tap, tap.replace(".out", ".c_proj"), forward)
-    elif part == "mlp.gelu":
-        now = problem.program.config.layer_activation(layer)  # type: ignore[arg-type]
-        for form in ACTIVATIONS:
-            if form != now:
-                yield Guess(
-                    "gelu_form", tap, f"GELU form: {swap_text(form, now, forward)}", runs={tap: activation(form)}
-                )
-        if forward:
-            yield from other_activation(problem, tap, now)
-    elif part in ("resid_mid", "resid_post"):
-        yield Guess("missing_residual", tap, "the residual is not added", runs={tap: without_residual})
-    elif part == "logits":
-        yield from head(problem)
-    if forward:
-        yield from other_input(problem, tap)
-        yield from narrow_types(problem, tap)
+def confined(problem: Problem, found: Ranking) -> Iterator[Guess]:
+    """The mistakes of the catalogue once more, made only in the part of the array where the error is."""
+    if not problem.local:
+        return
+    masks = {}
+    for tap, value in problem.observed.items():
+        scale = float(np.sqrt(np.mean(np.square(problem.values[tap])))) or 1.0
+        mask = inside(value - problem.values[tap], 1e-5 * scale)
+        if mask is not None:
+            masks[tap] = mask
+    if not masks:
+        return
+    problem.only = masks
+    try:
+        for tap in problem.suspects:
+            for guess in catalogue(problem, tap):
+                judged = problem.judge(guess)
+                if judged.explains:
+                    judged.text += f" ({_words(problem, tap)})"
+                    yield judged
+    finally:
+        problem.only = {}
+
+
+def by_head(problem: Problem, ranked: Sequence[Guess]) -> Iterator[Guess]:
+    """The guesses about scores and probabilities that explain a part, made in one head alone."""
+    for guess in [g for g in ranked if g.cause in ("scale", "mask_shift", "mask_missing", "softmax_form")][:4]:
+        if set(guess.runs) != {guess.tap} or guess.removed < 0.1:
+            continue
+        for number in range(problem.program.config.n_head):
+            run = in_one_head(problem, guess.runs[guess.tap], number)
+            text = f"{guess.text}, in head {number} alone"
+            yield Guess(guess.cause, guess.tap, text, guess.now, runs={guess.tap: run})
+
+
+def in_one_head(problem: Problem, wrong: Run, head: int) -> Run:
+    def run(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+        value = np.array(problem.program.run(tap, call, x, dtype))
+        value[:, head] = wrong(p, call, tap, x, dtype)[:, head]
+        return value
+
+    return run
+
+
+def _words(problem: Problem, tap: str) -> str:
+    scale = float(np.sqrt(np.mean(np.square(problem.values[tap])))) or 1.0
+    error = problem.observed[tap] - problem.values[tap]
+    return describe(error, 1e-5 * scale, OPERATIONS[split_tap(tap)[1]].shape, problem.call.start)
+
+
+def fitted(problem: Problem, ranked: Sequence[Guess]) -> Iterator[Guess]:
+    """One number solved for: an epsilon where another epsilon helps, a scale where another scale does."""
+    for guess in [g for g in ranked if g.cause == "epsilon_value"][:3]:
+        yield fitted_epsilon(problem, guess.tap, 1e-3)
+    for guess in [g for g in ranked if g.cause == "scale"][:3]:
+        yield attention.fitted_scale(problem, guess.tap)

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...call import Call
 from ...weights import Array
-from ..operations import split_tap
+from ..operations import linear_of, split_tap
 from ..program import Program
 from .gradients import F64, Gradients
 from .problem import Guess, Problem, weight_names
@@ -69,6 +69,26 @@ def single_elements(problem: Problem) -> list[Guess]:
     return sorted(found, key=lambda g: -g.removed)
 
 
+def dead_column(problem: Problem) -> list[Guess]:
+    """The columns of a linear map whose loss would explain the error best, to first order; the best of them judged."""
+    back = Gradients(problem.program, problem.call, problem.values, problem.taps)
+    back(problem.weighted(problem.residuals()))
+    found = []
+    for tap in problem.suspects:
+        if split_tap(tap)[1] not in ("attn.out", "mlp.c_fc", "mlp.out") or tap not in back.at_taps:
+            continue
+        promise = -(back.at_taps[tap] * problem.values[tap]).reshape(-1, problem.values[tap].shape[-1]).sum(axis=0)
+        name = linear_of(tap)
+        for column in np.argsort(-promise)[:3]:
+            weights = {k: problem.program.weights(f"{name}.{k}", F64).copy() for k in ("weight", "bias")}
+            weights["weight"][:, column] = 0
+            weights["bias"][column] = 0
+            text = f"column {column} of {name} were dead: it gives 0"
+            changed = {f"{name}.{k}": value for k, value in weights.items()}
+            found.append(problem.judge(Guess("dead_column", tap, text, weights=changed, fitted=1)))
+    return found
+
+
 def solve_element(problem: Problem, name: str, index: tuple[int, ...], step: float, tap: str, rounds: int) -> Guess:
     """The value of one element that removes most of the error, by Gauss-Newton steps on that number alone."""
     base = problem.program.weights(name, F64).astype(np.float64)
@@ -100,8 +120,8 @@ def solve_element(problem: Problem, name: str, index: tuple[int, ...], step: flo
         if abs(move) < 1e-9 * max(abs(value), 1e-3):
             break
     place = "[" + ", ".join(map(str, index)) + "]"
-    text = f"one element of {name}: {place} is {old:.6g}, where {best_value:.6g} fits"
-    guess = Guess("corrupted_element", tap, text, weights={name: changed(best_value)})
+    text, now = f"{name}{place} were {best_value:.6g}", f"{old:.6g} there"
+    guess = Guess("corrupted_element", tap, text, now, weights={name: changed(best_value)}, fitted=1)
     guess.element = (name, index, best_value - old)
     return problem.judge(guess)
 
@@ -167,5 +187,5 @@ def solve_bias(problem: Problem, name: str, tap: str, rounds: int = 3, steps: in
             p = s + gamma / old * p
         delta = delta + x
     size = float(np.sqrt((delta**2).mean()))
-    text = f"{name} is missing: it is all zeros, where one of rms {size:.3g} fits"
-    return problem.judge(Guess("missing_bias", tap, text, weights={name: base + delta}))
+    text, now = f"{name} were there (of rms {size:.3g})", "none: it is all zeros"
+    return problem.judge(Guess("missing_bias", tap, text, now, weights={name: base + delta}, fitted=base.size))

@@ -1,0 +1,203 @@
+"""The usual mistakes at both ends: token ids, positions, the embedding matrices; the head and its logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from ...call import Call
+from ...weights import Array
+from ..operations import Run, embed_at
+from ..program import Program
+from .gradients import F64
+from .problem import Guess, Problem, afterwards
+from .rounding import quantised
+
+
+def embedding(problem: Problem) -> Iterator[Guess]:
+    """Guesses at the tap `embed`."""
+    yield from _positions(problem)
+    yield from _tokens(problem)
+    yield from _matrices(problem)
+
+
+def _positions(problem: Problem) -> Iterator[Guess]:
+    call, N = problem.call, problem.program.config.n_ctx
+    B, T = call.input_ids.shape
+    now = call.position_ids
+
+    def at(rows: Array) -> dict[str, Run]:
+        rows = np.broadcast_to(rows % N, (B, T))
+        return {"embed": lambda p, call, tap, x, dtype: embed_at(p, call, rows, dtype)}
+
+    tried: list[tuple[str, str, Array]] = [
+        ("position_offset", f"positions were off by {abs(by)} ({'+-'[by < 0]}{abs(by)})", now + by)
+        for by in (1, -1, 2, -2)
+    ]
+    tried += [
+        ("positions", "position_ids were not used: every row counted from 0", np.arange(T)),
+        (
+            "positions",
+            "position_ids were not used: every row counted from the cached length",
+            call.start + np.arange(T),
+        ),
+        ("position_offset", "positions started again at 0 after the cached ones", now - call.start),
+        ("positions", "every position were 0", np.zeros(T, int)),
+        ("positions", "positions ran backwards", now[:, ::-1]),
+        ("positions", "the positions of the first sequence were used for all", now[:1]),
+    ]
+    if call.attention_mask is not None and call.attention_mask.ndim == 2:
+        mask = (call.attention_mask != 0).astype(int)
+        counted = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, call.start :]
+        tried.append(("positions", "positions were counted from the first real token", counted))
+    seen = [now]
+    for cause, text, rows in tried:
+        rows = np.broadcast_to(rows, (B, T))
+        if not any(np.array_equal(rows % N, other % N) for other in seen):
+            seen.append(rows)
+            yield Guess(cause, "embed", text, runs=at(rows))
+    without = {"embed": lambda p, call, tap, x, dtype: p.weights("wte.weight", dtype)[call.input_ids].astype(dtype)}
+    yield Guess("missing_positions", "embed", "no position vector were added", runs=without)
+
+
+def _tokens(problem: Problem) -> Iterator[Guess]:
+    ids = problem.call.input_ids
+    V = problem.program.config.vocab_size
+    first = np.broadcast_to(ids[:, :1], ids[:, :1].shape)
+    for text, moved in (
+        ("the tokens were shifted by one to the right, the last one first", np.roll(ids, 1, axis=1)),
+        ("the tokens were shifted by one to the right, the first one twice", np.concatenate([first, ids[:, :-1]], 1)),
+        ("the tokens were shifted by one to the left, the first one last", np.roll(ids, -1, axis=1)),
+        ("the tokens were shifted by one to the right, token 0 first", np.concatenate([0 * first, ids[:, :-1]], 1)),
+        ("the tokens came in reverse order", ids[:, ::-1]),
+        ("every token id were one higher", (ids + 1) % V),
+        ("every token id were one lower", (ids - 1) % V),
+        ("the sequences of the batch were in reverse order", ids[::-1]),
+    ):
+        if not np.array_equal(moved, ids):
+            cause = "token_shift" if "shifted" in text else "token_order" if "order" in text else "token_ids"
+            yield Guess(cause, "embed", text, call=problem.call._replace(input_ids=moved))
+
+
+def _matrices(problem: Problem) -> Iterator[Guess]:
+    p, call = problem.program, problem.call
+    C = p.config.n_embd
+    rows = np.unique(call.position_ids)
+    wpe, wte = p.weights("wpe.weight", F64), p.weights("wte.weight", F64)
+
+    def table(cause: str, text: str, new: Array) -> Guess:
+        return Guess(cause, "embed", text, weights={"wpe.weight": new})
+
+    for text, new in (
+        ("the rows of wpe were in reverse order", wpe[::-1]),
+        ("the rows of wpe were shifted by one (row i holds row i - 1)", np.roll(wpe, 1, axis=0)),
+        ("the rows of wpe were shifted by one (row i holds row i + 1)", np.roll(wpe, -1, axis=0)),
+    ):
+        yield table("position_rows", text, np.asarray(new))
+    if "embed" in problem.observed and np.isfinite(problem.observed["embed"]).all():
+        yield from _rows_seen(problem, wpe, rows, table)
+    else:
+        yield from _rows_guessed(problem, wpe, table)
+    for name, factor in (("wte", math.sqrt(C)), ("wte", 1 / math.sqrt(C)), ("wpe", math.sqrt(C))):
+        what = "token" if name == "wte" else "position"
+        word = "multiplied" if factor > 1 else "divided"
+
+        text = f"the {what} vectors were {word} by sqrt(C)"
+        run = _stretched(factor, 1.0) if name == "wte" else _stretched(1.0, factor)
+        yield Guess("scaled_embedding", "embed", text, runs={"embed": run})
+    for name, value in (("wte", wte), ("wpe", wpe)):
+        if value.size <= 1 << 25:
+            for by_row, words in ((False, "with one scale"), (True, "with a scale for each row")):
+                new = quantised(value.astype(np.float64).T, by_row).T
+                yield Guess("quantised", "embed", f"{name}.weight held int8 values {words}",
+                            weights={f"{name}.weight": new})  # fmt: skip
+
+
+def _stretched(tokens: float, positions: float) -> Run:
+    def run(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+        rows = p.weights("wpe.weight", dtype)[call.position_ids]
+        return np.asarray(p.weights("wte.weight", dtype)[call.input_ids].astype(dtype) * tokens + rows * positions)
+
+    return run
+
+
+def _rows_seen(problem: Problem, wpe: Array, rows: Array, table: Callable[[str, str, Array], Guess]) -> Iterator[Guess]:
+    """What each row of wpe must have been, from the embedding that was observed: zero, or another row."""
+    call = problem.call
+    tokens = problem.program.weights("wte.weight", F64)[call.input_ids]
+    left = problem.observed["embed"] - tokens  # (B, T, C)
+    new, wrong = wpe.astype(np.float64), []
+    scale = float(np.sqrt(np.mean(np.square(wpe)))) or 1.0
+    for row in rows:
+        vectors = left[call.position_ids == row]
+        if np.sqrt(np.mean(np.square(vectors - wpe[row]))) < 1e-4 * scale:
+            continue
+        distance = np.sqrt(np.square(wpe - vectors.mean(axis=0)).mean(axis=1))
+        nearest = int(distance.argmin())
+        if np.sqrt(np.mean(np.square(vectors))) < 1e-4 * scale:
+            new[row], what = 0, "zero"
+        elif distance[nearest] < 1e-4 * scale:
+            new[row], what = wpe[nearest], f"row {nearest}"
+        else:
+            return
+        wrong.append(f"row {row} were {what}")
+    if wrong:
+        text = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more rows were others" if len(wrong) > 3 else "")
+        yield table("position_rows", f"of wpe, {text}", new)
+
+
+def _rows_guessed(problem: Problem, wpe: Array, table: Callable[[str, str, Array], Guess]) -> Iterator[Guess]:
+    """The rows of wpe where the first observed tap differs, taken for zero or for a neighbour."""
+    first = next(tap for tap in problem.taps if tap in problem.observed)
+    error = np.abs(problem.observed[first] - problem.values[first])
+    by_position = np.moveaxis(np.nan_to_num(error), -2, 1).max(axis=tuple(range(2, error.ndim)))  # (B, T)
+    wrong = np.unique(problem.call.position_ids[by_position > 1e-4 * max(float(by_position.max()), 1e-30)])
+    if not 0 < len(wrong) < problem.call.input_ids.shape[1]:
+        return
+    said = f"row {wrong[0]}" if len(wrong) == 1 else f"rows {wrong[0]} to {wrong[-1]}"
+    for words, rows in (
+        ("zero", None), ("the row before over again", wrong - 1), ("the row after", wrong + 1),
+        ("row 0", 0 * wrong), (f"row {wrong[0] - 1}", 0 * wrong + wrong[0] - 1),
+    ):  # fmt: skip
+        new = wpe.astype(np.float64)
+        new[wrong] = 0 if rows is None else wpe[np.clip(rows, 0, len(wpe) - 1)]
+        yield table("position_rows", f"of wpe, {said} were {words}", new)
+
+
+def head(problem: Problem) -> Iterator[Guess]:
+    """Guesses at the tap `logits`."""
+    p = problem.program
+    if not p.config.tied:
+        wte = p.weights("wte.weight", F64)
+        yield Guess("untied_head", "logits", "the head were wte itself", "a matrix of its own", weights={p.head: wte})
+    observed = problem.observed.get("logits")
+
+    def of_rows(change: Callable[[Array], Array]) -> dict[str, Run]:
+        return afterwards(problem, "logits", change)
+
+    def log_softmax(x: Array) -> Array:
+        high = x - x.max(axis=-1, keepdims=True)
+        return np.asarray(high - np.log(np.exp(high).sum(axis=-1, keepdims=True)))
+
+    forms: list[tuple[str, Callable[[Array], Array]]] = [
+        ("the logits were put through a softmax", lambda x: np.exp(log_softmax(x))),
+        ("the logits were put through a log-softmax", log_softmax),
+        ("each row of logits were centred (its mean taken off)", lambda x: x - x.mean(axis=-1, keepdims=True)),
+        ("each row of logits had its largest taken off", lambda x: x - x.max(axis=-1, keepdims=True)),
+    ]
+    for text, change in forms:
+        yield Guess("logits_form", "logits", text, runs=of_rows(change))
+    if observed is not None and np.isfinite(observed).all():
+        shift = (observed - problem.values["logits"]).mean(axis=-1, keepdims=True)
+        text = "one constant were added to each row of logits (its softmax is the same)"
+        guess = Guess("logits_form", "logits", text, runs=of_rows(lambda x: x + shift))
+        guess.fitted = shift.size
+        yield guess
+    H = problem.program.config.n_head
+    weight, C = p.weights(p.head, F64), p.config.n_embd
+    if C % H == 0 and weight.size <= 1 << 25:
+        yield Guess("quantised", "logits", f"{p.head} held int8 values with one scale",
+                    weights={p.head: quantised(weight.astype(np.float64), False)})  # fmt: skip
