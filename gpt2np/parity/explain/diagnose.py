@@ -223,7 +223,7 @@ def from_outputs(
     after = names.index(suspects[0])
     observed = {tap: held[tap] for tap in ordered if names.index(tap) >= after and tap not in vouched}
     problem = Problem(program, call, given, observed, suspects, clock)
-    guesses = rank(problem, spare)
+    guesses = rank(problem, spare, recorded=who == "the file")
     tap = wrong[0]
     if guesses and (guesses[0].likely or guesses[0].removed >= 0.3):
         tap = guesses[0].tap

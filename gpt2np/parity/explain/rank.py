@@ -71,10 +71,13 @@ class Ranking:
         return sorted(self.best.values(), key=lambda g: g.merit, reverse=True)
 
 
-def rank(problem: Problem, spare: Mapping[str, Array] | None = None, keep: int = 5) -> list[Guess]:
+def rank(
+    problem: Problem, spare: Mapping[str, Array] | None = None, recorded: bool = False, keep: int = 5
+) -> list[Guess]:
     """The best explanations, best first; the first of them says whether it may be called the cause.
 
     spare: initializers of the file that nothing uses, which may be the weights that are missed.
+    recorded: what was observed is recorded data; the file itself is then suspected, and its weights looked at.
     """
     found = Ranking(problem)
     for guess in [*facts(problem), *stored_narrow(problem)]:
@@ -99,7 +102,7 @@ def rank(problem: Problem, spare: Mapping[str, Array] | None = None, keep: int =
             found.try_all([*dead_column(problem), *single_elements(problem)], 1.0, FIT)
     if problem.before > 0 and not found.explained:
         found.try_all(shape_of_the_error(problem), 1.0)
-    shown = list(shown_by_the_file(problem)) if not problem.clock.out(share=0.95) else []
+    shown = shown_by_the_file(problem) if recorded and not problem.clock.out(share=0.95) else []
     for guess in shown:
         guess.removed = 0.1 if found.explained else guess.removed
         guess.likely = not found.explained and len({g.tap for g in shown}) == 1 and guess.removed > 0.9
