@@ -228,7 +228,7 @@ def _debugged(exercise: Exercise, case: Case, given: Results, taps: Mapping[str,
             observed = {t: values[t] for t in (group if tap in group else (tap,)) if t in values}
             between = [t for t in names if _within(t, tap, inputs, program)]
             problem = Problem(program, call, {k: v for k, v in inputs.items() if k not in observed}, observed, between)
-            likely = [guess for guess in rank(problem, forward=True) if guess.explains or guess.removed > 0.9]
+            likely = [guess for guess in rank(problem) if guess.explains or guess.removed > 0.9]
             return tap, likely[0] if likely else None
         known[tap] = values[tap]
     return "", None

@@ -1,72 +1,74 @@
-"""A file with one thing changed, and the original's recorded data: the tool must name the tap and the cause."""
+"""The debugger's judge as tests: files and ports with one mistake, made from files that the tests write.
+
+`python tests/support/judge.py` runs all of them and prints a table; here each is a test of its own.
+"""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-import onnx
+import numpy as np
 import pytest
 
-from gpt2np.parity.capture import Options
-from gpt2np.parity.cases import gather_cases
-from gpt2np.parity.diff import diff
-from gpt2np.parity.run import parity
+import judge
+from cache_ports import CACHE_BUGS
 from mutants import MUTANTS
+from port_bugs import PORTS
 
-# Which file each mutant is made from: between them they cover the zoo's two graphs and an export with a past.
-OTHERS = {
-    "zoo_lm_head": ("untied_head", "untied_head_slightly", "gelu_erf", "element_c_fc", "bf16_q", "swapped_heads_v"),
-    "optimum_past": ("mask_behind", "scale_missing", "bias_dropped", "position_graph", "layer_rewired", "element_ln"),
-}
-CASES = [(name, "zoo_base") for name in MUTANTS if not name.startswith(("untied", "bias_dropped"))]
-CASES += [(name, source) for source, names in OTHERS.items() for name in names]
 QUICK = {
-    "gelu_sigmoid", "epsilon_outside", "ddof", "mask_ahead_one", "nan_q", "position_rolled", "element_k",
-    "swapped_heads_q", "qkv_graph_kqv", "fp16_activation", "untied_head", "transposed_c_proj", "bias_dropped",
+    ("file", "gelu_sigmoid"), ("file", "mask_ahead_one"), ("file", "nan_q"), ("file", "position_rolled"),
+    ("file", "element_k"), ("file", "swapped_heads_q"), ("file", "fp16_activation"), ("file", "transposed_c_proj"),
+    ("taps", "wpe row repeated"), ("taps", "epsilon 3e-2"), ("taps", "norms exchanged"), ("taps", "softmax + 1"),
+    ("taps", "mask in blocks of 4"), ("taps", "dropout on out"), ("taps", "c_fc dead column"),
+    ("taps", "logits in integers"),
+    ("taps", "head 2 unscaled"), ("taps", "position 5 of out"), ("taps", "wte int8"), ("taps", "log-softmaxed logits"),
+    ("outputs", "GELU by erf everywhere"), ("outputs", "tokens shifted"), ("outputs", "scale by layer"),
+    ("outputs", "c_proj bias negated"), ("outputs", "centred logits"),
+    *(("cache", name) for name in CACHE_BUGS),
 }  # fmt: skip
+NAMES = [
+    *(("file", name) for name in MUTANTS),
+    *(
+        (kind, name)
+        for kind in ("taps", "outputs")
+        for name, bug in PORTS.items()
+        if kind == "taps" or bug.outputs_tell
+    ),
+    *(("cache", name) for name in CACHE_BUGS),
+]
 
 
-def mutate(source: Path, folder: Path, name: str) -> Path:
-    """A copy of `source` with that mutant as its model, the data as it was."""
-    for path in sorted(source.glob("test_data_set_*"))[:2]:
-        shutil.copytree(path, folder / path.name, copy_function=shutil.copyfile)
-    model = onnx.load(source / "model.onnx")
-    assert MUTANTS[name].apply(model), "this file has nothing to mutate so"
-    onnx.save(model, folder / "model.onnx")
-    return folder / "model.onnx"
-
-
-@pytest.mark.parametrize(
-    ("name", "source"), [pytest.param(n, s, marks=() if n in QUICK else pytest.mark.slow) for n, s in CASES]
-)
-def test_the_tap_and_the_cause_are_named(name: str, source: str, fixtures: Path, tmp_path: Path) -> None:
-    model = mutate(fixtures / source, tmp_path, name)
-    report = parity(Options(model, engine="numpy"))
-    assert report.exit_code == 1
-    found = report.details["diagnosis"]
-    assert found["tap"] == MUTANTS[name].tap
-    assert set(MUTANTS[name].causes) & {g["cause"] for g in found["guesses"][:2]}, found["guesses"]
-    assert MUTANTS[name].tap in report.headline
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], judge.Case]:
+    made = judge.cases(tmp_path_factory.mktemp("small"), list(judge.KINDS))
+    return {(case.kind, case.name): case for case in made}
 
 
 @pytest.mark.parametrize(
-    "name", ["gelu_erf", "transposed_c_proj", "element_c_fc", "layer_copied_ln", "bf16_c_fc", "ddof"]
+    ("kind", "name"), [pytest.param(k, n, marks=() if (k, n) in QUICK else pytest.mark.slow) for k, n in NAMES]
 )
-def test_two_models_are_told_apart_operation_by_operation(name: str, fixtures: Path, tmp_path: Path) -> None:
-    source = fixtures / "zoo_base"
-    model = mutate(source, tmp_path, name)
-    report = diff(str(source), str(model), lambda m: gather_cases(m, [], [], 1, 3))
-    assert report.exit_code == 1
-    found = report.details["diagnosis"]
-    assert found["tap"] == MUTANTS[name].tap
-    assert set(MUTANTS[name].causes) & {g["cause"] for g in found["guesses"][:2]}, found["guesses"]
+def test_the_place_and_the_cause_are_named(
+    kind: str, name: str, cases: dict[tuple[str, str], judge.Case], tmp_path: Path
+) -> None:
+    case = cases[kind, name]
+    verdict = case.run(tmp_path)
+    assert verdict.failed
+    assert verdict.place.startswith(case.place), verdict
+    assert set(verdict.causes) & set(case.causes), verdict
+    assert not verdict.likely or verdict.likely in case.causes, verdict
+
+
+@pytest.mark.parametrize("kind", ["lm", "past"])
+def test_a_right_port_passes(kind: str, tmp_path: Path) -> None:
+    folder = judge.write_small(tmp_path, kind)
+    for case in judge.clean_ports(folder):
+        verdict = case.run(tmp_path)
+        assert not verdict.failed, (case.name, verdict)
 
 
 MINI = {
-    "transposed_c_proj": "transposed", "swapped_heads_q": "swapped_heads", "element_mlp_proj": "corrupted_element",
-    "nan_c_fc": "nan_in_weight", "gelu_erf": "gelu_form", "position_rolled": "position_offset",
-    "mask_ahead_all": "mask_shift",
+    "transposed_c_proj": "transposed", "element_mlp_proj": "corrupted_element", "nan_c_fc": "nan_in_weight",
+    "gelu_erf": "gelu_form", "mask_ahead_all": "mask_shift",
 }  # fmt: skip
 
 
@@ -74,7 +76,22 @@ MINI = {
 def test_the_embedded_model_mutated(name: str, mini: Path, tmp_path: Path) -> None:
     if not (mini / "model.onnx").is_file():
         pytest.skip("weights/mini is not there")
-    model = mutate(mini, tmp_path, name)
-    found = parity(Options(model, engine="numpy")).details["diagnosis"]
-    assert found["tap"] == MUTANTS[name].tap
-    assert MINI[name] in {g["cause"] for g in found["guesses"][:2]}, found["guesses"]
+    case = next(iter(judge.from_files(mini, [name])))
+    verdict = case.run(tmp_path)
+    assert verdict.place == MUTANTS[name].tap
+    assert MINI[name] in verdict.causes
+
+
+@pytest.mark.parametrize("name", ["gelu_erf", "transposed_c_proj", "element_c_fc", "ddof"])
+def test_two_models_are_told_apart_operation_by_operation(name: str, tmp_path: Path) -> None:
+    import onnx
+
+    source = judge.write_small(tmp_path, "base", 2)
+    model = onnx.load(source / "model.onnx")
+    assert MUTANTS[name].apply(model)
+    (tmp_path / "bad").mkdir()
+    onnx.save(model, tmp_path / "bad" / "model.onnx")
+    ids = np.random.default_rng(0).integers(0, 96, (1, 1, 12))
+    verdict = judge.diff(source, tmp_path / "bad", {"input1": ids})
+    assert verdict.place == MUTANTS[name].tap
+    assert set(verdict.causes) & set(MUTANTS[name].causes)

@@ -16,6 +16,7 @@ class Bug(NamedTuple):
     causes: tuple[str, ...]  # either of these names the mistake
     wrong: dict[str, Step]
     layers: tuple[int, ...] | None = (1,)  # where it is made; None: in every layer
+    outputs_tell: bool = True  # whether outputs alone can tell the cause: not of numbers drawn at random
 
 
 def norm_of(self: Port, name: str, i: int | None) -> Any:
@@ -272,7 +273,7 @@ PORTS: dict[str, Bug] = {
     "mask value -5": Bug(
         "h.1.attn.probs", ("mask_value",), {"probs": lambda s, i, x, seen: softmax(np.where(seen, x, F(-5)))}
     ),
-    "dropout on probs": Bug("h.1.attn.probs", ("dropout",), mapped("probs", dropped)),
+    "dropout on probs": Bug("h.1.attn.probs", ("dropout",), mapped("probs", dropped), outputs_tell=False),
     # merge, c_proj
     "heads merged untransposed": Bug(
         "h.1.attn.heads", ("head_split",), {"heads": lambda s, i, p, v: (p @ v).reshape(len(p), p.shape[2], -1)}
@@ -281,7 +282,7 @@ PORTS: dict[str, Bug] = {
     "c_proj of layer 2": Bug("h.1.attn.out", ("other_layer",), from_layer("out", 2)),
     "c_proj bias twice": Bug("h.1.attn.out", ("bias_twice",), linear("out", lambda x, w, b: x @ w + 2 * b)),
     "c_proj bias negated": Bug("h.1.attn.out", ("bias_negated",), linear("out", lambda x, w, b: x @ w - b)),
-    "dropout on out": Bug("h.1.attn.out", ("dropout",), mapped("out", dropped)),
+    "dropout on out": Bug("h.1.attn.out", ("dropout",), mapped("out", dropped), outputs_tell=False),
     # residual and MLP
     "no residual": Bug("h.1.resid_mid", ("missing_residual",), {"resid_mid": lambda s, i, x, y, n: y}),
     "residual after the norm": Bug("h.1.resid_mid", ("other_input",), {"resid_mid": lambda s, i, x, y, n: n + y}),
@@ -316,7 +317,7 @@ PORTS: dict[str, Bug] = {
         ("residual_twice", "other_input", "branch_twice"),
         {"resid_post": lambda s, i, x, y, n: x + 2 * y},
     ),
-    "dropout on MLP": Bug("h.1.mlp.out", ("dropout",), mapped("mlp", dropped)),
+    "dropout on MLP": Bug("h.1.mlp.out", ("dropout",), mapped("mlp", dropped), outputs_tell=False),
     # head
     "softmaxed logits": Bug("logits", ("logits_form",), mapped("logits", softmax)),
     "log-softmaxed logits": Bug("logits", ("logits_form",), mapped("logits", lambda x: np.log(softmax(x)))),
@@ -331,11 +332,13 @@ PORTS: dict[str, Bug] = {
         "h.1.attn.out",
         ("one_part",),
         {"out": only(np.s_[:, 5], Port.out, lambda s, i, x: Port.out(s, i, x) * F(1.5) + 1)},
+        outputs_tell=False,
     ),
     "column 17 of c_fc": Bug(
         "h.1.mlp.c_fc",
         ("one_part",),
         {"c_fc": only(np.s_[..., 17], Port.c_fc, lambda s, i, x, y: np.cos(Port.c_fc(s, i, x, y)))},
+        outputs_tell=False,
     ),
     "head 2 unscaled": Bug(
         "h.1.attn.scores",
@@ -346,6 +349,7 @@ PORTS: dict[str, Bug] = {
         "h.1.resid_mid",
         ("one_part", "one_number"),
         {"resid_mid": only(np.s_[0, 3, 7], Port.resid_mid, lambda s, i, x, y, n: x + y + 3)},
+        outputs_tell=False,
     ),
     "GELU by erf from position 3": Bug("h.1.mlp.gelu", ("gelu_form",), {"gelu": only(np.s_[:, 3:], Port.gelu, erf)}),
 }

@@ -82,12 +82,13 @@ class Guess:
     @property
     def share(self) -> str:
         """How well it explains, in words."""
-        if self.evidence and not self.explains and not math.isfinite(self.removed):
+        if self.evidence and not self.explains:
             return "shown"
         return "explains all of it" if self.explains else f"explains part ({self.removed:.0%})"
 
     def sentence(self, who: str, model: str = "the model") -> str:
-        """ "WHO behaves as if ...; the model has ..."."""
+        """ "WHO behaves as if ...; the model has ...": in the same words whichever of the two is at fault."""
+        who, model = ("what was recorded", "the file") if who == "the file" else (who, model)
         return f"{who} behaves as if {self.text}" + (f"; {model} has {self.now}" if self.now else "")
 
     def applied(self, program: Program) -> Program:
