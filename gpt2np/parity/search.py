@@ -14,7 +14,7 @@ from ..weights import Array
 from .capture import around, taps_from
 from .cases import Case
 from .compare import Comparison
-from .explain.diagnose import Diagnosis, from_recorded, from_taps, misplaced, nonfinite
+from .explain.diagnose import Diagnosis, from_outputs, from_taps, misplaced, nonfinite
 from .explain.problem import Guess
 from .localise import TapRow, Taps, agreeing, compare_taps, first_divergence, only_noise
 from .operations import tap_names
@@ -197,7 +197,7 @@ def from_the_record(report: Report, model: Subject, case: Case, call: Call) -> D
     """The file's own operations against the recorded outputs."""
     assert case.data is not None
     recorded = model.outputs_as_taps(case.data.outputs, call)
-    found = from_recorded(model.program, call, recorded, spare_weights(model))
+    found = from_outputs(model.program, call, recorded, "the file", spare_weights(model))
     good, bad = agreeing(model, call, recorded)
     if bad:
         set_place(report, model, good, bad)

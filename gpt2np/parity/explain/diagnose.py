@@ -24,6 +24,7 @@ from ..compare import Comparison
 from ..localise import F32, F64, LOCAL_FACTOR, TapRow
 from ..metrics import difference, measure
 from ..operations import OPERATIONS, split_tap, tap_inputs, tap_names
+from ..places import ancestors, interval, kept
 from ..program import Program
 from .cache_mistakes import written_elsewhere
 from .problem import Clock, Guess, Problem, Progress
@@ -82,7 +83,9 @@ def place_in(problem: Problem, tap: str) -> str:
     """Where inside an observed array the error is, in words."""
     value, expected = problem.observed[tap], problem.values[tap]
     floor = 1e-5 * max(_rms(expected), 1e-30)
-    return describe(value - expected, floor, OPERATIONS[split_tap(tap)[1]].shape, problem.call.start)
+    return describe(
+        problem.defined(tap, value - expected), floor, OPERATIONS[split_tap(tap)[1]].shape, problem.call.start
+    )
 
 
 def misplaced(
@@ -210,7 +213,9 @@ def from_outputs(
     for tap in ordered:
         scale = _rms(right[tap])
         floor = _rms(difference(low[tap], right[tap])) + (scale * 2.0 ** -bits_of(held[tap]) / 3)
-        errors[tap] = _rms(difference(held[tap], right[tap])) / max(floor, scale * 1e-7, 1e-300)
+        error, mask = difference(held[tap], right[tap]), kept(tap, call)
+        error = error if mask is None else np.where(mask, error, 0)
+        errors[tap] = _rms(error) / max(floor, scale * 1e-7, 1e-300)
     wrong = [tap for tap in ordered if not errors[tap] <= LOCAL_FACTOR]
     if not wrong:
         return None
@@ -218,7 +223,7 @@ def from_outputs(
         written = written_elsewhere(program, call, held)
         if written is not None:
             return Diagnosis(written.tap, who, f"{who} puts new keys and values in the wrong place", [], [written])
-    suspects, vouched = interval(program, wrong[0], [tap for tap in ordered if tap not in wrong])
+    suspects, vouched = suspected(program, wrong[0], [tap for tap in ordered if tap not in wrong])
     given = {tap: right[tap] for tap in vouched}
     after = names.index(suspects[0])
     observed = {tap: held[tap] for tap in ordered if names.index(tap) >= after and tap not in vouched}
@@ -235,35 +240,20 @@ def from_outputs(
     return Diagnosis(tap, who, text, suspects, guesses, where=where)
 
 
-def interval(program: Program, first: str, agree: Iterable[str]) -> tuple[list[str], set[str]]:
+def suspected(program: Program, first: str, agree: Iterable[str]) -> tuple[list[str], set[str]]:
     """The operations that a first wrong tap may come from, in order, and the taps that are vouched for.
 
-    A tap that agrees vouches for all that it was computed from: right keys and values of layer i for its ln_1 and
-    everything before. Queries, keys and values come from one matrix: where one is suspected, so are the others that
-    are not vouched for.
+    Queries, keys and values come from one matrix: where one is suspected, so are the others that are not vouched for.
     """
-    names = tap_names(program.config)
-    vouched: set[str] = set()
-    for tap in agree:
-        if names.index(tap) < names.index(first) or split_tap(tap)[0] == split_tap(first)[0]:
-            vouched |= {tap, *ancestors(tap, program)}
-    suspects = ({first} | ancestors(first, program)) - vouched
+    config = program.config
+    names = tap_names(config)
     layer, part = split_tap(first)
+    good = [t for t in agree if names.index(t) < names.index(first) or split_tap(t)[0] == layer]
+    vouched = ancestors(good, config)
+    suspects = set(interval(config, good, [first]))
     if part in ("attn.q", "attn.k", "attn.v"):
         suspects |= {f"h.{layer}.attn.{x}" for x in "qkv"} - vouched
     return sorted(suspects, key=names.index), vouched
-
-
-def ancestors(tap: str, program: Program) -> set[str]:
-    """Every tap that one is computed from."""
-    found: set[str] = set()
-    pending = list(tap_inputs(tap, program.config))
-    while pending:
-        name = pending.pop()
-        if name not in found:
-            found.add(name)
-            pending += tap_inputs(name, program.config)
-    return found
 
 
 def _rms(x: Array) -> float:

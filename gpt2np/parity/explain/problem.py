@@ -21,6 +21,7 @@ from ...call import Call
 from ...weights import Array
 from ..metrics import difference
 from ..operations import Run, split_tap, tap_inputs, tap_names, tap_weights
+from ..places import kept
 from ..program import Program
 from .gradients import F32, F64
 from .rounding import bits_of
@@ -130,6 +131,7 @@ class Problem:
         self.weights = {
             tap: 1 / (math.sqrt(float(np.square(value).sum()) * len(observed)) or 1.0) for tap, value in finite.items()
         }
+        self.kept = {tap: kept(tap, call) for tap in observed}  # rows behind the mask are nobody's business
         self.values = self.run(program)
         self.before = self.error(self.values)
         low = self.run(program, dtype=F32)
@@ -178,7 +180,12 @@ class Problem:
     def residuals(self, values: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """observed - computed, weighted."""
         values = self.values if values is None else values
-        return self.weighted({tap: target - values[tap] for tap, target in self.observed.items()})
+        return self.weighted({tap: self.defined(tap, target - values[tap]) for tap, target in self.observed.items()})
+
+    def defined(self, tap: str, error: Array) -> Array:
+        """An error with 0 where the contract defines nothing."""
+        mask = self.kept[tap]
+        return error if mask is None else np.where(mask, error, 0)
 
     def error(self, values: Mapping[str, Array]) -> float:
         """Relative rms error over all observed taps; infinite where one is not finite."""
@@ -187,7 +194,8 @@ class Problem:
             if values[tap].shape != target.shape:
                 return math.inf
             with np.errstate(over="ignore", invalid="ignore"):
-                total += float(np.square(difference(values[tap], target) * self.weights[tap]).sum())
+                error = self.defined(tap, difference(values[tap], target))
+                total += float(np.square(error * self.weights[tap]).sum())
         return math.sqrt(total)
 
     def judge(self, guess: Guess) -> Guess:
