@@ -11,7 +11,8 @@ import numpy as np
 from ..operations import OPERATIONS, split_tap, tap_inputs, tap_names
 from .gradients import F64
 from .problem import CERTAIN, Guess, Problem, afterwards, weight_names
-from .rounding import BITS, SIXTEEN_BITS, kind_of, quantised, rounded
+from .rounding import BITS, SIXTEEN_BITS, quantised, rounded
+from .rounding_mistakes import narrow_everywhere
 from .where import describe, inside
 
 
@@ -113,18 +114,27 @@ def _dropped(problem: Problem, tap: str) -> Iterator[Guess]:
 
 
 def stored_narrow(problem: Problem) -> Iterator[Guess]:
-    """Observed arrays whose numbers all fit into a 16-bit type, where that rounding is the whole error."""
+    """Observed arrays whose numbers all fit into a 16-bit type: rounded to it, or computed in it throughout."""
     for tap, value in problem.observed.items():
-        kind = kind_of(value)
-        if kind and problem.stored[tap] < 24:
-            after = np.sqrt(np.mean(np.square(rounded(problem.values[tap], kind) - value)))
-            before = np.sqrt(np.mean(np.square(problem.values[tap] - value)))
-            rms = np.sqrt(np.mean(np.square(value)))
-            if before <= 2.0 ** -BITS[kind] * rms:
-                text = f"{tap} were rounded to {kind}"
-                guess = Guess("rounding", tap, text, evidence=f"every number of it is a {kind}")
-                guess.removed, guess.explains = float(1 - after / before) if before > 0 else 0.0, True
-                yield guess
+        kind = problem.stored[tap]
+        if not kind:
+            continue
+        evidence = f"every number of it is a {kind}"
+        plain = float(np.sqrt(np.mean(np.square(problem.values[tap] - value))))
+        after = float(np.sqrt(np.mean(np.square(rounded(problem.values[tap], kind) - value))))
+        scale = float(np.sqrt(np.mean(np.square(value))))
+        if plain > 1e-6 * scale and after < 0.1 * plain:
+            yield Guess("rounding", tap, f"{tap} were rounded to {kind}", removed=1 - after / plain, explains=True,
+                        evidence=evidence)  # fmt: skip
+            continue
+        for guess in narrow_everywhere(problem):
+            if kind in guess.text and guess.text.startswith("all weights and all results"):
+                made = problem.run(guess.applied(problem.program), guess.tap)
+                size = float(np.sqrt(np.mean(np.square(made[tap] - problem.values[tap]))))
+                if 0.3 < plain / max(size, 1e-300) < 3:
+                    text = f"{tap} were rounded to {kind}, and computed in it"
+                    evidence += f"; the error is {plain / size:.2g} x what {kind} arithmetic makes"
+                    yield Guess("rounding", tap, text, removed=0.5, evidence=evidence, fitted=1)
 
 
 def shown_by_the_file(problem: Problem) -> list[Guess]:

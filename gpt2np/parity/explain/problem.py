@@ -24,7 +24,7 @@ from ..operations import Run, split_tap, tap_inputs, tap_names, tap_weights
 from ..places import kept
 from ..program import Program
 from .gradients import F32, F64
-from .rounding import bits_of
+from .rounding import kind_of, rounded
 
 NOISE_FACTOR = 10.0  # a guess explains an error if it leaves no more than so many times float32's own error
 CERTAIN = 0.96  # rank of what the file itself shows (two layers with one weight) though it cannot be undone
@@ -114,7 +114,7 @@ class Problem:
     ) -> None:
         self.program, self.call, self.clock = program, call, clock or Clock()
         self.given = {tap: value.astype(np.float64) for tap, value in given.items()}
-        self.stored = {tap: bits_of(value) for tap, value in observed.items()}  # of the significand that was kept
+        self.stored = {tap: kind_of(value) for tap, value in observed.items()}  # the 16-bit type that holds it, or ""
         self.observed = {tap: value.astype(np.float64) for tap, value in observed.items()}
         self.suspects = list(suspects)
         names = tap_names(program.config)
@@ -137,10 +137,9 @@ class Problem:
         low = self.run(program, dtype=F32)
         squares = 0.0
         with np.errstate(all="ignore"):
-            for tap, value in self.observed.items():
-                squares += float(np.square((low[tap] - self.values[tap]) * self.weights[tap]).sum())
-                if self.stored[tap] < 24:  # rounding to 11 bits, say, is its noise
-                    squares += float(np.square(value * self.weights[tap]).sum()) * 2.0 ** (-2 * self.stored[tap]) / 12
+            for tap in self.observed:
+                error = self.as_stored(tap, low[tap]) - self.as_stored(tap, self.values[tap])
+                squares += float(np.square(error * self.weights[tap]).sum())
         self.noise = math.sqrt(squares)
         self.only: dict[str, Array] = {}  # where alone guesses are made, as masks; see `confined`
 
@@ -180,7 +179,13 @@ class Problem:
     def residuals(self, values: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """observed - computed, weighted."""
         values = self.values if values is None else values
-        return self.weighted({tap: self.defined(tap, target - values[tap]) for tap, target in self.observed.items()})
+        return self.weighted({
+            tap: self.defined(tap, target - self.as_stored(tap, values[tap])) for tap, target in self.observed.items()
+        })  # fmt: skip
+
+    def as_stored(self, tap: str, value: Array) -> Array:
+        """A computed value in the type that the observed one was stored in: its rounding is no error."""
+        return rounded(value, self.stored[tap]) if self.stored[tap] else value
 
     def defined(self, tap: str, error: Array) -> Array:
         """An error with 0 where the contract defines nothing."""
@@ -194,7 +199,7 @@ class Problem:
             if values[tap].shape != target.shape:
                 return math.inf
             with np.errstate(over="ignore", invalid="ignore"):
-                error = self.defined(tap, difference(values[tap], target))
+                error = self.defined(tap, difference(self.as_stored(tap, values[tap]), target))
                 total += float(np.square(error * self.weights[tap]).sum())
         return math.sqrt(total)
 
