@@ -113,7 +113,7 @@ def by_dtype(single: Callable[[Any], Any], double: Callable[[Any], Any]) -> Call
 
 @jit()
 def _exp32(x):
-    """e ** x of a float32; at most 1 ulp from the true value, down to the smallest subnormal.
+    """e ** x of a float32; at most 1 ulp from the true value (1.25 without FMA), down to the smallest subnormal.
 
     x = n ln 2 + r with |r| <= ln(2) / 2; a polynomial for e ** r; 2 ** n made from bits, in two halves so that
     neither overflows. No branch, so that LLVM makes vectors of it, and no conversion of floats to integers, which
@@ -150,7 +150,11 @@ def _erfc32(x):
     a = abs(x)
     a = np.float32(11.0) if a > np.float32(11.0) else a  # erfc is 0 there; a NaN is kept
     square = a * a
-    lost = fma(a, a, -square)
+    # a * a - square, exactly, on machines without fused multiply-add too (Dekker 1971): a in two halves of 12 bits
+    shifted = np.float32(4097.0) * a
+    high = shifted - (shifted - a)
+    low = a - high
+    lost = low * low - ((square - high * high) - np.float32(2.0) * high * low)
     t = np.float32(1.0) / fma(np.float32(0.5), a, np.float32(1.0))
     p = np.float32(0.0355738988)
     p = fma(p, t, np.float32(-0.189885916))

@@ -287,6 +287,12 @@ def test_a_bad_number_in_the_cache_is_seen_by_later_tokens_only(bad, plane):
     assert np.isnan(spoilt[:, first:]).all()
 
 
+def fuses():
+    """Whether this machine, or the one that NUMBA_CPU_NAME tells, rounds a * b + c once."""
+    fused = numba.njit(lambda a: tile.fma(a, a, -(a * a)))
+    return fused(np.float32(1.1)) != 0
+
+
 def exp_of(x):
     out = np.empty_like(x)
 
@@ -322,7 +328,7 @@ def test_erfc_of_special_values():
 
 
 def check_exp(bits):
-    """At most 1 ulp; subnormal results too."""
+    """At most 1 ulp, or 1.25 where multiply-adds round twice; subnormal results too."""
     x = bits.astype(np.uint32).view(np.float32)
     x = x[np.isfinite(x)]
     got = exp_of(x)
@@ -331,7 +337,7 @@ def check_exp(bits):
         nearest = expected.astype(np.float32)
     finite = np.isfinite(nearest)
     error = np.abs(got[finite] - expected[finite]) / np.spacing(nearest[finite]).astype(np.float64)
-    assert (error <= 1.0).all()
+    assert (error <= (1.0 if fuses() else 1.25)).all()
     assert (got[~finite] == np.inf).all()
 
 
