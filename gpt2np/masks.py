@@ -12,6 +12,7 @@ from .arrays import Array
 
 Effect = tuple[float, float]  # (factor, addend): a hidden score s becomes factor * s + addend
 
+NO_WEIGHT = {"float32": 105.0, "float64": 746.0}  # exp of minus that is 0
 NEGLIGIBLE = -9000.0  # a score that much below others has probability exp(-9000) = 0, in float64 too
 
 
@@ -51,6 +52,30 @@ class MaskRule:
         """Whether without padding this is the causal mask: keys up to the query's own, no weight on later ones."""
         return self.kind != "none" and self.value < NEGLIGIBLE and self.shift == 0
 
+    def safe_scores(self, attention_mask: Array | None, dtype: np.dtype[Any]) -> tuple[float, float]:
+        """Between these two, the highest score that a query sees leaves hidden keys without any weight.
+
+        A hidden score that is replaced by -10000 counts as soon as all visible ones come near that number. Where
+        -10000 is added to it, the hidden score itself would have to be known; that of a visible key stands for it,
+        with a factor of 8 between.
+        """
+        effects = [] if self.kind == "none" else [(float(self.kind == "added"), self.value)]
+        if attention_mask is not None:
+            effects += [self.padding, self.padding_later]
+            if attention_mask.ndim == 4 and attention_mask.dtype.kind == "f":
+                effects.append((1.0, NEGLIGIBLE))
+        low, high = -math.inf, math.inf
+        for factor, addend in effects:
+            if addend == -math.inf:
+                continue
+            low = max(low, addend / 8 if factor else addend + NO_WEIGHT[dtype.name])
+            high = min(high, -addend / 8 if factor else high)
+        return low, high
+
+
+class ScoresReachMask(Exception):
+    """Some query's scores are so low, or so high, that keys which the file hides have weight there."""
+
 
 CAUSAL = MaskRule()  # that of GPT-2's own code
 
@@ -72,21 +97,38 @@ class Mask:
         return np.asarray(kept + self.added)
 
     @property
+    def kept_queries(self) -> Array:
+        """(B, T), dtype of `added`: 1 where a query's scores count, 0 where others take the place of them all."""
+        B, _, T, _ = self.added.shape
+        if self.keep is None:
+            return np.ones((B, T), self.added.dtype)
+        kept = np.asarray(self.keep & ~np.isneginf(self.added)).any(axis=-1)
+        return np.asarray(kept).reshape(B, T).astype(self.added.dtype)
+
+    @property
     def is_additive(self) -> bool:
         """Whether it can be told by adding numbers to the scores that are looked at, as the kernels do.
 
-        They leave hidden keys out, whose NaN would reach the result here.
+        For each query, these are its own scores or all 0. The kernels leave hidden keys out, whose NaN would reach
+        the result here.
         """
-        return self.keep is None and not np.isnan(self.added).any()
+        if self.keep is None or np.isnan(self.added).any():
+            return self.keep is None and not np.isnan(self.added).any()
+        B, _, T, _ = self.added.shape
+        wanted = np.asarray(self.kept_queries == 1).reshape(B, 1, T, 1)
+        return bool(((self.keep == wanted) | np.isneginf(self.added)).all())
 
 
-def mask_for(rule: MaskRule, attention_mask: Array | None, B: int, T: int, S: int, dtype: np.dtype[Any]) -> Mask | None:
+def mask_for(
+    rule: MaskRule, attention_mask: Array | None, B: int, T: int, S: int, dtype: np.dtype[Any], whole: bool = False
+) -> Mask | None:
     """The mask of T new positions over S keys, or None where that is the causal mask alone.
 
     It is what the file's graph does, as the rule describes it, with -inf for every hidden score that cannot be
-    noticed in the result. A row of -inf alone gives zeros. `attention_mask`: as `call.checked_call` returns it.
+    noticed in the result while scores are safe (`MaskRule.safe_scores`); `whole`: without this shortcut. A row of -inf
+    alone gives zeros. `attention_mask`: as `call.checked_call` returns it.
     """
-    if rule.is_causal and attention_mask is None:
+    if rule.is_causal and attention_mask is None and not whole:
         return None
     padded = np.zeros((B, 1, 1, S), bool)
     bias: Array | None = None  # numbers that the caller adds to the scores
@@ -96,7 +138,7 @@ def mask_for(rule: MaskRule, attention_mask: Array | None, B: int, T: int, S: in
             bias = attention_mask
         else:
             padded = attention_mask == 0 if for_each_query else (attention_mask == 0)[:, None, None, :]
-    if rule.is_causal and not for_each_query and not padded.any():
+    if rule.is_causal and not for_each_query and not padded.any() and not whole:
         return None
 
     # 1. What the graph makes of each score: factor * s + mask.
@@ -126,7 +168,8 @@ def mask_for(rule: MaskRule, attention_mask: Array | None, B: int, T: int, S: in
         factor[unseen], mask[unseen] = 1, 0
 
     # 3. The same in numbers of `dtype`, with -inf where no one can tell.
-    mask[~blind & (mask < NEGLIGIBLE)] = -np.inf
+    if not whole:
+        mask[~blind & (mask < NEGLIGIBLE)] = -np.inf
     mask[np.isfinite(mask) & (mask < -1e300)] = np.finfo(dtype).min  # the lowest number in a float64 file
     with np.errstate(over="ignore"):  # twice float32's lowest number is -inf, in the graph too
         mask = mask.astype(dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ from .cache import KVCache
 from .call import Call, check_ids, check_positions, checked_call
 from .config import GPT2Config
 from .errors import ContextOverflowError, InputError, ModelFileError, TokenizerError
-from .masks import mask_for
+from .masks import ScoresReachMask, mask_for
 from .paths import embedded_model_path
 from .weights import Array, GPT2Weights, WeightSources, assemble, check_sources
 
@@ -176,26 +177,35 @@ class GPT2:
         if cache is None:
             cache = self._filled_cache(call)
         self._check_cache(cache, B, T)
-        mask = mask_for(self.config.mask, call.attention_mask, B, T, start + T, self.dtype)
-
-        # The compiled kernels are the fast path for a call without `tap`; with one they stop at every tap.
+        rule, hidden = self.config.mask, call.attention_mask
         watch = reference.no_tap if tap is None else tap
-        hide: Any
-        if self.engine == "numba" and (mask is None or mask.is_additive):
-            kernels, w, hide = self._kernels, self._weights, None if mask is None else mask.added
-        else:
-            kernels, w, hide = reference, self.weights, mask or reference.causal_mask
+        if self.engine == "numba":
+            mask = mask_for(rule, hidden, B, T, start + T, self.dtype)
+            if mask is None or mask.is_additive:
+                safe = rule.safe_scores(hidden, self.dtype)
+                # without a tap the compiled kernels are at their fastest; with one they stop at every tap
+                with suppress(ScoresReachMask):
+                    return self._computed(self._kernels, self._weights, call, cache, logits, mask, watch, safe)
+        mask = mask_for(rule, hidden, B, T, start + T, self.dtype, whole=rule.value > -1e30)
+        textbook = reference if self.engine == "numba" else self._kernels
+        return self._computed(textbook, self.weights, call, cache, logits, mask or reference.causal_mask, watch)
+
+    def _computed(
+        self, kernels: ModuleType, w: GPT2Weights, call: Call, cache: KVCache, logits: bool | Literal["last"], *how: Any
+    ) -> Output:
+        """Run the functions of `reference.py`, or their twins; how: mask, tap, and what `transformer` takes besides."""
+        (B, T), start = call.input_ids.shape, call.start
         positions, scores = call.position_ids, None
         # A NaN or infinity in the weights shows in the result; NumPy's warnings would say it once for each operation.
         with np.errstate(invalid="ignore", over="ignore"):
             if call.token_type_ids is not None:  # the rows of both, summed, in the place of wpe
                 rows = kernels.embed(call.token_type_ids, positions, w.wte, w.wpe).reshape(B * T, -1)
                 w, positions = w._replace(wpe=rows), np.arange(B * T).reshape(B, T)
-            hidden = kernels.transformer(call.input_ids, positions, w, cache.layers, start, hide, watch)
+            hidden = kernels.transformer(call.input_ids, positions, w, cache.layers, start, *how)
             cache.advance(T)
             if logits:
                 last = hidden[:, -1:] if logits == "last" else hidden
-                scores = kernels.logits(last, w.lm_head, w.lm_head_bias, watch)
+                scores = kernels.logits(last, w.lm_head, w.lm_head_bias, how[1])
         return Output(hidden, scores, cache.views())
 
     def _filled_cache(self, call: Call) -> KVCache:
@@ -225,16 +235,17 @@ class GPT2:
         B, start = len(ids), cache.length
         self._check_cache(cache, B, 1)
         positions = check_positions(None, self.config, B, 1, start)
-        if not self.config.mask.is_causal:  # an unusual graph
-            logits = self(ids, cache, logits="last").logits
-            assert logits is not None
-            return logits[:, 0]
-        w = self._weights
-        with np.errstate(invalid="ignore", over="ignore"):
-            hidden = self._kernels.transformer(ids, positions, w, cache.layers, start)
-            cache.advance(1)
-            scores: Array = self._kernels.logits(hidden, w.lm_head, w.lm_head_bias)
-        return scores[:, 0]
+        rule, w = self.config.mask, self._weights
+        if self.engine == "numba" and rule.is_causal:
+            how = None, reference.no_tap, rule.safe_scores(None, self.dtype)
+            with np.errstate(invalid="ignore", over="ignore"), suppress(ScoresReachMask):
+                hidden = self._kernels.transformer(ids, positions, w, cache.layers, start, *how)
+                cache.advance(1)
+                scores: Array = self._kernels.logits(hidden, w.lm_head, w.lm_head_bias)
+                return scores[:, 0]
+        logits = self(ids, cache, logits="last").logits
+        assert logits is not None
+        return logits[:, 0]
 
     def _check_cache(self, cache: KVCache, B: int, T: int) -> None:
         """Raise unless the cache is of this model's form and T new positions of B rows fit in."""

@@ -5,12 +5,14 @@ Python does what happens once a call: it makes and reshapes arrays, and estimate
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from numba.core.registry import cpu_target
 
 from ..arrays import Array, empty_aligned
+from ..masks import Mask, ScoresReachMask
 from ..reference import Tap, no_tap, split_heads
 from ..weights import MLP, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear
 from . import loops, threads
@@ -21,6 +23,8 @@ from .threads import pool, run_pieces
 from .tile import PANEL, ROWS
 from .vectors import ACTIVATION_CODES, LANES, activate_in_place
 
+Range = tuple[float, float]
+ANY: Range = (-math.inf, math.inf)
 READ_COST = 8  # multiply-adds that take as long as to read one number from memory
 
 
@@ -72,6 +76,8 @@ def _attend_into(
     pieces, work = B * H * -(-T // PIECE_QUERIES), 2 * (READ_COST + T) * B * (start + T) * H * D
     arguments = qkv, cache, cache.reshape(-1), scale, visible, heads, probs
     run_pieces(pieces, work, loops.attend_range, loops.attend_parallel, scratch, *arguments)
+    if visible.unsafe[0]:
+        raise ScoresReachMask
 
 
 def embed(input_ids: Array, position_ids: Array, wte: Any, wpe: Array) -> Array:
@@ -114,21 +120,25 @@ def chained_product(x: Array, matrix: Array, bias: Array, terms: int) -> Array:
     return out
 
 
-def visible_keys(mask: Array | None, B: int, T: int, start: int, dtype: Any) -> VisibleKeys:
-    """Which keys T new positions from `start` on may see; mask: (B, 1, T, S), or None for the causal mask."""
+def visible_keys(mask: Mask | None, B: int, T: int, start: int, dtype: Any, safe: Range = ANY) -> VisibleKeys:
+    """Which keys T new positions from `start` on may see; mask: None for the causal mask."""
     if mask is None:
-        mask = np.empty((0, 0, 0, 0), dtype)
-    mask = np.require(mask, dtype, ["C", "A", "W"])
+        added, kept = np.empty((0, 0, 0, 0), dtype), np.empty((0, 0), dtype)
+    else:
+        added, kept = (np.require(a, dtype, ["C", "A", "W"]) for a in (mask.added, mask.kept_queries))
     keys, limits = np.empty((B, start + T), np.int64), np.empty((B, T), np.int64)
-    loops.find_visible_keys(mask, start, keys, limits)
-    return VisibleKeys(mask, keys, limits)
+    loops.find_visible_keys(added, start, keys, limits)
+    return VisibleKeys(added, kept, keys, limits, np.array(safe), np.zeros(1, np.int64))
 
 
-def attention(x: Array, w: Attention, cache: Array, start: int, mask: Array | None, tap: Tap, name: str) -> Array:
+def attention(
+    x: Array, w: Attention, cache: Array, start: int, mask: Mask | None, tap: Tap, name: str, safe: Range = ANY
+) -> Array:
     """Causal self-attention of T new positions over all S = start + T: (B, T, C) -> (B, T, C).
 
     cache: (2, B, H, >= S, D), the keys and values; positions 0..start-1 are read, start..S-1 written.
-    mask: (B, 1, T, S), added to the scores instead of the causal mask where a file's padding asks for it.
+    mask: in the place of the causal mask where a file's padding asks for it; it must be additive.
+    safe: what the highest score of each query must lie between, see `MaskRule.safe_scores`; else ScoresReachMask.
     """
     B, T, _ = x.shape
     H, D = cache.shape[2], cache.shape[4]
@@ -138,7 +148,7 @@ def attention(x: Array, w: Attention, cache: Array, start: int, mask: Array | No
     scores, probs = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
     with pool() as count:
         scratch = scratch_for(count, x.dtype, S=start + T, D=D)
-        visible = visible_keys(mask, B, T, start, x.dtype)
+        visible = visible_keys(mask, B, T, start, x.dtype, safe)
         _attend_into(_rows(heads), probs, _rows(qkv), cache, start, w.scale, visible, scratch)
         if tap is not no_tap:
             loops.all_scores(_rows(qkv), cache, start, T, w.scale, scores)
@@ -201,11 +211,13 @@ def mlp(x: Array, w: MLP, tap: Tap, name: str) -> Array:
     return out
 
 
-def block(x: Array, w: BlockWeights, cache: Array, start: int, mask: Array | None, tap: Tap, name: str) -> Array:
+def block(
+    x: Array, w: BlockWeights, cache: Array, start: int, mask: Mask | None, tap: Tap, name: str, safe: Range = ANY
+) -> Array:
     """One transformer block; each half reads a normalised copy and adds to the stream: (B, T, C) -> (B, T, C)."""
     normed = layer_norm(x, *w.ln_1)
     tap(f"{name}.ln_1", normed)
-    x = x + attention(normed, w.attn, cache, start, mask, tap, f"{name}.attn")
+    x = x + attention(normed, w.attn, cache, start, mask, tap, f"{name}.attn", safe)
     tap(f"{name}.resid_mid", x)
     normed = layer_norm(x, *w.ln_2)
     tap(f"{name}.ln_2", normed)
@@ -220,27 +232,28 @@ def transformer(
     w: GPT2Weights,
     caches: list[Array],
     start: int = 0,
-    mask: Array | None = None,
+    mask: Mask | None = None,
     tap: Tap = no_tap,
+    safe: Range = ANY,
 ) -> Array:
     """The whole stack: ids and positions (B, T) -> last_hidden_state (B, T, C).
 
-    caches: L arrays (2, B, H, >= start + T, D), read up to `start` and written from there, see `attention`.
+    caches: L arrays (2, B, H, >= start + T, D), read up to `start` and written from there. mask, safe: see `attention`.
     Without a tap the residual additions and the activation happen inside the linear maps, with the same bits.
     """
     x = embed(input_ids, position_ids, w.wte, w.wpe)  # (B, T) -> (B, T, C)
     tap("embed", x)
     if tap is no_tap:
-        _blocks(x, w, caches, start, mask)
+        _blocks(x, w, caches, start, mask, safe)
     else:
         for i, (block_weights, cache) in enumerate(zip(w.h, caches, strict=True)):
-            x = block(x, block_weights, cache, start, mask, tap, f"h.{i}")
+            x = block(x, block_weights, cache, start, mask, tap, f"h.{i}", safe)
     x = layer_norm(x, *w.ln_f)
     tap("ln_f", x)
     return x
 
 
-def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Array | None) -> None:
+def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Mask | None, safe: Range) -> None:
     """All blocks on the residual stream x (B, T, C), in place; they share their buffers."""
     B, T, C = x.shape
     H, D = caches[0].shape[2], caches[0].shape[4]
@@ -250,7 +263,7 @@ def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Arr
     hidden = shared[: R * F].reshape(R, F)  # made when qkv and heads are done with
     rows, no_probs = _rows(x), np.empty((0, 0, 0, 0), dtype)
     with pool() as count:
-        visible = visible_keys(mask, B, T, start, dtype)
+        visible = visible_keys(mask, B, T, start, dtype, safe)
         scratch = scratch_for(count, dtype, C, start + T, D)
         for b, cache in zip(w.h, caches, strict=True):
             _layer_norm_into(normed, rows, *b.ln_1, scratch)

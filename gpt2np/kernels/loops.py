@@ -150,8 +150,11 @@ class VisibleKeys(NamedTuple):
     """Which keys the queries may see, and what is added to their scores."""
 
     mask: Array  # (B, 1, T, S), added to the scores; empty for the causal mask
+    kept: Array  # (B, T): 0 where the scores of a query are 0 before that; empty for the causal mask
     keys: Array  # (B, S): positions of the keys that any query of a sequence may see, in order
     limits: Array  # (B, T): how many of that list each query looks at
+    safe: Array  # (2,): between these two, the highest score of a query leaves hidden keys without weight
+    unsafe: Array  # (1,): 1 once a query's highest score was outside
 
 
 @jit()
@@ -264,8 +267,8 @@ def score_queries(rows, qkv, query, stride, D, room, length, wide):
 
 
 @jit()
-def softmax(scores, limit, scale, masked, mask, keys, lanes):
-    """Turn the first `limit` scores of a query into exp(score - highest), the others into 0; return the sum."""
+def softmax(scores, limit, scale, visible, b, t, lanes):
+    """Turn the first `limit` scores of query t into exp(score - highest), the others into 0; return the sum."""
     number = scores.dtype.type
     if limit == 0:  # a query that may see no key gets zeros, as in reference.softmax
         scores[:] = 0
@@ -274,11 +277,18 @@ def softmax(scores, limit, scale, masked, mask, keys, lanes):
     scale = number(scale)
     for j in range(scores.size):
         scores[j] *= scale
-    if masked:
+    counts = True
+    if visible.mask.size > 0:
+        counts = visible.kept[b, t] > 0
+        if not counts:
+            scores[:] = 0
+        mask = visible.mask[b, 0, t]
         for j in range(limit):
-            scores[j] += mask[keys[j]]
+            scores[j] += mask[visible.keys[b, j]]
     scores[limit:] = lowest
     peak = highest(scores, lanes)
+    if counts and (peak < visible.safe[0] or peak > visible.safe[1]):
+        visible.unsafe[0] = 1
     for j in range(scores.size):
         scores[j] = exp(scores[j] - peak)
     return total(scores, lanes)
@@ -319,7 +329,7 @@ def attend_range(first, last, scratch, qkv, cache, flat_cache, scale, visible, h
     """
     _, _, H, room_length, D = cache.shape
     T = visible.limits.shape[1]
-    masked, width, half = visible.mask.size > 0, -(-D // PANEL) * PANEL, flat_cache.size // 2
+    width, half = -(-D // PANEL) * PANEL, flat_cache.size // 2
     query_pieces = -(-T // PIECE_QUERIES)
     for piece in range(first, last):
         b, h, start = piece // query_pieces // H, piece // query_pieces % H, piece % query_pieces * PIECE_QUERIES
@@ -347,8 +357,7 @@ def attend_range(first, last, scratch, qkv, cache, flat_cache, scale, visible, h
             # 3. softmax, without the division by its sum, which is left to the end
             for r in range(group.size):
                 scores = room.scores[r * length : r * length + wide]
-                mask = visible.mask[b, 0, start + t + r] if masked else scores
-                room.sums[r] = softmax(scores, group[r], scale, masked, mask, keys, room.lanes)
+                room.sums[r] = softmax(scores, group[r], scale, visible, b, start + t + r, room.lanes)
 
             # 4. the values, weighted
             weigh_values(group, finite, room, length, values, value_start, width)

@@ -234,7 +234,7 @@ def test_a_gap_of_masked_keys_leaves_the_bits_as_they_are(D):
     for query in range(3, 3 + gap):
         mask[0, 0, query] = -np.inf
         mask[0, 0, query, 0] = 0
-    got = kernels.block(padded, w, np.zeros((2, 1, H, T2, D), np.float32), 0, mask, no_tap, "")
+    got = kernels.block(padded, w, np.zeros((2, 1, H, T2, D), np.float32), 0, Mask(mask), no_tap, "")
     np.testing.assert_array_equal(got[:, places], whole)
 
 
@@ -246,8 +246,8 @@ def test_masks_are_added_as_softmax_says():
     for mask_row in ([0.0] * T, [lowest] * T, [-np.inf] * T, [-1.0, 0.5, -np.inf, 0, lowest, 2]):
         mask = np.tile(np.array(mask_row), (2, 1, T, 1))
         got, expected = (
-            module.attention(x, block.attn, np.zeros((2, 2, H, T, D)), 0, hide, no_tap, "")
-            for module, block, hide in ((kernels, w, mask), (reference, plain, Mask(mask)))
+            module.attention(x, block.attn, np.zeros((2, 2, H, T, D)), 0, Mask(mask), no_tap, "")
+            for module, block in ((kernels, w), (reference, plain))
         )
         close(got, expected, np.float64, 100)
 
