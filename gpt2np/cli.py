@@ -53,6 +53,7 @@ COMMANDS = {
     "diff": ("diff", "Check"),
     "trace": ("trace", "Check"),
     "info": ("info", "Check"),
+    "fingerprint": ("fingerprint", "Check"),
     "generate": ("generate", "Use"),
     "score": ("score", "Use"),
     "embed": ("embed", "Use"),

@@ -1,0 +1,152 @@
+"""SHA-256 of what a model computes, for each way of computing it: they must all be one and the same.
+
+The results of three fixed texts are computed by one call each, in chunks, token by token, in batches, after a cache
+was cut back, and on every number of threads. For one text, all of these have the same bits; so have other machines
+with fused multiply-add, in float32. Two things are the machine's own: in float64 exp and erf come from the system's
+mathematical library, and where there is no fused multiply-add, sums round twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from .arrays import Array
+from .cache import KVCache
+from .model import GPT2
+
+LONGEST = 64  # tokens of a text: more than one chain of every kernel, and few enough for a second
+
+
+class Fingerprint(NamedTuple):
+    """One way of computing the texts, and the hash of what came out."""
+
+    way: str
+    sha256: str
+
+
+class Result(NamedTuple):
+    """What is hashed of one text of T tokens."""
+
+    hidden: Array  # (T, C)
+    logits: Array  # (T, V)
+    past: Array  # (L, 2, H, T, D)
+
+
+Way = Callable[[GPT2, list[Array]], list[Result]]
+
+
+def texts(model: GPT2) -> list[Array]:
+    """Three lists of token ids, of different lengths, that depend on nothing but the sizes of the model."""
+    longest = min(LONGEST, model.config.n_ctx)
+    lengths = longest, max(1, 3 * longest // 4), max(1, longest // 3)
+    return [np.arange(T) * (31 * np.arange(T) + 7 + 12 * i) % model.config.vocab_size for i, T in enumerate(lengths)]
+
+
+def _in_pieces(model: GPT2, ids: Array, ends: list[int], cache: KVCache | None = None) -> Result:
+    """One text in calls that end before these positions; a cache that is given holds the first ones already."""
+    start = 0 if cache is None else cache.length
+    cache = model.new_cache() if cache is None else cache
+    parts = []
+    for end in ends:
+        parts.append(model(ids[None, start:end], cache=cache))
+        start = end
+    logits = [part.logits[0] for part in parts if part.logits is not None]
+    return Result(
+        np.concatenate([part.last_hidden_state[0] for part in parts]),
+        np.concatenate(logits),
+        np.stack([layer[:, 0] for layer in parts[-1].past]),
+    )
+
+
+def _whole(model: GPT2, given: list[Array]) -> list[Result]:
+    return [_in_pieces(model, ids, [len(ids)]) for ids in given]
+
+
+def _chunks(model: GPT2, given: list[Array]) -> list[Result]:
+    return [_in_pieces(model, ids, sorted({1, 1 + len(ids) // 7, len(ids) // 2 + 1, len(ids)})) for ids in given]
+
+
+def _single(model: GPT2, given: list[Array]) -> list[Result]:
+    return [_in_pieces(model, ids, list(range(1, len(ids) + 1))) for ids in given]
+
+
+def _batch(model: GPT2, given: list[Array]) -> list[Result]:
+    """Each text beside two others of its length."""
+    found = []
+    for ids in given:
+        others = [ids, (ids + 1) % model.config.vocab_size, ids[::-1]]
+        out = model(np.stack([others[1], ids, others[2]]))
+        assert out.logits is not None
+        found.append(Result(out.last_hidden_state[1], out.logits[1], np.stack([layer[:, 1] for layer in out.past])))
+    return found
+
+
+def _ragged(model: GPT2, given: list[Array]) -> list[Result]:
+    """All texts in one batch, padded on the left."""
+    S = max(map(len, given))
+    ids, mask = (np.zeros((len(given), S), np.int64) for _ in range(2))
+    for row, text in enumerate(given):
+        ids[row, S - len(text) :], mask[row, S - len(text) :] = text, 1
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    out = model(ids, attention_mask=mask, position_ids=positions)
+    assert out.logits is not None
+    places = [(row, slice(S - len(text), S)) for row, text in enumerate(given)]
+    return [
+        Result(out.last_hidden_state[b, at], out.logits[b, at], np.stack([layer[:, b, :, at] for layer in out.past]))
+        for b, at in places
+    ]
+
+
+def _prefix(model: GPT2, given: list[Array]) -> list[Result]:
+    """The first half is kept from a text that goes on in another way."""
+    found = []
+    for ids in given:
+        half = len(ids) // 2
+        other = np.concatenate([ids[:half], (ids[half:] + 1) % model.config.vocab_size])
+        cache = model.new_cache()
+        begun = model(other[None], cache=cache)
+        cache.crop(half)
+        rest = _in_pieces(model, ids, [len(ids)], cache)
+        assert begun.logits is not None
+        first = begun.last_hidden_state[0, :half], begun.logits[0, :half]
+        hidden, logits = (np.concatenate(pair) for pair in zip(first, rest[:2], strict=True))
+        found.append(Result(hidden, logits, rest.past))
+    return found
+
+
+WAYS: dict[str, Way] = {
+    "prompt": _whole,
+    "chunks": _chunks,
+    "single tokens": _single,
+    "batch": _batch,
+    "ragged batch": _ragged,
+    "prefix reuse": _prefix,
+}
+
+
+def digest(results: list[Result]) -> str:
+    """SHA-256 of the numbers, least significant byte first."""
+    total = hashlib.sha256()
+    for array in (array for result in results for array in result):
+        total.update(np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes())
+    return total.hexdigest()
+
+
+def fingerprints(model: GPT2) -> Iterator[Fingerprint]:
+    """Compute the texts in every way; the engine must be the kernels."""
+    from .kernels import get_num_threads, set_num_threads
+
+    given = texts(model)
+    for name, way in WAYS.items():
+        yield Fingerprint(name, digest(way(model, given)))
+    threads = get_num_threads()
+    try:
+        for count in range(1, threads + 1):
+            set_num_threads(count)
+            yield Fingerprint(f"{count} thread{'s' * (count > 1)}", digest(_whole(model, given)))
+    finally:
+        set_num_threads(threads)

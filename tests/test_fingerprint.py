@@ -1,0 +1,58 @@
+"""The same bits in every way of computing, and on every machine with fused multiply-add."""
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import gpt2np
+from gpt2np import fingerprint
+from gpt2np.cli import app
+from gpt2np.kernels import chained_product
+from tiny import tiny_model
+
+# Of weights/mini in float32: seen on x86-64 with AVX2 and on arm64.
+MINI = "c31c107f4d9c5763ab64d8a63d6b816b7cffa125e50f228120ccf67f2c5e3ae9"
+
+
+def fuses():
+    """Whether the machine that the kernels are compiled for rounds a * b + c once."""
+    x = np.float32([[1.1, 1.1]])
+    square = x[0, 0] * x[0, 0]
+    return chained_product(x, np.float32([[1.1], [1.1]]), np.zeros(0, np.float32), 2)[0, 0] != square + square
+
+
+def test_every_way_of_computing_the_embedded_model_gives_the_published_bits():
+    found = {f.way: f.sha256 for f in fingerprint.fingerprints(gpt2np.load())}
+    assert len(set(found.values())) == 1, found
+    assert list(found)[:6] == list(fingerprint.WAYS)
+    if fuses():
+        assert found["prompt"] == MINI
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_one_changed_bit_changes_the_fingerprint(dtype):
+    model = tiny_model(dtype=dtype)
+    given = fingerprint.texts(model)
+    before = fingerprint.digest(fingerprint.WAYS["prompt"](model, given))
+    assert before == fingerprint.digest(fingerprint.WAYS["single tokens"](model, given))
+    bias = model._weights.ln_f.bias
+    bias[0] = np.nextafter(bias[0], 9)
+    assert fingerprint.digest(fingerprint.WAYS["prompt"](model, given)) != before
+
+
+@pytest.mark.jit
+def test_the_command_says_which_ways_differ(monkeypatch):
+    done = CliRunner().invoke(app, ["fingerprint", "--dtype", "float32"])
+    assert done.exit_code == 0
+    [line] = done.output.splitlines()
+    assert line.startswith("float32  ")
+    assert all(way in line for way in fingerprint.WAYS)
+
+    def wrong(model, given):
+        return [result._replace(hidden=result.hidden + 1) for result in fingerprint._whole(model, given)]
+
+    monkeypatch.setitem(fingerprint.WAYS, "chunks", wrong)
+    done = CliRunner().invoke(app, ["fingerprint", "--dtype", "float32"])
+    assert done.exit_code == 1
+    assert [line.split("  ")[2] for line in done.output.splitlines()][1] == "chunks"
+    assert CliRunner().invoke(app, ["fingerprint", "--dtype", "float16"]).exit_code == 2
