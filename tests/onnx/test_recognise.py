@@ -584,6 +584,24 @@ def test_what_is_no_gpt2_is_named(zoo, tmp_path, edit, error, message):
         read(path)
 
 
+def test_a_size_that_only_one_length_allows_is_refused(modern, tmp_path):
+    """A negated length is -1, "what is left", for one token alone; ONNX Runtime refuses -2 and all below."""
+    model = onnx.load(modern)
+    nodes = list(model.graph.node)
+    inner = next(
+        n for n in nodes if n.op_type == "Reshape" and n.input[1] not in {i.name for i in model.graph.initializer}
+    )
+    at = nodes.index(inner)
+    negated = helper.make_node("Neg", [inner.input[1]], ["negated"])
+    inner.input[1] = "negated"
+    nodes.insert(at, negated)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(UnsupportedModelError, match="sizes"):
+        read(tmp_path / "model.onnx")
+
+
 def test_recognising_leaves_the_file_and_its_arrays_alone(zoo):
     file = open_model(zoo)
     before = file.proto.SerializeToString()

@@ -87,6 +87,8 @@ def _reshape(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     shape = _ints(inputs[1]) if len(inputs) > 1 else list(node.attributes["shape"])
     if not node.attributes.get("allowzero", 0):
         shape = [x.shape[i] if size == 0 else size for i, size in enumerate(shape)]
+    if min(shape, default=0) < -1:  # NumPy takes any negative size for "what is left"; ONNX takes -1 alone
+        raise ValueError(f"the sizes {shape}")
     return np.asarray(x.reshape(shape))
 
 
