@@ -1,4 +1,8 @@
-"""The KV cache: keys and values of the positions that a model has seen, owned and passed in by the caller."""
+"""The KV cache: keys and values of the positions that a model has seen, owned and passed in by the caller.
+
+A query looks at the keys and values of all earlier positions, and these do not depend on what comes later (the causal
+mask sees to that). So they are computed once and kept: a further token costs one position, not the whole text again.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""The `gpt2np` command: one Typer app, one module in `commands/` for each of its commands.
-
-Exit codes: 0 pass, 1 a numerical comparison failed, 2 usage or unreadable input, 3 nothing or too little was
-compared, 70 a bug (with its traceback), 130 stopped by Ctrl-C, 141 the reader of a pipe left.
-"""
+"""The `gpt2np` command: one Typer app, one module in `commands/` for each of its commands."""
 
 from __future__ import annotations
 
@@ -46,6 +42,16 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
+
+EXIT_CODES = {
+    0: "pass, or done",
+    1: "a numerical comparison failed",
+    2: "a wrong argument, or input that cannot be read, or output that cannot be written: one line says what",
+    3: "nothing, or too little, was compared",
+    70: "a bug in gpt2np, with its traceback",
+    130: "stopped by Ctrl-C",
+    141: "the reader of a pipe left, as in `gpt2np info | head`",
+}
 
 # command name -> (module in commands/, help panel), in the order of `gpt2np --help`
 COMMANDS = {

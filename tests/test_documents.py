@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import re
 from importlib import import_module
 from pathlib import Path
@@ -51,3 +52,13 @@ def test_files_and_functions_that_contributing_names_exist() -> None:
     tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
+
+
+def test_the_reference_page_is_that_of_the_code() -> None:
+    spec = importlib.util.spec_from_file_location("refresh", ROOT / "docs" / "refresh.py")
+    assert spec is not None
+    assert spec.loader is not None
+    refresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(refresh)
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert page.startswith(refresh.reference_page({})), "python docs/refresh.py"

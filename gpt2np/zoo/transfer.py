@@ -3,6 +3,8 @@
 Bytes are written to `NAME.part`, which later runs, and other mirrors, go on from; what is known about its
 origin lies in `NAME.part.json`. Only a file of the right size and SHA-256 is moved to its final name.
 HTTP itself (redirects, proxies from the environment, TLS) is httpx's; this adds resuming, retries and checks.
+huggingface_hub's download (2.4, itself on httpx2) was tried in its place: it sends no If-Range, so that halves of two
+versions can be joined, tries 5xx answers only once, loses up to 10 MB at a cut, and knows no mirrors.
 """
 
 from __future__ import annotations
