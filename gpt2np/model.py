@@ -1,7 +1,7 @@
 """GPT2: a model that is ready to run, with either engine.
 
 `load` makes one from a file. A call of it is checked (`call.py`), given a mask (`masks.py`) and a cache (`cache.py`),
-and run by the textbook (`reference.py`) or by its compiled twins (`kernels/`), which give the same numbers up to rounding.
+and run by the textbook (`reference.py`) or by its compiled twins (`kernels/`): the same numbers up to rounding.
 """
 
 from __future__ import annotations
