@@ -52,6 +52,7 @@ print(gpt2np.InferenceSession(model.path, engine="numpy").run(None, {"input1": [
         ("gpt2np.InferenceSession(gpt2np.load(engine='numpy').path)", ["numba", 'engine="numpy"']),
         ("gpt2np.set_num_threads(2)", ["numba"]),
         ("gpt2np.kernels", ["numba"]),
+        ("import gpt2np.pictures", ["altair", "gpt2np[html]"]),
         ("sys.modules.update(onnx=None); gpt2np.load(engine='numpy')", ["onnx", "pip install onnx"]),
     ],
 )
@@ -65,3 +66,12 @@ except gpt2np.Gpt2npError as error:
     assert out.startswith("MissingPackageError")
     for word in words:
         assert word in out
+
+
+def test_parity_lists_a_party_that_cannot_run():
+    code = """
+from gpt2np.parity import capture, run
+report = run.parity(capture.Options(gpt2np.load(engine="numpy").path, engine="numpy"))
+print(report.exit_code, "needs onnxruntime, which is not installed: pip install onnxruntime" in str(report))
+"""
+    assert run(code) == "1 True\n"

@@ -184,7 +184,25 @@ def _swapped(x: Array, w: Any, cache: Array, start: int, mask: Any, tap: Any, na
     return out
 
 
+def _with_softmax(probabilities: Callable[[Array], Array]) -> Callable[..., Array]:
+    """Attention with another softmax."""
+
+    def attention(x: Array, w: Any, cache: Array, start: int, mask: Any, tap: Any, name: str) -> Array:
+        S = start + x.shape[1]
+        q, k, v = reference.split_heads(reference.linear(x, *w.c_attn), w.n_head)
+        cache[0, :, :, start:S], cache[1, :, :, start:S] = k, v
+        probs = probabilities(mask(q @ cache[0, :, :, :S].swapaxes(-1, -2) * w.scale))
+        return reference.linear(merge_heads(probs @ cache[1, :, :, :S]), *w.c_proj)
+
+    return attention
+
+
 ATTENTION: Mistakes = {
+    "exp without the division by the sum": _with_softmax(lambda s: _exp(s - s.max(axis=-1, keepdims=True))),
+    "softmax over the queries, not over the keys": _with_softmax(
+        lambda s: _ratio(_exp(s), _exp(s).sum(axis=-2, keepdims=True))
+    ),
+    "no softmax: the scores themselves mix the values": _with_softmax(lambda s: np.where(np.isfinite(s), s, 0)),
     "the new keys and values are written to the front of the cache, over the old ones": _elsewhere,
     "the new keys and values are not written to the cache": _unwritten,
     "the cached keys and values are not read": _forgetful,

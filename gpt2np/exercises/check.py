@@ -177,6 +177,9 @@ def _explained(
     guess = None
     if exercise.taps and not cause:
         where, guess = _debugged(exercise, case, given, taps)
+        if guess is None:  # one token alone hides much: its softmax is 1
+            others = [other for other in exercise.cases(np.float64) if other.words != case.words]
+            guess = next(filter(None, (_debugged_quietly(exercise, other, function) for other in others)), None)
         if where and where != place:
             place = where
             words = f"{where} is the first to differ; what comes before agrees. {exercise.taps[-1]} {words}"
@@ -215,8 +218,11 @@ def _debugged(exercise: Exercise, case: Case, given: Results, taps: Mapping[str,
     """The first operation of the reader's that differs, and the debugger's guess at the reason."""
     program = Program.of(CONFIG, SOURCES)
     values = {tap: np.asarray(given[tap], np.float64) for tap in exercise.taps}
-    values |= {tap: np.asarray(taps[tap], np.float64) for tap in exercise.inside if tap in taps}
     call, names = _call(case), tap_names(CONFIG)
+    if exercise.mutates is not None:  # keys and values show in the cache, even to whom calls no tap
+        P, T = call.start, call.input_ids.shape[1]
+        values["h.0.attn.k"], values["h.0.attn.v"] = np.asarray(given["the cache"], np.float64)[:, :, :, P : P + T]
+    values |= {tap: np.asarray(taps[tap], np.float64) for tap in exercise.inside if tap in taps}
     known: dict[str, Array] = dict(case.given)
     group = ("h.0.attn.q", "h.0.attn.k", "h.0.attn.v")
     for tap in sorted(values, key=names.index):
@@ -232,6 +238,13 @@ def _debugged(exercise: Exercise, case: Case, given: Results, taps: Mapping[str,
             return tap, likely[0] if likely else None
         known[tap] = values[tap]
     return "", None
+
+
+def _debugged_quietly(exercise: Exercise, case: Case, function: Callable[..., Any]) -> Guess | None:
+    try:
+        return _debugged(exercise, case, *_results(exercise, case, function))[1]
+    except Wrong:
+        return None
 
 
 def _within(name: str, tap: str, known: Mapping[str, Array], program: Program) -> bool:

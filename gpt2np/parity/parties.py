@@ -17,6 +17,7 @@ import numpy as np
 from ..call import Call
 from ..errors import ComparisonError, InputError, TraceError
 from ..onnx.read.datasets import DataSet
+from ..optional import needs
 from ..signature import Feeds
 from ..weights import Array
 from .forms import as_array, form_of, named, nearest
@@ -101,7 +102,8 @@ class Ort:
 
     def open(self, source: str | bytes, optimise: bool) -> Any:
         """A session over the file, or over a changed copy of it."""
-        import onnxruntime as ort
+        with needs("onnxruntime", "ONNX Runtime as a party"):
+            import onnxruntime as ort
 
         options = ort.SessionOptions()
         level = ort.GraphOptimizationLevel

@@ -226,6 +226,21 @@ def test_each_mistake_that_the_debugger_knows_is_refused_and_named(name, functio
     assert words in answer.cause, answer
 
 
+SILENT = [(name, function, words) for name, function, words in KNOWN if name in ("attention", "mlp", "block")]
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "words"), SILENT, ids=[f"{n}-{w}-{i}" for i, (n, _, w) in enumerate(SILENT)]
+)
+def test_they_are_named_without_a_tap_too(name, function, words):
+    def silent(*arguments):
+        return function(*arguments[:-2], reference.no_tap, arguments[-1])
+
+    answer = exercises.check(name, silent)
+    assert not answer
+    assert words in answer.cause, answer
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [

@@ -294,10 +294,9 @@ def _check_magic(path: Path, head: bytes) -> None:
 
 def _parsed(path: Path, message: str, skeleton: bytes) -> Any:
     """The protobuf message of that name in the onnx package."""
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
     with needs("onnx", "reading a model.onnx"):
         import onnx
+        from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         return getattr(onnx, message).FromString(skeleton)
