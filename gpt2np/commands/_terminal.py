@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ..parity.explain.problem import Clock
     from ..parity.report import Report
 
 UNWRAPPED = 100_000  # columns; a pipe has no width, and a table that is cut off there is of no use
@@ -84,6 +85,27 @@ def progress(description: str, total: float | None, unit: str = "") -> Iterator[
     with Progress(*columns, Rate(), TimeRemainingColumn(), console=out, disable=not out.is_terminal) as bar:
         task = bar.add_task(escaped(description), total=total)
         yield lambda amount: bar.advance(task, amount)
+
+
+@contextmanager
+def search_clock(seconds: float) -> Iterator[Clock]:
+    """The time that a search for a cause may take; on a terminal, what it tries is shown on standard error."""
+    from rich.text import Text
+
+    from ..parity.explain.problem import Clock
+
+    out = console(stderr=True)
+    status = out.status("")
+
+    def show(share: float, doing: str) -> None:
+        if out.is_terminal:
+            status.start()
+            status.update(Text(f"looking for the cause, {share:.0%} of {seconds:g} s: {escaped(doing)}"))
+
+    try:
+        yield Clock(seconds, show)
+    finally:
+        status.stop()
 
 
 def note(message: str) -> None:

@@ -39,6 +39,9 @@ def diff(
     padding: Annotated[
         bool, typer.Option("--padding", help="compare rows of padding, too: nothing defines them")
     ] = False,
+    search_time: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="processor time to look for the cause")
+    ] = 60.0,
     json: Annotated[Path | None, typer.Option(help="write every metric and threshold")] = None,
     junit: Annotated[Path | None, typer.Option(help="write one test case for each output and check")] = None,
 ) -> None:
@@ -62,16 +65,17 @@ def diff(
     from ..parity import cases
     from ..parity import diff as parity_diff
     from ..parity.subject import Subject
-    from ._terminal import check_writable, deliver
+    from ._terminal import check_writable, deliver, search_clock
 
     check_writable(json, junit)
 
     def inputs(model: Subject) -> list[cases.Case]:
         return cases.gather_cases(model, data or [], prompt or [], random, seed, ids or [])
 
-    report = parity_diff.diff(
-        a, b, inputs, oracle, preset,
-        rtol or [], atol or [], local, dump_repro, padding, replace or [], digits,
-    )  # fmt: skip
+    with search_clock(search_time) as clock:
+        report = parity_diff.diff(
+            a, b, inputs, oracle, preset,
+            rtol or [], atol or [], local, dump_repro, padding, replace or [], digits, clock,
+        )  # fmt: skip
     deliver(report, json, junit)
     raise typer.Exit(report.exit_code)

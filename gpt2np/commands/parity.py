@@ -43,6 +43,9 @@ def parity(
     padding: Annotated[
         bool, typer.Option("--padding", help="compare rows of padding, too: nothing defines them")
     ] = False,
+    search_time: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="processor time to look for the cause")
+    ] = 60.0,
     json: Annotated[Path | None, typer.Option(help="write every metric and threshold")] = None,
     junit: Annotated[Path | None, typer.Option(help="write one test case for each output and check")] = None,
     save_trace: Annotated[Path | None, typer.Option(help="write ours, all taps of the first input, as .npz")] = None,
@@ -60,13 +63,14 @@ def parity(
     - `gpt2np parity model.onnx --noise-floor --junit parity.xml --json parity.json`
     """
     from ..parity import capture, parties, run
-    from ._terminal import check_writable, deliver
+    from ._terminal import check_writable, deliver, search_clock
 
     check_writable(json, junit, save_trace)
     options = capture.Options(
         parties.model_path(model), against or [], data or [], prompt or [], random, ids or [], seed, engine, preset,
         rtol or [], atol or [], run.parse_checks(checks), noise_floor, padding,
     )  # fmt: skip
-    report = run.parity(options, save_trace)
+    with search_clock(search_time) as clock:
+        report = run.parity(options, save_trace, clock)
     deliver(report, json, junit)
     raise typer.Exit(report.exit_code)

@@ -16,6 +16,7 @@ from .capture import run_case, taps_from
 from .cases import Case, default_cases, pick
 from .compare import Comparison, compare_arrays, parties
 from .digits import show_digits, significant_digits
+from .explain.problem import Clock
 from .files import compare_files
 from .forms import as_array, form_of, named
 from .localise import TapRow
@@ -34,7 +35,7 @@ Cases = Callable[[Subject], list[Case]]
 def diff(
     a: str, b: str, cases: Cases, oracle: str | None = None, preset: str = "auto", rtol: Sequence[str] = (),
     atol: Sequence[str] = (), local: bool = False, repro: Path | None = None, padding: bool = False,
-    replace: Sequence[str] = (), digits: bool = False,
+    replace: Sequence[str] = (), digits: bool = False, clock: Clock | None = None,
 ) -> Report:  # fmt: skip
     """Two parties against each other on every case; where they differ, which operation and why."""
     budgets = parse_budgets(preset, rtol, atol)
@@ -77,7 +78,7 @@ def diff(
         arbiter = Oracle(program, None if program else taps_from(TraceRunner(model, Path(oracle)), case))
     mine = [c for c in report.comparisons if c.case == case.name]
     pair = Pair(case, call, runners[0], runners[1])
-    row, given = investigate(report, model, pair, mine, results[case.name], True, local, arbiter)
+    row, given = investigate(report, model, pair, mine, results[case.name], True, local, arbiter, clock)
     if row is not None:
         rows = report.rows.get(f"{runners[0].name} - {runners[1].name}", [])
         if {r.tap for r in rows} - {t for p in model.recognised.outputs for t in taps_of(p)}:

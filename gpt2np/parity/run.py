@@ -13,6 +13,7 @@ from .capture import Options, record, run_case
 from .cases import Case, gather_cases, pick
 from .checks import CHECKS, matrix, run_checks
 from .compare import Comparison, compare_case, parties
+from .explain.problem import Clock
 from .metrics import Budget
 from .parties import ENGINES, Ort, Ours, Recorded, Runner, model_path, runner_of
 from .recordings import suspect_record
@@ -37,7 +38,7 @@ def parse_checks(text: str) -> tuple[str, ...]:
     return names
 
 
-def parity(options: Options, save_trace: Path | None = None) -> Report:
+def parity(options: Options, save_trace: Path | None = None, clock: Clock | None = None) -> Report:
     """Compare ours, others and the recorded outputs; where they differ, say which operation and why."""
     budgets = parse_budgets(options.preset, options.rtol, options.atol)
     check_options(options)
@@ -79,7 +80,9 @@ def parity(options: Options, save_trace: Path | None = None) -> Report:
         if model.found is None:
             bracket_outputs(report, model, cases, captured)
         else:
-            explain(report, model, ours if model.whole else None, others, cases, captured, "taps" in options.checks)
+            explain(
+                report, model, ours if model.whole else None, others, cases, captured, "taps" in options.checks, clock
+            )
     if save_trace is not None and cases and model.whole:
         traces.save(save_trace, record(model, ours, cases[0]))
     return report
@@ -128,7 +131,7 @@ def refuse(model: Subject, report: Report) -> None:
 
 def explain(
     report: Report, model: Subject, ours: Ours | None, others: Sequence[Runner], cases: Sequence[Case],
-    captured: Mapping[str, Outputs], asked: bool,
+    captured: Mapping[str, Outputs], asked: bool, clock: Clock | None = None,
 ) -> None:  # fmt: skip
     """Tap by tap on one input; then the record itself; then the file against the recorded data."""
     failing = {c.case for c in report.comparisons if not c.ok and (c.metrics is not None or c.problem)}
@@ -160,7 +163,7 @@ def explain(
         outputs = [given.get(a.name, {}), given.get(other.name, {})]
         both = [o for o in outputs if isinstance(o, Mapping)]
         if len(both) == 2 and report.diagnosis is None:
-            investigate(report, model, Pair(case, call, a, other), between, both, asked)
+            investigate(report, model, Pair(case, call, a, other), between, both, asked, clock=clock)
     if report.diagnosis is None and ours is not None:
         recorded = {c.output: c for c in report.comparisons if c.case == case.name and c.expected == Recorded.name
                     and c.actual == ours.name and not c.ok}  # fmt: skip
@@ -173,7 +176,7 @@ def explain(
                 report.who = "ours and the other programs agree; the recorded data alone differs"
                 report.next = "record the data set anew, from the inputs that are stored"
     if report.diagnosis is None and case.data is not None and failing:
-        found = from_the_record(report, model, case, call)
+        found = from_the_record(report, model, case, call, clock)
         if found is not None:
             settle(report, found, case.name)
 

@@ -15,7 +15,7 @@ from .capture import around, taps_from
 from .cases import Case
 from .compare import Comparison
 from .explain.diagnose import Diagnosis, from_outputs, from_taps, misplaced, nonfinite
-from .explain.problem import Guess
+from .explain.problem import Clock, Guess
 from .localise import TapRow, Taps, agreeing, compare_taps, first_divergence, only_noise
 from .operations import tap_names
 from .parties import Runner
@@ -50,7 +50,7 @@ class Oracle(NamedTuple):
 def investigate(
     report: Report, model: Subject, pair: Pair, comparisons: Sequence[Comparison],
     outputs: Sequence[Mapping[str, Array]],
-    asked: bool = False, every: bool = False, oracle: Oracle | None = None,
+    asked: bool = False, every: bool = False, oracle: Oracle | None = None, clock: Clock | None = None,
 ) -> tuple[TapRow | None, dict[str, Array]]:  # fmt: skip
     """Place and cause of what the comparisons of one pair say, into the report.
 
@@ -60,6 +60,7 @@ def investigate(
     outputs : what A and B gave
     asked : whether the taps are compared, and judged, though nothing failed
     every : whether the table shows all taps
+    clock : the processor time that the search for a cause may take; 60 s where none is given
 
     Returns
     -------
@@ -105,7 +106,7 @@ def investigate(
     say_who(report, row, a.name, b.name)
     party = a if row.over_a > 1 and row.over_a > row.over_b else b
     arrays = around(model, party, case, call, row.tap)
-    settle(report, from_taps(model.program, call, row, party.name, arrays), case.name)
+    settle(report, from_taps(model.program, call, row, party.name, arrays, clock), case.name)
     report.details["divergent"] = {"tap": row.tap, "party": party.name, "case": case.name}
     return row, arrays
 
@@ -193,11 +194,13 @@ def settle(report: Report, diagnosis: Diagnosis, case: str) -> None:
         report.headline += "; none of the usual mistakes explains it"
 
 
-def from_the_record(report: Report, model: Subject, case: Case, call: Call) -> Diagnosis | None:
+def from_the_record(
+    report: Report, model: Subject, case: Case, call: Call, clock: Clock | None = None
+) -> Diagnosis | None:
     """The file's own operations against the recorded outputs."""
     assert case.data is not None
     recorded = model.outputs_as_taps(case.data.outputs, call)
-    found = from_outputs(model.program, call, recorded, "the file", spare_weights(model))
+    found = from_outputs(model.program, call, recorded, "the file", spare_weights(model), clock)
     good, bad = agreeing(model, call, recorded)
     if bad:
         set_place(report, model, good, bad)

@@ -27,14 +27,12 @@ from ..operations import OPERATIONS, split_tap, tap_inputs, tap_names
 from ..places import ancestors, interval, kept
 from ..program import Program
 from .cache_mistakes import written_elsewhere
-from .problem import Clock, Guess, Problem, Progress
+from .problem import Clock, Guess, Problem
 from .rank import rank
 from .rounding import bits_of
 from .shorten import shortened
 from .solve import tap_of_element
 from .where import describe
-
-SECONDS = 60.0  # of processor time that a search takes at most, unless the user says otherwise
 
 
 @dataclass
@@ -58,20 +56,20 @@ class Diagnosis:
 
 def from_taps(
     program: Program, call: Call, row: TapRow, party: str, given: Mapping[str, Array],
-    seconds: float = SECONDS, progress: Progress | None = None,
+    clock: Clock | None = None,
 ) -> Diagnosis:  # fmt: skip
     """The cause at the first operation that differs; `given`: every tap that the party gave."""
     layer, part = split_tap(row.tap)
     group = [f"h.{layer}.attn.{x}" for x in "qkv"] if part in ("attn.q", "attn.k", "attn.v") else [row.tap]
     if not set(tap_inputs(row.tap, program.config)) <= set(given):
-        found = from_outputs(program, call, given, party, seconds=seconds, progress=progress)
+        found = from_outputs(program, call, given, party, clock=clock)
         if found is not None:
             return found
     observed = {tap: given[tap] for tap in group if tap in given}
     inputs = {tap: value for tap, value in given.items() if tap not in observed}
     suspects = group + [t for t in missing_inputs(row.tap, program, inputs) if t not in group]
     suspects.sort(key=tap_names(program.config).index)
-    problem = Problem(program, call, inputs, observed, suspects, Clock(seconds, progress))
+    problem = Problem(program, call, inputs, observed, suspects, clock)
     guesses = rank(problem)
     best = guesses[0] if guesses and (guesses[0].likely or guesses[0].removed > 0.9) else None
     tap = row.tap if best is None else best.named or best.tap
@@ -194,14 +192,15 @@ def nonfinite(program: Program, call: Call, names: Sequence[str]) -> Diagnosis |
 
 def from_outputs(
     program: Program, call: Call, held: Mapping[str, Array], who: str, spare: Mapping[str, Array] | None = None,
-    seconds: float = SECONDS, progress: Progress | None = None,
+    clock: Clock | None = None,
 ) -> Diagnosis | None:  # fmt: skip
     """The cause where only outputs, or some taps, are known; None where float32 noise explains them all.
 
     who: whose arrays they are; "the file" where they are recorded data, which the file does not reproduce.
     spare: initializers of the file that nothing uses.
     """
-    clock = Clock(seconds, progress)
+    clock = clock or Clock()
+    clock.out()
     names = tap_names(program.config)
     ordered = [tap for tap in names if tap in held]
     if not ordered:

@@ -38,16 +38,19 @@ class Clock:
     """Processor time that a search may take."""
 
     def __init__(self, seconds: float = 60.0, progress: Progress | None = None) -> None:
-        self.start, self.seconds, self.progress = time.process_time(), seconds, progress
+        self.start: float | None = None  # it runs from its first use on
+        self.seconds, self.progress = seconds, progress
 
     @property
     def used(self) -> float:
+        if self.start is None:
+            self.start = time.process_time()
         return time.process_time() - self.start
 
     def out(self, doing: str = "", share: float = 1.0) -> bool:
         """Whether that share of the time is used up; tells how far it is."""
         if self.progress is not None and doing:
-            self.progress(min(1.0, self.used / self.seconds), doing)
+            self.progress(min(1.0, self.used / max(self.seconds, 1e-9)), doing)
         return self.used > share * self.seconds
 
 

@@ -1,0 +1,79 @@
+"""Parts of the search for a cause by themselves: where an error is, what may be called likely, what time allows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from gpt2np.call import Call
+from gpt2np.parity.explain.problem import Clock, Guess, Problem, name_likely
+from gpt2np.parity.explain.rank import rank
+from gpt2np.parity.explain.where import describe
+from gpt2np.parity.program import Program
+from tiny import random_ids, tiny_config, tiny_sources
+
+
+@pytest.mark.parametrize(
+    ("axes", "past", "part", "said"),
+    [
+        ("B T C", 0, np.s_[:, 5], "only position 5"),
+        ("B T C", 0, np.s_[..., 17], "only column 17"),
+        ("B H T D", 0, np.s_[:, 2, 3:], "only head 2, positions from 3 on"),
+        ("B T C", 0, np.s_[1], "only batch row 1"),
+        ("B T C", 0, np.s_[1, 4, 7], "one number of 480: [1, 4, 7]"),
+        ("B H T S", 4, np.s_[..., :4], "only the keys of the past"),
+        ("B T C", 0, np.s_[:, ::2], "only every 2nd position from 0 on"),
+        ("B T C", 0, np.s_[:], ""),
+    ],
+)
+def test_where_inside_an_array_is_said_in_words(axes: str, past: int, part: object, said: str) -> None:
+    shapes = {"B T C": (2, 12, 20), "B H T D": (2, 4, 6, 8), "B H T S": (2, 3, 5, 9)}
+    error = np.zeros(shapes[axes])
+    error[part] = 1.0  # type: ignore[index]
+    assert describe(error + 1e-9, 1e-6, axes, past) == said
+
+
+def guess(cause: str, removed: float, **fields: object) -> Guess:
+    return Guess(cause, "embed", cause, removed=removed, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("guesses", "likely"),
+    [
+        ([guess("a", 0.999, explains=True)], True),
+        ([guess("a", 0.57)], False),
+        ([guess("a", 0.95)], True),
+        ([guess("a", 0.95), guess("b", 0.9)], False),  # b leaves twice as much: a rival
+        ([guess("a", 0.95), guess("b", 0.2)], True),
+        ([guess("a", 0.95, fitted=1)], False),  # what is fitted has to explain everything
+    ],
+)
+def test_most_likely_is_said_only_of_what_leaves_noise_or_has_no_rival(guesses: list[Guess], likely: bool) -> None:
+    name_likely(guesses)
+    assert guesses[0].likely == likely
+
+
+def problem(clock: Clock) -> Problem:
+    config = tiny_config()
+    program = Program.of(config, tiny_sources(config))
+    ids = random_ids(config, 1, 9)
+    call = Call(ids, np.arange(9)[None])
+    right = dict(program.walk(call))
+    x = right["h.0.ln_2"] @ program.weights("h.0.mlp.c_fc.weight", np.dtype(np.float64))
+    given = {"h.0.ln_2": right["h.0.ln_2"]}
+    return Problem(program, call, given, {"h.0.mlp.c_fc": x.astype(np.float32)}, ["h.0.mlp.c_fc"], clock)
+
+
+def test_a_search_ends_when_its_time_is_used_up_and_tells_how_far_it_is() -> None:
+    tried: list[tuple[float, str]] = []
+    found = rank(problem(Clock(60, lambda share, doing: tried.append((share, doing)))))
+    assert [found[0].cause, found[0].likely] == ["missing_bias", True]
+    assert all(0 <= share <= 1 for share, _ in tried)
+    assert any("bias were missing" in doing for _, doing in tried)
+    assert not rank(problem(Clock(0.0)))
+
+
+def test_a_sentence_is_the_same_whichever_of_the_two_is_at_fault() -> None:
+    one = Guess("epsilon_value", "ln_f", "epsilon were 1e-06", "1e-05")
+    assert one.sentence("port.npz") == "port.npz behaves as if epsilon were 1e-06; the model has 1e-05"
+    assert one.sentence("the file") == "what was recorded behaves as if epsilon were 1e-06; the file has 1e-05"
