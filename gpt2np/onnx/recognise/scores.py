@@ -21,6 +21,8 @@ from .products import AttentionCore
 
 Array = np.ndarray
 
+FAR_BELOW = -1e6  # such a score is far below any other, whatever they are multiplied by
+
 
 @dataclass(frozen=True)
 class MaskFound:
@@ -92,6 +94,9 @@ def read_masks(probe: Probe, attentions: Sequence[AttentionFound], half: bool) -
             probe.graph.object(UnsupportedModelError(f"{where}: the mask of layer {i}: {error}"))
         usual = attention.heads[1] ** -0.5
         scale = attention.scale * after
+        if mask.value > FAR_BELOW and abs(scale) > 100 * usual and mask.kind in ("replaced", "added"):
+            what = f"scores of layer {i} are multiplied by {scale:g} and come near the {mask.value:g} of hidden ones"
+            probe.graph.object(UnsupportedModelError(what))
         # rounded to float32 on the way
         found.append(MaskFound(mask, usual if np.isclose(scale, usual, rtol=1e-6) else scale))
     return found, cut

@@ -1,0 +1,134 @@
+"""The ledger: what is no part of a GPT-2 is refused wherever it stands, and each node that is has one role."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from typer.testing import CliRunner
+
+from gpt2np import InferenceSession
+from gpt2np.cli import app
+from gpt2np.errors import UnsupportedModelError
+from gpt2np.onnx.read.reader import open_model
+from gpt2np.onnx.recognise import Recognised, recognise
+from runtime import DATA, assert_close, feeds_for
+
+BASE = DATA / "optimum_past.onnx"
+FLOAT = TensorProto.FLOAT
+
+
+def read(path: Path) -> Recognised:
+    return recognise(open_model(path))
+
+
+@pytest.fixture(scope="module")
+def sound() -> Recognised:
+    return read(BASE)
+
+
+# Values in every part of the first layer, by their taps.
+TAPS = (
+    "embed", "h.0.ln_1", "h.0.attn.q", "h.0.attn.k", "h.0.attn.v", "h.0.attn.scores", "h.0.attn.probs",
+    "h.0.attn.heads", "h.0.attn.out", "h.0.resid_mid", "h.0.ln_2", "h.0.mlp.c_fc", "h.0.mlp.gelu", "h.0.mlp.out",
+    "h.0.resid_post", "ln_f", "logits",
+)  # fmt: skip
+
+ONE = {
+    "Relu": [], "Abs": [], "Floor": [], "Ceil": [], "Round": [], "Sign": [], "Sqrt": [], "Tanh": [], "Neg": [],
+}  # fmt: skip
+TWO = {"Max": 0.3, "Min": 0.3, "Mul": 1.1, "Add": 0.1, "Mod": 2.0, "Pow": 2.0}
+CASTS = {"int32": TensorProto.INT32, "int64": TensorProto.INT64, "bool": TensorProto.BOOL, "half": TensorProto.FLOAT16}
+CHANGES = [*ONE, *TWO, *CASTS, "Clip", "backwards", "rolled"]
+
+
+def behind(value: str, change: str) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Nodes that take `value` raw, and give it changed."""
+    raw, out = f"{value} raw", value
+    constants: list[onnx.TensorProto] = []
+
+    def constant(name: str, number: object, dtype: object = np.float32) -> str:
+        constants.append(numpy_helper.from_array(np.asarray(number, dtype), f"{value} {name}"))
+        return constants[-1].name
+
+    if change in ONE:
+        return [helper.make_node(change, [raw], [out])], constants
+    if change in TWO:
+        more = {"fmod": 1} if change == "Mod" else {}
+        return [helper.make_node(change, [raw, constant("c", TWO[change])], [out], **more)], constants
+    if change in CASTS:
+        there = helper.make_node("Cast", [raw], [f"{raw} cast"], to=CASTS[change])
+        return [there, helper.make_node("Cast", [f"{raw} cast"], [out], to=FLOAT)], constants
+    if change == "Clip":
+        return [helper.make_node("Clip", [raw, constant("low", -0.2), constant("high", 0.2)], [out])], constants
+    low, high = constant("low", [-1], np.int64), constant("high", [-(2**62)], np.int64)
+    axis, step = constant("axis", [1], np.int64), constant("step", [-1], np.int64)
+    if change == "backwards":
+        return [helper.make_node("Slice", [raw, low, high, axis, step], [out])], constants
+    first, far = constant("first", [1], np.int64), constant("far", [2**62], np.int64)
+    zero = constant("zero", [0], np.int64)
+    nodes = [
+        helper.make_node("Slice", [raw, first, far, axis], [f"{raw} rest"]),
+        helper.make_node("Slice", [raw, zero, first, axis], [f"{raw} start"]),
+        helper.make_node("Concat", [f"{raw} rest", f"{raw} start"], [out], axis=1),
+    ]
+    return nodes, constants
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_numbers_is_refused_or_computed_in_every_part(sound, tmp_path, change):
+    refused = []
+    for tap in TAPS:
+        if (tap, change) in {("h.0.mlp.c_fc", "Relu"), ("h.0.mlp.gelu", "Relu")}:
+            continue  # an activation of another kind, which may be one that GPT-2s have
+        value = sound.taps[tap].tensor
+        model = onnx.load(BASE)
+        at, node = next((i, n) for i, n in enumerate(model.graph.node) if value in n.output)
+        node.output[list(node.output).index(value)] = f"{value} raw"
+        nodes, constants = behind(value, change)
+        for offset, extra in enumerate(nodes, at + 1):
+            model.graph.node.insert(offset, extra)
+        model.graph.initializer.extend(constants)
+        onnx.save(model, tmp_path / "model.onnx")
+        try:
+            found = read(tmp_path / "model.onnx")
+        except UnsupportedModelError:
+            refused.append(tap)
+            continue
+        # a factor of q, a bias of k, or queries' heads in another order, which is read from the file
+        session = InferenceSession(tmp_path / "model.onnx", engine="numpy")
+        runtime = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        for sizes in ((2, 9, 0), (1, 3, 5)):
+            feeds = feeds_for(found, *sizes)
+            for got, expected in zip(session.run(None, feeds), runtime.run(None, feeds), strict=True):
+                assert_close(got, expected, f"{change} behind {tap}")
+    assert len(refused) >= len(TAPS) - 4
+
+
+def test_every_node_has_one_role(sound):
+    nodes = [id(entry.node) for entry in sound.ledger]
+    assert len(set(nodes)) == len(nodes)
+    roles = {entry.role for entry in sound.ledger}
+    assert {"tokens", "lookup", "residual", "layer norm", "linear map", "softmax", "mask"} <= roles
+    softmax = [entry.tap for entry in sound.ledger if entry.node.op == "Softmax"]
+    assert softmax == [f"h.{i}.attn.probs" for i in range(sound.config.n_layer)]
+
+
+def test_info_prints_the_ledger(sound):
+    def printed(*options: str) -> str:
+        result = CliRunner().invoke(app, ["info", str(BASE), "--nodes", *options], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    rows = json.loads(printed("--json"))["nodes"]
+    assert len(rows) == len(sound.ledger)
+    code = (Path(__file__).parents[2] / "gpt2np" / "reference.py").read_text().splitlines()
+    lines = {row["role"]: code[row["line"] - 1] for row in rows if row["line"]}
+    assert "probs = softmax(" in lines["softmax"]
+    assert "q @ keys" in lines["product with keys"]
+    assert "reference.py:" in printed()
