@@ -201,7 +201,7 @@ def test_interactive_goes_on_after_a_line_that_is_not_text_and_after_a_failure(r
         (["generate", "-f", "nowhere.txt"], "cannot read nowhere.txt"),
         (["generate", "a", "b", ""], "prompt 3 of 3 is empty"),
         (["generate", "x", "-n", "1000"], "--window"),
-        (["generate", "x", "-n", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["generate", "x", "-n", "0"], "max_new_tokens must be a whole number of at least 1, got 0"),
         (["generate", "x", "--beams", "2", "--length-penalty", "nan"], "length_penalty"),
         (["score", "-", "--resume", "no/such/folder/p.json"], "cannot keep progress"),
         (["generate", "x", "--top-p", "0"], "top_p"),
