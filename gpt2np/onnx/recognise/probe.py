@@ -36,6 +36,7 @@ class Sizes:
         return self.P + self.T
 
 
+BYTES_OF_A_PAIR = 60  # of a budget, for each pair of a query and a key whose mask is read
 USUAL = Sizes(2, 4, 3)  # no two sizes equal, so that an axis is known by its size
 
 
@@ -244,6 +245,13 @@ def is_unknown(array: Array) -> bool:
 def unknown(shape: Sequence[int]) -> Array:
     """An activation of the probe: NaN in any shape, without memory for each."""
     return np.broadcast_to(np.float64(np.nan), tuple(shape))
+
+
+def longest_tried(graph: Graph, n_ctx: int) -> int:
+    """How many positions are tried at once: all, unless a small file claims so many that their square is too much."""
+    if graph.budget is None:
+        return n_ctx
+    return min(n_ctx, math.isqrt(graph.budget.left // BYTES_OF_A_PAIR))
 
 
 def probes_of(usual: Probe, n_ctx: int, tried: Collection[int]) -> list[Probe]:

@@ -33,7 +33,7 @@ from .ledger import Ledger
 from .mlp import MLPFound, read_mlp
 from .norm import LayerNorm
 from .outputs import find_outputs, ports
-from .probe import Probe, probes_of
+from .probe import Probe, longest_tried, probes_of
 from .proof import Findings, prove
 from .recognised import Recognised, TapLocation
 from .scores import read_masks
@@ -150,7 +150,11 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
         notes.append(f"activations are rounded as the file is run, by {op} ({count} nodes); here they are not")
     forms = Forms(probe)
     tried = [i for i in range(config.n_layer) if forms.is_new(i, attentions[i], masks[i], output_roles)]
-    probes = probes_of(probe, config.n_ctx - max(offset, 0), tried)
+    n_ctx = config.n_ctx - max(offset, 0)
+    longest = longest_tried(graph, n_ctx)
+    if longest < n_ctx:
+        notes.append(f"masks and positions were read for up to {longest:,} of {n_ctx:,} positions: the file is small")
+    probes = probes_of(probe, longest, tried)
     entries = admit(Ledger(graph, probes), output_roles, taps)
     if graph.objections is None:
         prove(probes, tried, Findings(offset, positions, attentions, masks, mask_cut, output_roles, taps))
