@@ -82,10 +82,14 @@ class File:
         if self._identity(os.fstat(file.fileno())) != self._state:
             raise self.kind(f"{self.path} was changed or replaced since it was opened")
 
-    def read(self, limit: int = MAX_JSON) -> bytes:
-        """All of its bytes; an error if these are more than `limit`."""
+    def check_size(self, limit: int = MAX_JSON) -> None:
+        """Raise if it has more than `limit` bytes."""
         if self.size > limit:
             raise self.kind(f"{self.path} has {self.size:,} bytes, where at most {limit:,} are read")
+
+    def read(self, limit: int = MAX_JSON) -> bytes:
+        """All of its bytes; an error if these are more than `limit`."""
+        self.check_size(limit)
         content = np.empty(self.size, np.uint8)
         self.read_into(content, [(0, self.size)])
         return content.tobytes()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .bpe import BPE, bytes_to_unicode
 from .errors import InputError, TokenizerError, TokenRangeError
+from .files import File
 
 if TYPE_CHECKING:
     import tokenizers
@@ -57,9 +58,13 @@ def load(path: str | Path) -> tokenizers.Tokenizer:
     if found is None:
         problem = "has no tokenizer in it" if Path(path).is_dir() else "is not a tokenizer.json or a folder with one"
         raise TokenizerError(f"{path} {problem}; {HOW_TO_GET_ONE}")
+    for file in found:
+        File(file, TokenizerError).check_size()
     try:
         tokenizer = _from_files(found)
-    except Exception as error:  # the library raises bare Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises bare Exceptions, and its panics are not even those
         raise TokenizerError(f"cannot read {' and '.join(map(str, found))}: {error}") from error
     # A tokenizer.json may carry the limits of somebody's training run; they would cut texts in silence.
     tokenizer.no_truncation()

@@ -249,6 +249,8 @@ def check_fact(gpt2: GPT2, fact: dict[str, Any]) -> Check:
         result, found = check(gpt2, fact)
     except Gpt2npError as error:
         result, found = "FAIL", str(error)
+    except (IndexError, ValueError) as error:  # more tokens or values than the model has
+        result, found = "FAIL", f"it does not fit this model: {error}"
     return Check("facts", what, result, found, fact["source"])
 
 

@@ -15,6 +15,7 @@ import io
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -40,7 +41,7 @@ from structural_mutants import mutant
 
 MEMORY = 4 << 30  # bytes of address space for the process
 SECONDS = 5.0  # of the processor's time that one file may take
-HUNG = 60.0  # seconds without an answer
+HUNG = 60.0  # seconds of the processor's time after which it is given up; without any progress, ten times as long
 
 
 @dataclass
@@ -127,6 +128,7 @@ def work(files: dict[str, bytes], seed: int, numbers: range, results: Connection
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     with tempfile.TemporaryDirectory() as folder:
         for number in numbers:
+            signal.setitimer(signal.ITIMER_PROF, HUNG)  # ends the process, even inside of a library
             results.send((number, "", None))
             done, data = make(files, seed, number)
             results.send((number, done, judge(data, Path(folder))))
@@ -144,11 +146,12 @@ def run(files: dict[str, bytes], seed: int, numbers: range) -> Iterator[tuple[in
         current = todo[0]
         while True:
             word = "HUNG"
-            if mine.poll(HUNG):
+            if mine.poll(10 * HUNG):
                 try:
                     current, done, verdict = mine.recv()
                 except EOFError:
-                    word = "DIED"
+                    worker.join()
+                    word = "HUNG" if worker.exitcode == -signal.SIGPROF else "DIED" if worker.exitcode else ""
                 else:
                     if verdict is not None:
                         yield current, done, verdict
@@ -156,7 +159,7 @@ def run(files: dict[str, bytes], seed: int, numbers: range) -> Iterator[tuple[in
             worker.kill()
             worker.join()
             todo = range(current + 1, numbers.stop)
-            if word == "HUNG" or worker.exitcode != 0:
+            if word:
                 yield current, make(files, seed, current)[0], Verdict(word, f"exit code {worker.exitcode}")
             break
 

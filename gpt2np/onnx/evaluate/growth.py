@@ -12,7 +12,7 @@ from ..graph import Node
 
 Array = np.ndarray
 
-FEW = 32  # elements; what four inputs of so many broadcast to still takes less than the least budget
+FEW = 32  # elements; three inputs of so many broadcast to a quarter of a megabyte at most
 
 
 def most_elements(node: Node, inputs: Sequence[Any]) -> int:
@@ -36,7 +36,7 @@ def all_small(inputs: Sequence[Any]) -> bool:
     for array in inputs:
         if array is not None and (isinstance(array, tuple) or array.size > FEW):
             return False
-    return len(inputs) < 5
+    return len(inputs) < 4
 
 
 def _values(array: Array) -> int:
