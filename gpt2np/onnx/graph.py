@@ -161,11 +161,11 @@ class Graph:
 
     def is_constant(self, name: str) -> bool:
         """Whether a value can be computed from the file alone."""
-        stack = [name]
+        stack, waiting = [name], {name}
         while stack:
             current = stack[-1]
             if current in self._folded:
-                stack.pop()
+                waiting.discard(stack.pop())
             elif current in self.constants:
                 self._folded[current] = True
             elif current not in self._producers:
@@ -175,8 +175,11 @@ class Graph:
                 unknown = [i for i in inputs if i not in self._folded]
                 if any(self._folded.get(i) is False for i in inputs):
                     self._folded[current] = False
+                elif unknown and unknown[0] in waiting:
+                    self._folded[current] = False  # a circle, which `check_order` refuses
                 elif unknown:
-                    stack.extend(unknown[:1])  # one at a time: most values turn out not to be constant early
+                    stack.append(unknown[0])  # one at a time: most values turn out not to be constant early
+                    waiting.add(unknown[0])
                 else:
                     self._folded[current] = bool(inputs)
         return self._folded[name]

@@ -271,6 +271,17 @@ def test_malformed_nodes(small: bytes, case: str, tmp_path: Path) -> None:
         look(tmp_path, model)
 
 
+def test_values_that_depend_on_each_other(tmp_path: Path) -> None:
+    """In a circle that rules look into while the graph is still read; found by 3:342 of the campaign."""
+    nodes = [
+        helper.make_node("Add", [a, b], [c], c) for a, b, c in (("z", "one", "x"), ("x", "one", "y"), ("y", "x", "z"))
+    ]
+    model = helper.make_model(helper.make_graph(nodes, "g", [], [helper.make_empty_tensor_value_info("z")]))
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "one"))
+    with pytest.raises(UnsupportedModelError, match="depends on its own output"):
+        look(tmp_path, model)
+
+
 def test_the_error_names_the_node_that_was_looked_at() -> None:
     def deeper(node: Node) -> None:
         raise ZeroDivisionError("division by zero")
