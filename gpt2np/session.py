@@ -108,6 +108,7 @@ class InferenceSession:
                 raise InputError(f"providers must be names such as {_CPU!r}, got {provider!r}")
         self._options = sess_options
         file = open_model(self._as_path(path_or_bytes)) if read is None else read[0]
+        self._model_path = str(file.path)  # under onnxruntime's name, by which Optimum asks for it
         recognised = recognise(file) if read is None else read[1]
         self.signature = Signature(recognised)
         self._proto = file.proto

@@ -39,6 +39,8 @@ def generated(folder: Path, session: Any, monkeypatch: pytest.MonkeyPatch, **how
             super().__init__(*arguments, **options)
 
     monkeypatch.setattr(optimum, "InferenceSession", Watched)
+    # Optimum makes an IOBinding, of ONNX Runtime's C++ session alone, even where it is told not to use one.
+    monkeypatch.setattr("optimum.onnxruntime.base.IOBinding", lambda session: None)
     model = optimum.ORTModelForCausalLM.from_pretrained(folder, use_io_binding=False)
     assert made, "Optimum did not make its session of the class under test"
     results = []
