@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...config import GPT2Config
 from ...errors import UnsupportedModelError, WeightError
 from ...files import allowance
 from ...weights import weight_shapes
@@ -35,7 +36,7 @@ from .norm import LayerNorm
 from .outputs import find_outputs, ports
 from .probe import Probe, longest_tried, probes_of
 from .proof import Findings, prove
-from .recognised import Recognised, TapLocation
+from .recognised import Entry, Recognised, TapLocation
 from .scores import read_masks
 from .search import find_search
 from .sources import Source
@@ -96,6 +97,23 @@ def _origins(found: Recognised) -> dict[str, tuple[str, ...]]:
     return {name: source.origin for name, source in found.sources.items()}
 
 
+def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: list[str]) -> tuple[Entry, ...]:
+    """Enter every node into the ledger, and try what was found at other sizes: n_ctx, one token behind a full cache."""
+    graph, forms = probe.graph, Forms(probe)
+    tried = [
+        i for i in range(config.n_layer) if forms.is_new(i, found.attentions[i], found.masks[i], found.output_roles)
+    ]
+    n_ctx = config.n_ctx - max(found.offset, 0)
+    longest = longest_tried(graph, n_ctx)
+    if longest < n_ctx:
+        notes.append(f"masks and positions were read for up to {longest:,} of {n_ctx:,} positions: the file is small")
+    probes = probes_of(probe, longest, tried)
+    entries = admit(Ledger(graph, probes), found.output_roles, found.taps)
+    if graph.objections is None:
+        prove(probes, tried, found)
+    return entries
+
+
 def read_graph(graph: Graph, condition: str = "") -> Recognised:
     """Find the GPT-2 in a graph."""
     # 1. Borders, inputs, embeddings
@@ -148,16 +166,8 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
     ignored = find_leftovers(graph, sources, head.weight, probe.touched)
     for op, count in graph.roundings.items():
         notes.append(f"activations are rounded as the file is run, by {op} ({count} nodes); here they are not")
-    forms = Forms(probe)
-    tried = [i for i in range(config.n_layer) if forms.is_new(i, attentions[i], masks[i], output_roles)]
-    n_ctx = config.n_ctx - max(offset, 0)
-    longest = longest_tried(graph, n_ctx)
-    if longest < n_ctx:
-        notes.append(f"masks and positions were read for up to {longest:,} of {n_ctx:,} positions: the file is small")
-    probes = probes_of(probe, longest, tried)
-    entries = admit(Ledger(graph, probes), output_roles, taps)
-    if graph.objections is None:
-        prove(probes, tried, Findings(offset, positions, attentions, masks, mask_cut, output_roles, taps))
+    findings = Findings(offset, positions, attentions, masks, mask_cut, output_roles, taps)
+    entries = admit_and_prove(probe, config, findings, notes)
     if config.mask.adds:
         inputs.roles[inputs.mask] = "attention_bias", None
     graph.budget = None  # what is evaluated from now on has been looked at
