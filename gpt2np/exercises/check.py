@@ -183,11 +183,16 @@ def _explained(
         if where and where != place:
             place = where
             words = f"{where} is the first to differ; what comes before agrees. {exercise.taps[-1]} {words}"
-            return _no(exercise, case, words, place, guess.text if guess else "")
+            return _no(exercise, case, words, place, _as_if(guess))
     text = f"{place} {words}"
     if not cause and guess is None:
         text += ". None of the usual mistakes explains it"
-    return _no(exercise, case, text, place, cause or (guess.text if guess else ""))
+    return _no(exercise, case, text, place, cause or _as_if(guess))
+
+
+def _as_if(guess: Guess | None) -> str:
+    """The debugger's words for a cause, "as if epsilon were 0"; "" where there is none."""
+    return f"as if {guess.text}" if guess else ""
 
 
 def _known_mistake(exercise: Exercise, function: Callable[..., Any]) -> str:
