@@ -287,7 +287,8 @@ def softmax(scores, limit, scale, visible, b, t, lanes):
             scores[j] += mask[visible.keys[b, j]]
     scores[limit:] = lowest
     peak = highest(scores, lanes)
-    if counts and (peak < visible.safe[0] or peak > visible.safe[1]):
+    finite = -np.inf < peak < np.inf  # infinities and NaN, which `highest` passes over, show in the result as they are
+    if counts and finite and (peak < visible.safe[0] or peak > visible.safe[1]):
         visible.unsafe[0] = 1
     for j in range(scores.size):
         scores[j] = exp(scores[j] - peak)
