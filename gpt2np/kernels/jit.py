@@ -67,11 +67,11 @@ class DiskCache(FunctionCache):
             return False
 
 
-def jit(parallel: bool = False) -> Callable[[Any], Any]:
+def jit(parallel: bool = False, inline: Any = "never") -> Callable[[Any], Any]:
     """numba.njit with the settings that all kernels share; compiled code is kept on disk where that is possible."""
 
     def decorate(function: Any) -> Any:
-        kernel: Any = numba.njit(nogil=True, parallel=parallel, error_model="numpy")(function)
+        kernel: Any = numba.njit(nogil=True, parallel=parallel, error_model="numpy", inline=inline)(function)
         if not config.DISABLE_JIT:
             with suppress(RuntimeError):  # no folder to write to: compile anew in every process
                 kernel._cache = DiskCache(function)

@@ -195,6 +195,9 @@ def append_to_cache(qkv, cache, start, T):
                 copy(row[(2 * H + h) * D : (2 * H + h + 1) * D], cache[1, b, h, start + t])
 
 
+# The steps of `attend_range` are inlined: as functions of their own they take a tenth of a single token's attention.
+
+
 class AttentionRoom(NamedTuple):
     """Where a thread keeps the parts of one piece of attention: slices of its scratch, each of one dimension.
 
@@ -209,7 +212,7 @@ class AttentionRoom(NamedTuple):
     lanes: Array  # (LANES,)
 
 
-@jit()
+@jit(inline="always")
 def attention_room(scratch, S, D):
     """See AttentionRoom; `forward.scratch_for` knows how much it takes."""
     length, width = -(-S // PANEL) * PANEL, -(-D // PANEL) * PANEL
@@ -228,7 +231,7 @@ def attention_room(scratch, S, D):
     )
 
 
-@jit()
+@jit(inline="always")
 def gather_keys(room, cache, flat_cache, b, h, keys):
     """Put the keys of one head into panels of PANEL keys: (S, D) -> (S / PANEL, D, PANEL)."""
     _, _, H, length, D = cache.shape
@@ -243,7 +246,7 @@ def gather_keys(room, cache, flat_cache, b, h, keys):
                 room.keys[(j // PANEL * D + d) * PANEL + j % PANEL] = cache[0, b, h, keys[j], d]
 
 
-@jit()
+@jit(inline="always")
 def gather_values(room, cache, b, h, keys):
     """Copy the values of one head together, filled up to whole panels: (S, D) -> (S, width)."""
     D = cache.shape[4]
@@ -254,7 +257,7 @@ def gather_values(room, cache, b, h, keys):
         copy(cache[1, b, h, keys[j]], row[:D])
 
 
-@jit()
+@jit(inline="always")
 def score_queries(rows, qkv, query, stride, D, room, length, wide):
     """scores[r, j] = q[r] . k[j] for j < wide; the queries are numbers query + r * stride ... of qkv."""
     room.scores[: rows * length] = 0
@@ -295,7 +298,7 @@ def softmax(scores, limit, scale, visible, b, t, lanes):
     return total(scores, lanes)
 
 
-@jit()
+@jit(inline="always")
 def weigh_values(limits, finite, room, length, values, value_start, width):
     """heads[r] = sum over j < limits[r] of probability[r, j] * value[j], before the division by the sum.
 
