@@ -211,6 +211,7 @@ SIZES = frozenset(
     {
         *MASK, "Shape", "Size", "Range", "ConstantOfShape", "EyeLike", "NonZero", "Sqrt", "Pow", "ReduceProd", "Exp",
         "SplitToSequence", "SequenceAt", "Dropout",
+        "DequantizeLinear",  # rows of a quantised wpe, which lengths choose
     }
 )  # fmt: skip
 
