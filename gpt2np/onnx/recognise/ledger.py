@@ -160,7 +160,7 @@ class Ledger:
         while pending:
             value = pending.pop()
             node = self.graph.producer(value)
-            if not value or value in seen or node is None:
+            if not value or value in seen or node is None or value in self.graph.constants:  # the node was replaced
                 continue
             seen.add(value)
             if id(node) not in self.entries:
