@@ -16,7 +16,9 @@ class Bug(NamedTuple):
     causes: tuple[str, ...]  # either of these names the mistake
     wrong: dict[str, Step]
     layers: tuple[int, ...] | None = (1,)  # where it is made; None: in every layer
-    outputs_tell: bool = True  # whether outputs alone can tell the cause: not of numbers drawn at random
+    # whether outputs alone tell the cause: not of numbers drawn at random, of two mistakes that come to the same,
+    # or of one that stays within the budget
+    outputs_tell: bool = True
 
 
 def norm_of(self: Port, name: str, i: int | None) -> Any:
@@ -293,6 +295,7 @@ PORTS: dict[str, Bug] = {
         "h.1.mlp.c_fc",
         ("other_input", "missing_norm"),  # with outputs alone the two are one
         {"c_fc": lambda s, i, x, stream: Port.c_fc(s, i, stream, stream)},
+        outputs_tell=False,
     ),
     "c_fc dead column": Bug(
         "h.1.mlp.c_fc", ("dead_column",), linear("c_fc", lambda x, w, b: x @ dead(w, 17) + dead(b, 17))
@@ -324,7 +327,7 @@ PORTS: dict[str, Bug] = {
     "centred logits": Bug("logits", ("logits_form",), mapped("logits", lambda x: x - x.mean(-1, keepdims=True))),
     "logits in integers": Bug("logits", ("integers",), mapped("logits", np.trunc)),
     "logits at temperature 0.7": Bug("logits", ("factor",), mapped("logits", lambda x: x / F(0.7))),
-    "logits in fp16": Bug("logits", ("rounding",), mapped("logits", narrow)),
+    "logits in fp16": Bug("logits", ("rounding",), mapped("logits", narrow), outputs_tell=False),
     "last position everywhere": Bug("logits", ("last_everywhere",), mapped("logits", last_everywhere)),
     "head reads the stream": Bug("ln_f", ("missing_norm",), {"ln_f": lambda s, i, x: x}),
     # one part of an array

@@ -105,9 +105,11 @@ def _dropped(problem: Problem, tap: str) -> Iterator[Guess]:
     alive = np.abs(expected) > 1e-3 * np.abs(expected).max()
     zero = (value == 0) & alive
     share = zero.sum() / max(alive.sum(), 1)
-    if not 0.005 < share < 0.9 or (inside(np.where(zero, expected, 0), 0.0) is not None and share > 0.5):
+    if not 0.005 < share < 0.9 or inside(np.where(zero, expected, 0), 0.0) is not None:
         return
     factor = float(np.median(value[alive & ~zero] / expected[alive & ~zero]))
+    if factor < 1 + 0.5 * share:  # dropout makes up for what it leaves out
+        return
     keep = np.where(value == 0, 0, factor)
     text = f"dropout were on: {share:.0%} of {tap} are 0, the others are multiplied by {factor:.4g}"
     guess = Guess("dropout", tap, text, runs=afterwards(problem, tap, lambda x: x * keep), fitted=1)

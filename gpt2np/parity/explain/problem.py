@@ -29,6 +29,7 @@ from .rounding import kind_of, rounded
 NOISE_FACTOR = 10.0  # a guess explains an error if it leaves no more than so many times float32's own error
 CERTAIN = 0.96  # rank of what the file itself shows (two layers with one weight) though it cannot be undone
 CLOSE = 0.9  # a guess that leaves more than noise is most likely from here on, if it has no rival
+LARGE = 1 << 20  # weights
 RIVAL = 3.0  # what leaves at most so many times as much as the best guess is its rival
 
 Progress = Callable[[float, str], None]  # share of the time that is used up, what is being tried
@@ -151,6 +152,13 @@ class Problem:
         """Whether what is observed is the suspected operation itself, its inputs given."""
         return set(self.suspects) == set(self.observed)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether the weights between what is given and what is observed are too many to be copied at will."""
+        c = self.program.config
+        layers = len({split_tap(tap)[0] for tap in self.taps})
+        return layers * (4 * c.n_embd**2 + 2 * c.n_embd * c.n_inner) > LARGE
+
     def run(
         self, program: Program, first: str | None = None, dtype: Any = F64, call: Call | None = None
     ) -> dict[str, Array]:
@@ -166,14 +174,6 @@ class Problem:
         """An input of an operation, as the program under test gives it to it."""
         name = tap_inputs(tap, self.program.config)[which]
         return self.given.get(name, self.values.get(name))
-
-    def local_change(self, guess: Guess, tap: str) -> Array | None:
-        """What a guess changes at one tap, its inputs as they are; None where it changes nothing of that tap."""
-        if guess.call is not None:
-            return None
-        x = [self.given.get(i, self.values.get(i)) for i in tap_inputs(tap, self.program.config)]
-        changed = guess.applied(self.program).run(tap, self.call, x, F64)  # type: ignore[arg-type]
-        return changed - self.values[tap] if changed.shape == self.values[tap].shape else None
 
     def weighted(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Arrays of the observed taps, scaled so that the sum of all squares is the relative squared error."""

@@ -16,13 +16,13 @@ import numpy as np
 
 from ...call import Call
 from ...weights import Array
-from ..operations import OPERATIONS, Run, split_tap
+from ..operations import OPERATIONS, Run, linear_of, split_tap
 from ..program import Program
 from . import attention_mistakes as attention
 from .cache_mistakes import cache
 from .embedding_mistakes import embedding, head
 from .evidence import facts, shape_of_the_error, shown_by_the_file, stored_narrow
-from .gradients import F64, Gradients
+from .gradients import F64
 from .mistakes import (
     activation,
     fitted_epsilon,
@@ -30,6 +30,7 @@ from .mistakes import (
     linear,
     other_input,
     other_weights,
+    own_weights,
     residual,
     whole_results,
 )
@@ -40,6 +41,9 @@ from .where import describe, inside
 
 KEPT = 0.02  # a guess that removes less is forgotten
 SHOWN = 0.05
+MAPS = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.c_fc", "mlp.out")
+# What is most often made in all layers alike, tried first.
+USUAL = ("gelu_form", "epsilon_value", "scale", "mask_missing", "mask_shift", "ddof", "no_centring", "missing_bias")
 FIT = 0.5  # among millions of numbers, one that fits a little can always be found: what is fitted must do this much
 
 
@@ -66,6 +70,8 @@ class Ranking:
             judged = guess if math.isfinite(guess.removed) else self.problem.judge(guess)
             if judged.removed > least:
                 self.keep(judged)
+            if judged.explains and not judged.fitted and self.problem.is_large:
+                return  # what else would fit is not worth the time
 
     def ranked(self) -> list[Guess]:
         return sorted(self.best.values(), key=lambda g: g.merit, reverse=True)
@@ -84,10 +90,12 @@ def rank(
         found.keep(guess)
     stages: list[Callable[[], Iterable[Guess]]] = []
     if problem.before > 0 and math.isfinite(problem.before):
-        plain = ordered(problem, [g for tap in problem.suspects for g in catalogue(problem, tap)])
-        found.try_all(plain, 0.4)
+        if problem.is_large and not problem.local:  # one mistake in all layers is usual, and one layer takes long
+            found.try_all(everywhere(problem), 0.4)
+        if not found.explained:
+            found.try_all(plain(problem), 0.5)
         stages = [
-            lambda: everywhere(problem),
+            lambda: () if problem.is_large else everywhere(problem),
             lambda: spare_weights(problem, spare or {}),
             lambda: (g for tap in problem.suspects for g in further(problem, tap)),
             lambda: confined(problem, found),
@@ -159,51 +167,29 @@ def further(problem: Problem, tap: str) -> Iterator[Guess]:
     yield from narrow_types(problem, tap)
 
 
-def ordered(problem: Problem, guesses: list[Guess]) -> list[Guess]:
-    """Guesses in the order in which to try them: where time is short, by what they promise to first order.
-
-    A guess that changes a tap by d changes the error by J d. One backward pass over the error e gives e . J d for
-    every guess at the price of its own operation; passes over random vectors r give |J d|^2 as the mean of (r . J d)^2.
-    """
-    from time import process_time
-
-    start = process_time()
-    problem.run(problem.program)
-    if (process_time() - start) * len(guesses) < 0.3 * problem.clock.seconds:
-        return guesses
-    back = Gradients(problem.program, problem.call, problem.values, problem.taps)
-    rng = np.random.default_rng(0)
-    vectors = [problem.residuals()]
-    vectors += [{t: rng.standard_normal(v.shape) for t, v in problem.observed.items()} for _ in range(3)]
-    slopes = []
-    for vector in vectors:
-        back(problem.weighted(vector))
-        slopes.append(dict(back.at_taps))
-
-    def promise(guess: Guess) -> float:
-        changed = [t for t in problem.taps if t in guess.runs or t == guess.tap]
-        dots = np.zeros(len(vectors))
-        for tap in changed:
-            if tap not in slopes[0] or problem.clock.out(share=0.2):
-                continue
-            moved = problem.local_change(guess, tap)
-            dots += [float((moved * slope[tap]).sum()) if moved is not None else 0.0 for slope in slopes]
-        return float(dots[0] / (math.sqrt(float(np.square(dots[1:]).mean())) or 1.0))
-
-    return sorted(guesses, key=promise, reverse=True)
+def plain(problem: Problem) -> Iterator[Guess]:
+    """The catalogue at every suspected operation; of large models the linear maps, which cost most, come last."""
+    taps = problem.suspects
+    if problem.is_large:
+        taps = sorted(taps, key=lambda tap: split_tap(tap)[1] in MAPS)
+    return (guess for tap in taps for guess in catalogue(problem, tap))
 
 
 def everywhere(problem: Problem) -> Iterator[Guess]:
     """The same mistake made in every layer at once: exporters and ports err in all layers alike."""
     groups: dict[tuple[str, str], list[Guess]] = {}
     for tap in problem.taps:
-        if split_tap(tap)[1] in ("attn.k", "attn.v", "embed", "logits") or problem.clock.out(share=0.5):
+        part = split_tap(tap)[1]
+        if part in ("attn.k", "attn.v", "embed", "logits") or problem.clock.out(share=0.4):
             continue
-        for guess in catalogue(problem, tap, alone=True):
+        large = problem.is_large and part in MAPS  # whole matrices of every layer would not fit into memory
+        for guess in own_weights(problem, tap, linear_of(tap)) if large else catalogue(problem, tap, alone=True):
+            if large and guess.cause == "weight_negated":
+                continue
             if not guess.fitted and guess.call is None:
                 variant = guess.variant.replace("ln_1", "ln").replace("ln_2", "ln").replace("ln_f", "ln")
                 groups.setdefault((guess.cause, variant.replace("h.*.ln", "ln")), []).append(guess)
-    for same in groups.values():
+    for same in sorted(groups.values(), key=lambda same: USUAL.index(same[0].cause) if same[0].cause in USUAL else 99):
         if len(same) > 1:
             weights = {name: value for g in same for name, value in g.weights.items()}
             runs = {tap: run for g in same for tap, run in g.runs.items()}

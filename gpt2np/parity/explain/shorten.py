@@ -8,13 +8,13 @@ import numpy as np
 
 from ...call import Call
 from ...weights import Array
-from ..operations import split_tap
+from ..operations import split_tap, tap_names
 from ..program import Program
 from .gradients import F64
 
-ENOUGH = 16  # positions to keep of one sequence
+ENOUGH = 8  # positions to keep of one sequence
 COLUMNS = 2048  # of logits
-LARGE = 1 << 33  # multiplications of a forward pass from which on a search works on less
+LARGE = 1 << 26  # multiplications of a forward pass from which on a search works on less
 
 
 def shortened(program: Program, call: Call, held: Mapping[str, Array]) -> tuple[Program, Call, dict[str, Array]]:
@@ -36,7 +36,7 @@ def shortened(program: Program, call: Call, held: Mapping[str, Array]) -> tuple[
                 position_ids=call.position_ids[row : row + 1, :length], token_type_ids=types,
             )  # fmt: skip
             arrays = {tap: _cut(value, tap, row, length) for tap, value in arrays.items()}
-    if "logits" in arrays and c.vocab_size * c.n_embd * call.input_ids.size > LARGE >> 5:
+    if "logits" in arrays and c.vocab_size * c.n_embd * call.input_ids.size > LARGE:
         columns = np.sort(np.random.default_rng(0).permutation(c.vocab_size)[:COLUMNS])
         weights = {"lm_head.weight": program.weights(program.head, F64)[columns]}
         if "lm_head.bias" in program.weights:
@@ -59,7 +59,7 @@ def _cut(value: Array, tap: str, row: int, length: int) -> Array:
 
 def _where(program: Program, call: Call, arrays: Mapping[str, Array]) -> tuple[int, int]:
     """The sequence with the largest error, and a length that holds its first clear error and as much again."""
-    last = next(reversed([tap for tap, _ in program.walk(call, np.float32) if tap in arrays]))
+    last = max(arrays, key=tap_names(program.config).index)
     value = next(v for tap, v in program.walk(call, np.float32, until=last) if tap == last)
     error = np.abs(np.nan_to_num(np.asarray(arrays[last], np.float64) - value, nan=1e30))
     by_position = np.moveaxis(error, -2, 1).reshape(*error.shape[:1], error.shape[-2], -1).max(axis=-1)  # (B, T)

@@ -44,6 +44,8 @@ def single_elements(problem: Problem) -> list[Guess]:
     rng = np.random.default_rng(0)
     norms: dict[str, Array] = {name: np.zeros_like(g) for name, g in numerator.items()}
     for _ in range(probes):
+        if problem.clock.out("single weights", 0.8):
+            return []
         noise = {tap: rng.standard_normal(t.shape) for tap, t in problem.observed.items()}
         for name, g in back(problem.weighted(noise)).items():
             norms[name] += g * g / probes
@@ -63,7 +65,10 @@ def single_elements(problem: Problem) -> list[Guess]:
         if abs(value[extreme] - middle) > 6 * spread:
             candidates.append((name, extreme, middle - float(value[extreme])))
     placed = [(n, index, step, tap_of_element(program, problem.call, n, index)) for n, index, step in candidates]
-    rough = [solve_element(problem, *c, rounds=2) for c in placed if c[3] in problem.suspects]
+    rough = []
+    for name, index, step, tap in placed:
+        if tap in problem.suspects and not problem.clock.out(f"one element of {name}", 0.95):
+            rough.append(solve_element(problem, name, index, step, tap, rounds=2))
     rough.sort(key=lambda g: -g.removed)
     found = [solve_element(problem, *g.element, g.tap, rounds=8) for g in rough[:3]]
     return sorted(found, key=lambda g: -g.removed)
@@ -159,7 +164,7 @@ def solve_bias(problem: Problem, name: str, tap: str, rounds: int = 3, steps: in
         values = problem.run(program, tap)
         residual = problem.residuals(values)
         error = sum(float(np.square(r).sum()) for r in residual.values())
-        if not math.isfinite(error) or error < 1e-14:
+        if not math.isfinite(error) or error < 1e-14 or problem.clock.out(f"{name} missing", 0.8):
             break
         back = Gradients(program, problem.call, values, problem.taps)
 
