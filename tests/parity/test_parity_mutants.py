@@ -17,7 +17,7 @@ from port_bugs import PORTS
 
 QUICK = {
     ("file", "gelu_sigmoid"), ("file", "mask_ahead_one"), ("file", "nan_q"), ("file", "position_rolled"),
-    ("file", "element_k"), ("file", "swapped_heads_q"), ("file", "fp16_activation"), ("file", "transposed_c_proj"),
+    ("file", "element_k"), ("file", "swapped_heads_q"), ("file", "transposed_c_proj"),
     ("taps", "wpe row repeated"), ("taps", "epsilon 3e-2"), ("taps", "norms exchanged"), ("taps", "softmax + 1"),
     ("taps", "mask in blocks of 4"), ("taps", "dropout on out"), ("taps", "c_fc dead column"),
     ("taps", "logits in integers"),
