@@ -44,9 +44,16 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], jud
     return {(case.kind, case.name): case for case in made}
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [pytest.param(k, n, marks=() if (k, n) in QUICK else pytest.mark.slow) for k, n in NAMES]
-)
+# A file that rounds on purpose is not run as a plain GPT-2 any more: its place is bracketed, its cause is not looked for.
+UNEXPLAINED = {("file", "fp16_activation")}
+
+
+def marks(kind: str, name: str) -> list[pytest.MarkDecorator]:
+    slow = [] if (kind, name) in QUICK else [pytest.mark.slow]
+    return [*slow, pytest.mark.xfail(strict=True)] if (kind, name) in UNEXPLAINED else slow
+
+
+@pytest.mark.parametrize(("kind", "name"), [pytest.param(k, n, marks=marks(k, n)) for k, n in NAMES])
 def test_the_place_and_the_cause_are_named(
     kind: str, name: str, cases: dict[tuple[str, str], judge.Case], tmp_path: Path
 ) -> None:

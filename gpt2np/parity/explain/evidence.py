@@ -105,7 +105,8 @@ def _dropped(problem: Problem, tap: str) -> Iterator[Guess]:
     alive = np.abs(expected) > 1e-3 * np.abs(expected).max()
     zero = (value == 0) & alive
     share = zero.sum() / max(alive.sum(), 1)
-    if not 0.005 < share < 0.9 or inside(np.where(zero, expected, 0), 0.0) is not None:
+    whole = inside(np.where(zero, expected, 0), 0.0)  # a part that is all zeros, such as a head, was not drawn
+    if not 0.005 < share < 0.9 or (whole is not None and zero[whole & alive].mean() > 0.95):
         return
     factor = float(np.median(value[alive & ~zero] / expected[alive & ~zero]))
     if factor < 1 + 0.5 * share:  # dropout makes up for what it leaves out

@@ -90,12 +90,12 @@ def rank(
         found.keep(guess)
     stages: list[Callable[[], Iterable[Guess]]] = []
     if problem.before > 0 and math.isfinite(problem.before):
-        if problem.is_large and not problem.local:  # one mistake in all layers is usual, and one layer takes long
+        if is_wide(problem):  # one mistake in all layers is usual, and layer by layer takes long
             found.try_all(everywhere(problem), 0.4)
         if not found.explained:
             found.try_all(plain(problem), 0.5)
         stages = [
-            lambda: () if problem.is_large else everywhere(problem),
+            lambda: () if is_wide(problem) else everywhere(problem),
             lambda: spare_weights(problem, spare or {}),
             lambda: (g for tap in problem.suspects for g in further(problem, tap)),
             lambda: confined(problem, found),
@@ -167,10 +167,15 @@ def further(problem: Problem, tap: str) -> Iterator[Guess]:
     yield from narrow_types(problem, tap)
 
 
+def is_wide(problem: Problem) -> bool:
+    """Whether the mistake may lie in many layers of a large model."""
+    return problem.is_large and len(problem.suspects) > 20
+
+
 def plain(problem: Problem) -> Iterator[Guess]:
     """The catalogue at every suspected operation; of large models the linear maps, which cost most, come last."""
     taps = problem.suspects
-    if problem.is_large:
+    if is_wide(problem):
         taps = sorted(taps, key=lambda tap: split_tap(tap)[1] in MAPS)
     return (guess for tap in taps for guess in catalogue(problem, tap))
 
