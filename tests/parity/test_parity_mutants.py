@@ -44,7 +44,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], jud
     return {(case.kind, case.name): case for case in made}
 
 
-# A file that rounds on purpose is not run as a plain GPT-2 any more: its place is bracketed, its cause is not looked for.
+# A file that rounds on purpose is no plain GPT-2 any more: its place is bracketed, its cause is not looked for.
 UNEXPLAINED = {("file", "fp16_activation")}
 
 
