@@ -497,7 +497,7 @@ def test_the_published_facts() -> None:
 )
 def test_a_bad_file_of_facts_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "facts.json").write_text(text)
-    with pytest.raises(ModelFileError, match="is no file of facts|about no model"):
+    with pytest.raises(ModelFileError, match="is no file of facts|about no model|is not JSON|is no JSON object"):
         load_facts(tmp_path / "facts.json")
 
 
