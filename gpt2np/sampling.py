@@ -18,7 +18,7 @@ from .errors import InputError
 from .weights import Array
 
 # 50257 entries need neither a sort nor a running sum over all of them:
-BLOCK = 128  # entries whose maximum is looked at first, in the search for the largest
+SEARCHED_TOGETHER = 128  # entries whose maximum is looked at first, in the search for the largest
 RUN = 512  # entries whose sum is looked at first, in the search for a place in the running sum
 COLDEST = 1e-6  # temperatures below cannot be told from greedy in float32
 
@@ -136,10 +136,10 @@ def top_k(values: Array, k: int) -> Array:
     """Indices of the k largest values, and of any equal to the smallest of these, in ascending order."""
     if k >= len(values):
         return np.arange(len(values))
-    if k * BLOCK >= len(values):
+    if k * SEARCHED_TOGETHER >= len(values):
         return _where(values >= _largest(values, k))
     # k blocks hold something as large as the k-th largest maximum: nothing smaller can be among the k largest.
-    maxima = np.maximum.reduceat(values, np.arange(0, len(values), BLOCK))
+    maxima = np.maximum.reduceat(values, np.arange(0, len(values), SEARCHED_TOGETHER))
     candidates = _where(values >= _largest(maxima, k))
     large = values[candidates]
     found: Array = candidates[large >= _largest(large, k)]
@@ -160,7 +160,7 @@ def _nucleus(weights: Array, p: float) -> tuple[Array, Array]:
     wanted = p * whole
     # n weights below (1 - p) / n of the whole are less than 1 - p of it together: the rest holds p. Most often
     # that is so with far fewer than all weights in the place of n; twice as many leave room for rounding.
-    for n in (BLOCK, 16 * BLOCK, 256 * BLOCK, 2 * len(weights)):
+    for n in (SEARCHED_TOGETHER, 16 * SEARCHED_TOGETHER, 256 * SEARCHED_TOGETHER, 2 * len(weights)):
         candidates = _where(weights >= (whole - wanted) / n)
         order = candidates[_descending(weights[candidates])]
         held = weights[order].cumsum(dtype=np.float64)

@@ -59,7 +59,7 @@ class Graph:
     ----------
     opsets : {domain: version}
         Which version of each domain's operators the file asks for; "" is ONNX's own domain.
-    objections : list, optional
+    refusals : list, optional
         Collects what is no GPT-2's where the rest can be read without it; without a list that is an error.
     rounding : bool
         Nodes that round activations stay as they are (see `emulate`).
@@ -68,17 +68,17 @@ class Graph:
     def __init__(
         self,
         opsets: Mapping[str, int],
-        objections: list[UnsupportedModelError] | None = None,
+        refusals: list[UnsupportedModelError] | None = None,
         rounding: bool = False,
     ) -> None:
         self.opsets = dict(opsets)
-        self.objections = objections
+        self.refusals = refusals
         self.rounding = rounding
         self.budget: Budget | None = None  # of what nodes make, while strangers' nodes are looked at
         self.keep = rounding  # constants of any size, once they are read
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
-        self.invented: set[str] = set()  # values that the file does not hold
+        self.synthetic: set[str] = set()  # values that the file does not hold
         self.lengths: dict[str, str] = {}  # values that fused attentions take lengths of the past from: their roles
         self.one_token = False  # a fused attention takes one new position at a time
         self.roundings: dict[str, int] = {}  # the operators that round activations, and how often
@@ -110,15 +110,15 @@ class Graph:
     def override(self, name: str, value: Any) -> str:
         """Make a value a constant, whatever node computes it."""
         self.constants[name] = np.asarray(value)
-        self.invented.add(name)
+        self.synthetic.add(name)
         self._folded[name] = True
         return name
 
     def object(self, error: UnsupportedModelError) -> None:
         """Raise an error that the search could go on after, or note it where they are collected."""
-        if self.objections is None:
+        if self.refusals is None:
             raise error
-        self.objections.append(error)
+        self.refusals.append(error)
 
     def check_order(self) -> None:
         """Raise if values depend on each other in a circle: everything that walks the graph would hang."""

@@ -24,7 +24,7 @@ from .subject import Subject, aliases, taps_of
 if TYPE_CHECKING:
     from .compare import Comparison
 
-NOISE_FACTOR = 8.0  # a measured budget is so many times ONNX Runtime's difference from itself
+FLOOR_FACTOR = 8.0  # a measured budget is so many times ONNX Runtime's difference from itself
 AUTO = "auto"
 AUTO_BUDGET = Budget(PRESETS["zoo"].rtol, PRESETS["zoo"].atol, "auto: the zoo's tolerance; beyond it float64 decides")
 EQUALLY_NEAR = 4.0  # parties are about equally near to float64 within this factor
@@ -171,8 +171,8 @@ def measure_floor(model: Subject, cases: Sequence[Case], budgets: Budgets, repor
         floor = max(floor, float(np.spacing(np.float32(scale))))
         if not math.isfinite(floor):  # ONNX Runtime is finite in one run and not in another: no noise
             raise ComparisonError(f"no noise floor: {name} is finite in some runs of ONNX Runtime and not in others")
-        budgets.measured[name] = Budget(0.0, NOISE_FACTOR * floor, f"{NOISE_FACTOR:g} x the noise floor {floor:.2g}")
-    report.budget = f"{NOISE_FACTOR:g} x ONNX Runtime's largest difference from itself (threads, optimisations, batch)"
+        budgets.measured[name] = Budget(0.0, FLOOR_FACTOR * floor, f"{FLOOR_FACTOR:g} x the noise floor {floor:.2g}")
+    report.budget = f"{FLOOR_FACTOR:g} x ONNX Runtime's largest difference from itself (threads, optimisations, batch)"
     rows = [(n, number(f), number(budgets.measured[n].atol)) for n, f in floors.items()]
     report.tables.append(Table("noise floor and budget (max abs)", ("output", ">floor", ">atol"), rows))
     report.details["noise_floor"] = floors

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import ComparisonError, InputError
 from ..weights import Array
 
-BLOCK = 1 << 22  # elements compared at a time: bounds the float64 temporaries
+COMPARED_TOGETHER = 1 << 22  # elements compared at a time: bounds the float64 temporaries
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _blocks(a: Array, b: Array) -> Iterator[tuple[int, Array, Array]]:
         return
     width = a.shape[-1] if a.ndim else 1
     rows_a, rows_b = a.reshape(-1, width), b.reshape(-1, width)
-    step = max(1, BLOCK // width)
+    step = max(1, COMPARED_TOGETHER // width)
     for row in range(0, len(rows_a), step):
         yield row * width, rows_a[row : row + step].astype(np.float64), rows_b[row : row + step].astype(np.float64)
 

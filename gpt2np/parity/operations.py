@@ -45,7 +45,7 @@ class Piece(NamedTuple):
 # (program, call, tap, cotangent of the tap, its input taps, its value) -> Back, in float64
 Gradient = Callable[["Program", Call, str, Array, list[Array], Array], Back]
 # (program, call, tap, names of its inputs, name of its output) -> Piece
-Graph = Callable[["Program", Call, str, list[str], str], Piece]
+WriteGraph = Callable[["Program", Call, str, list[str], str], Piece]
 
 
 class Operation(NamedTuple):
@@ -56,7 +56,7 @@ class Operation(NamedTuple):
     weights: tuple[str, ...]
     run: Run
     gradient: Gradient
-    graph: Graph
+    graph: WriteGraph
     formula: str
     line: str  # as it stands in reference.py
 

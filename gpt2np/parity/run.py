@@ -120,7 +120,7 @@ def compare_all(
 
 def refuse(model: Subject, report: Report) -> None:
     """gpt2np cannot run the file: an error where that is all there is to say, else a part of the report."""
-    messages = list(dict.fromkeys(str(e) for e in ([model.problem] if model.problem else model.objections)))
+    messages = list(dict.fromkeys(str(e) for e in ([model.problem] if model.problem else model.refusals)))
     if model.problem is not None and all(c.ok for c in report.comparisons):
         raise model.problem
     for message in messages:

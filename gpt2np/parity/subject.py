@@ -36,7 +36,7 @@ class Subject:
 
     path: Path
     problem: Gpt2npError | None = None  # why gpt2np cannot place the graph at all
-    objections: list[UnsupportedModelError] = field(default_factory=list)  # what in it is no GPT-2's
+    refusals: list[UnsupportedModelError] = field(default_factory=list)  # what in it is no GPT-2's
 
     @cached_property
     def file(self) -> ModelFile:
@@ -51,7 +51,7 @@ class Subject:
         from ..onnx.recognise import recognise
 
         try:
-            return recognise(self.file, self.objections)
+            return recognise(self.file, self.refusals)
         except UnsupportedModelError as error:
             self.problem = error
             return None
@@ -59,7 +59,7 @@ class Subject:
     @property
     def whole(self) -> bool:
         """Whether gpt2np can run the file: nothing in it was left unplaced."""
-        return self.found is not None and not self.objections
+        return self.found is not None and not self.refusals
 
     @cached_property
     def input_names(self) -> list[str]:

@@ -31,7 +31,7 @@ LISTED = 5  # how many of many differences are named
 
 
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """One thing that was looked at."""
 
     group: str  # "file", "config", "weights", "facts", "sample data", "ONNX Runtime"
@@ -47,7 +47,7 @@ def verify(
     known_files: Sequence[KnownFile] = (),
     checkpoint: Path | None = None,
     engine: str = "numba",
-) -> Iterator[Check]:
+) -> Iterator[Finding]:
     """Yield check after check of a model file.
 
     Parameters
@@ -76,7 +76,7 @@ def verify(
     model = Subject(open_model(path).path)
     yield check_file(model.path, known_files)
     if model.found is None:
-        yield Check("graph", facts[0].model, "FAIL", f"gpt2np cannot place the graph: {model.problem}")
+        yield Finding("graph", facts[0].model, "FAIL", f"gpt2np cannot place the graph: {model.problem}")
         return
     wrong = {one.model: wrong_config(model.recognised, one) for one in facts}
     chosen = next((one for one in facts if not wrong[one.model]), facts[0])
@@ -87,7 +87,7 @@ def verify(
     ours = Ours(model, engine)
     if wrong[chosen.model]:
         words = f"they are about {chosen.model}, which this file is not"
-        yield Check("facts", f"{len(chosen.facts)} facts", "skip", words)
+        yield Finding("facts", f"{len(chosen.facts)} facts", "skip", words)
     else:
         yield check_tokenizer(ours.gpt2, chosen)
         for fact in chosen.facts:
@@ -98,18 +98,18 @@ def verify(
 # --- is it that model? ---------------------------------------------------------------------------------------
 
 
-def check_file(path: Path, known: Sequence[KnownFile]) -> Check:
+def check_file(path: Path, known: Sequence[KnownFile]) -> Finding:
     """The SHA-256 of the whole file, against those of published files."""
     what = f"SHA-256 of {path.name}"
     size, found = path.stat().st_size, file_hash(path)
     for file in known:
         if found == file.sha256:
-            return Check("file", what, "pass", f"{found}: it is {file.name}", "published hash")
+            return Finding("file", what, "pass", f"{found}: it is {file.name}", "published hash")
     for file in known:
         if size == file.bytes:
             words = f"{found}: as long as {file.name}, whose SHA-256 is {file.sha256}: altered or damaged"
-            return Check("file", what, "FAIL", words, "published hash")
-    return Check("file", what, "skip", f"{found}: no published file has it, so that the weights must decide")
+            return Finding("file", what, "FAIL", words, "published hash")
+    return Finding("file", what, "skip", f"{found}: no published file has it, so that the weights must decide")
 
 
 def wrong_config(recognised: Recognised, facts: Facts) -> list[str]:
@@ -126,12 +126,12 @@ def wrong_config(recognised: Recognised, facts: Facts) -> list[str]:
     return wrong
 
 
-def check_config(facts: Facts, wrong: list[str]) -> Iterator[Check]:
+def check_config(facts: Facts, wrong: list[str]) -> Iterator[Finding]:
     """The configuration; its checks carry the name of the model that all others are about."""
     for words in wrong:
-        yield Check("config", facts.model, "FAIL", words)
+        yield Finding("config", facts.model, "FAIL", words)
     if not wrong:
-        yield Check(
+        yield Finding(
             "config", facts.model, "pass", f"{len(facts.config)} fields and the number of parameters are the same"
         )
 
@@ -146,7 +146,7 @@ def _short(value: Any) -> str:
     return ", ".join(f"{x:.7g}" for x in np.ravel(value))
 
 
-def check_fingerprints(recognised: Recognised, facts: Facts) -> Iterator[Check]:
+def check_fingerprints(recognised: Recognised, facts: Facts) -> Iterator[Finding]:
     """Norm, largest value, first values and, where known, the bytes of single weights."""
     fingerprints = facts.weights.get("fingerprints", {})
     source = facts.weights.get("source", "")
@@ -173,19 +173,19 @@ def check_fingerprints(recognised: Recognised, facts: Facts) -> Iterator[Check]:
                 wrong.append(f"{name}: its bytes differ from the published ones")
     matching = len(fingerprints) - len({words.split(":")[0].split(" ")[0] for words in wrong})
     for words in wrong[:LISTED]:
-        yield Check("weights", "fingerprint", "FAIL", words)
+        yield Finding("weights", "fingerprint", "FAIL", words)
     if len(wrong) > LISTED:
-        yield Check("weights", "fingerprint", "FAIL", f"and {len(wrong) - LISTED} more differences")
+        yield Finding("weights", "fingerprint", "FAIL", f"and {len(wrong) - LISTED} more differences")
     words = f"{matching} of {len(fingerprints)} match; the file has {len(weight_shapes(recognised.config))} weights"
     if bitwise:
         words += f"; {bitwise} were compared byte by byte"
     if not fingerprints:
-        yield Check("weights", "fingerprints", "skip", "none are known")
+        yield Finding("weights", "fingerprints", "skip", "none are known")
     else:
-        yield Check("weights", "fingerprints", "FAIL" if wrong else "pass", words, source)
+        yield Finding("weights", "fingerprints", "FAIL" if wrong else "pass", words, source)
     if facts.weights.get("tied") and not recognised.config.tied:
         same = np.array_equal(recognised.sources["lm_head.weight"].load(), recognised.sources["wte.weight"].load())
-        yield Check("weights", "LM head", "pass" if same else "FAIL", f"{'equal to' if same else 'NOT'} wte")
+        yield Finding("weights", "LM head", "pass" if same else "FAIL", f"{'equal to' if same else 'NOT'} wte")
 
 
 def fingerprint(weight: Array) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def fingerprint(weight: Array) -> dict[str, Any]:
     }
 
 
-def check_against(recognised: Recognised, checkpoint: Path) -> Iterator[Check]:
+def check_against(recognised: Recognised, checkpoint: Path) -> Iterator[Finding]:
     """Every weight, bit by bit, against a verified checkpoint."""
     from ..convert.huggingface import read_checkpoint
 
@@ -209,7 +209,7 @@ def check_against(recognised: Recognised, checkpoint: Path) -> Iterator[Check]:
     if weight_shapes(config).keys() - {"lm_head.weight"} != weight_shapes(recognised.config).keys() - {
         "lm_head.weight"
     }:
-        yield Check("weights", what, "FAIL", f"{checkpoint} has other weights than this file", str(checkpoint))
+        yield Finding("weights", what, "FAIL", f"{checkpoint} has other weights than this file", str(checkpoint))
         return
     wrong = []
     for name, source in sources.items():
@@ -217,29 +217,31 @@ def check_against(recognised: Recognised, checkpoint: Path) -> Iterator[Check]:
             wrong.append(name)
     if wrong:
         more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
-        yield Check("weights", what, "FAIL", f"{', '.join(wrong[:LISTED])}{more} differ", str(checkpoint))
+        yield Finding("weights", what, "FAIL", f"{', '.join(wrong[:LISTED])}{more} differ", str(checkpoint))
     else:
-        yield Check("weights", what, "pass", f"all {len(sources)} weights are those of the checkpoint", str(checkpoint))
+        yield Finding(
+            "weights", what, "pass", f"all {len(sources)} weights are those of the checkpoint", str(checkpoint)
+        )
 
 
 # --- does gpt2np compute what is published? ------------------------------------------------------------------
 
 
-def check_tokenizer(gpt2: GPT2, facts: Facts) -> Check:
+def check_tokenizer(gpt2: GPT2, facts: Facts) -> Finding:
     """The published prompts' token ids."""
     from ..tokenizer import encode
 
     prompts = [fact for fact in facts.facts if "prompt" in fact]
     if gpt2.tokenizer is None or not prompts:
-        return Check("facts", "tokenizer", "skip", NO_TOKENIZER if prompts else "no prompts are known")
+        return Finding("facts", "tokenizer", "skip", NO_TOKENIZER if prompts else "no prompts are known")
     for fact in prompts:
         if (found := encode(gpt2.tokenizer, fact["prompt"])) != fact["ids"]:
             words = f"{fact['prompt']!r} gives {found}, published {fact['ids']}"
-            return Check("facts", "tokenizer", "FAIL", words, fact["source"])
-    return Check("facts", "tokenizer", "pass", f"{len(prompts)} prompts give the published tokens")
+            return Finding("facts", "tokenizer", "FAIL", words, fact["source"])
+    return Finding("facts", "tokenizer", "pass", f"{len(prompts)} prompts give the published tokens")
 
 
-def check_fact(gpt2: GPT2, fact: dict[str, Any]) -> Check:
+def check_fact(gpt2: GPT2, fact: dict[str, Any]) -> Finding:
     """One published result."""
     check = {"greedy": _greedy, "logits": _logits, "hidden": _hidden, "cross_entropy": _cross_entropy}[fact["kind"]]
     what = (
@@ -251,15 +253,15 @@ def check_fact(gpt2: GPT2, fact: dict[str, Any]) -> Check:
         result, found = "FAIL", str(error)
     except (IndexError, ValueError) as error:  # more tokens or values than the model has
         result, found = "FAIL", f"it does not fit this model: {error}"
-    return Check("facts", what, result, found, fact["source"])
+    return Finding("facts", what, result, found, fact["source"])
 
 
-def check_search(ours: Ours, fact: dict[str, Any]) -> Check:
+def check_search(ours: Ours, fact: dict[str, Any]) -> Finding:
     """A published result of a beam search, by the search that the file holds."""
     search = ours.model.recognised.search
     what = f"beam search {fact['ids']}, {fact['new_tokens']} new tokens"
     if search is None or search.body is None or search.body.width != fact["width"]:
-        return Check("facts", what, "skip", f"the file holds no beam search of width {fact['width']}", fact["source"])
+        return Finding("facts", what, "skip", f"the file holds no beam search of width {fact['width']}", fact["source"])
     ids = np.array([fact["ids"]])
     given = {"input_ids": ids, "attention_mask": np.ones_like(ids), "new_tokens": np.array(fact["new_tokens"])}
     try:
@@ -267,9 +269,9 @@ def check_search(ours: Ours, fact: dict[str, Any]) -> Check:
         feeds |= {p.name: feeds[p.name].reshape([1] * len(p.shape)) for p in search.inputs if p.role == "new_tokens"}
         found = ours.session.run(None, feeds)[0][0].tolist()
     except Gpt2npError as error:
-        return Check("facts", what, "FAIL", str(error), fact["source"])
+        return Finding("facts", what, "FAIL", str(error), fact["source"])
     words = f"the best sequence is {found}" + ("" if found == fact["first"] else f", published {fact['first']}")
-    return Check("facts", what, "pass" if found == fact["first"] else "FAIL", words, fact["source"])
+    return Finding("facts", what, "pass" if found == fact["first"] else "FAIL", words, fact["source"])
 
 
 def _run_logits(gpt2: GPT2, ids: list[int], cache: KVCache | None = None) -> Array:
@@ -354,7 +356,7 @@ def _greedy_text(gpt2: GPT2, fact: dict[str, Any]) -> tuple[Result, str]:
 # --- do recorded data and ONNX Runtime agree? ----------------------------------------------------------------
 
 
-def check_runs(model: Subject, ours: Ours) -> Iterator[Check]:
+def check_runs(model: Subject, ours: Ours) -> Iterator[Finding]:
     """The data sets beside the file, or random tokens where there are none, against ONNX Runtime too."""
     from ..onnx.read.datasets import find_sets, load_set
     from ..parity.capture import run_case
@@ -375,33 +377,33 @@ def check_runs(model: Subject, ours: Ours) -> Iterator[Check]:
         if case.data is not None:
             yield _compare("sample data", case.name, found, case.data.outputs, zoo)
         if isinstance(theirs, Gpt2npError):
-            yield Check("ONNX Runtime", case.name, "skip", str(theirs))
+            yield Finding("ONNX Runtime", case.name, "skip", str(theirs))
         else:
             yield _compare("ONNX Runtime", case.name, found, theirs, own)
     if not sets:
-        yield Check("sample data", "test_data_set_0", "skip", "none beside the file")
+        yield Finding("sample data", "test_data_set_0", "skip", "none beside the file")
 
 
-def _compare(group: str, what: str, found: Outputs | Gpt2npError, expected: Outputs, budget: Budget) -> Check:
+def _compare(group: str, what: str, found: Outputs | Gpt2npError, expected: Outputs, budget: Budget) -> Finding:
     from ..parity.metrics import measure
 
     if isinstance(found, Gpt2npError):
-        return Check(group, what, "FAIL", str(found))
+        return Finding(group, what, "FAIL", str(found))
     if found.keys() != expected.keys():
-        return Check(group, what, "FAIL", f"outputs {sorted(found)}, expected {sorted(expected)}")
+        return Finding(group, what, "FAIL", f"outputs {sorted(found)}, expected {sorted(expected)}")
     try:
         metrics = {name: measure(found[name], expected[name], budget) for name in expected}
     except ComparisonError as error:
-        return Check(group, what, "FAIL", str(error))
+        return Finding(group, what, "FAIL", str(error))
     worst = max(metrics, key=lambda name: (metrics[name].failing, metrics[name].max_abs))
     failing = sum(m.failing for m in metrics.values())
     words = f"{len(metrics)} outputs; largest difference {metrics[worst].max_abs:.2g} in {worst}"
     if failing:
         words += f"; {failing:,} values beyond the tolerance"
-    return Check(group, what, "FAIL" if failing else "pass", words, str(budget))
+    return Finding(group, what, "FAIL" if failing else "pass", words, str(budget))
 
 
-def verdict(checks: Sequence[Check]) -> str:
+def verdict(checks: Sequence[Finding]) -> str:
     """All checks in one sentence."""
     model = next(check.what for check in checks if check.group in ("config", "graph"))
     failed = {check.group for check in checks if check.result == "FAIL"}

@@ -470,9 +470,9 @@ def test_an_epsilon_outside_the_root_is_refused_by_name_or_collected(zoo, tmp_pa
     path = edited(zoo, tmp_path, epsilon_outside)
     with pytest.raises(UnsupportedModelError, match=r"h\.1/ln_1.*epsilon"):
         read(path)
-    objections: list[UnsupportedModelError] = []
-    found = recognise(open_model(path), objections)
-    assert len(objections) == 1
+    refusals: list[UnsupportedModelError] = []
+    found = recognise(open_model(path), refusals)
+    assert len(refusals) == 1
     assert "h.1.ln_1" in found.taps
 
 

@@ -81,7 +81,7 @@ def test_many_rows_are_measured_block_by_block_alike(monkeypatch: pytest.MonkeyP
     b = rng.standard_normal((7, 5, 3)).astype(np.float32)
     a = b + rng.standard_normal(b.shape).astype(np.float32) * 1e-3
     whole = measure(a, b, ZOO)
-    monkeypatch.setattr("gpt2np.parity.metrics.BLOCK", 6)
+    monkeypatch.setattr("gpt2np.parity.metrics.COMPARED_TOGETHER", 6)
     blocks = measure(a, b, ZOO)
     for name, value in dataclasses.asdict(whole).items():
         assert getattr(blocks, name) == pytest.approx(value), name

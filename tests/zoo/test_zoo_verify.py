@@ -32,7 +32,7 @@ from gpt2np.zoo import manifest
 from gpt2np.zoo.facts import Facts, load_facts
 from gpt2np.zoo.manifest import file_hash
 from gpt2np.zoo.verify import (
-    Check,
+    Finding,
     check_fact,
     check_file,
     check_fingerprints,
@@ -111,17 +111,17 @@ def save_facts(raw: dict[str, Any], folder: Path) -> Path:
     return path
 
 
-def run(path: Path, raw: dict[str, Any], tmp_path: Path, **arguments: Any) -> tuple[dict[str, list[Check]], str]:
+def run(path: Path, raw: dict[str, Any], tmp_path: Path, **arguments: Any) -> tuple[dict[str, list[Finding]], str]:
     """The checks by group, and the verdict."""
     facts = load_facts(save_facts(raw, tmp_path))
     checks = list(verify(path, facts, facts[0].files, engine="numpy", **arguments))
-    groups: dict[str, list[Check]] = {}
+    groups: dict[str, list[Finding]] = {}
     for check in checks:
         groups.setdefault(check.group, []).append(check)
     return groups, verdict(checks)
 
 
-def results(checks: list[Check]) -> set[str]:
+def results(checks: list[Finding]) -> set[str]:
     return {check.result for check in checks}
 
 
@@ -416,7 +416,7 @@ def test_sample_data_that_does_not_agree(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "with data"
     convert(model, folder)
 
-    def outcome() -> list[Check]:
+    def outcome() -> list[Finding]:
         return [check for check in verify(folder, load_facts(), engine="numpy") if check.group == "sample data"]
 
     assert len(outcome()) == 4

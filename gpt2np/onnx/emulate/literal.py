@@ -162,7 +162,7 @@ class _Rounding(Evaluator):
         Between the pieces of one that was taken apart nothing is rounded, except that ONNX's own Attention rounds
         each step: scores once they are scaled.
         """
-        inside = name in self.graph.invented
+        inside = name in self.graph.synthetic
         if inside and node.attributes.get("written_as") == "Attention":
             inside = any(c.op in ("Mul", "Div") for c in self.graph.consumers(name))
         if id(node) in self.emulation.nodes and not inside and _is(value, np.float32):

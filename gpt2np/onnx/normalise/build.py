@@ -33,7 +33,7 @@ FREE_NODES, NODE_FACTOR = 20_000, 64
 def build_graph(
     file: ModelFile,
     branch: str = "",
-    objections: list[UnsupportedModelError] | None = None,
+    refusals: list[UnsupportedModelError] | None = None,
     rounding: bool = False,
     more: Rules | None = None,
 ) -> Graph:
@@ -44,7 +44,7 @@ def build_graph(
     file : ModelFile
     branch : "" or "then" or "else"
         Which branch of an If on a graph input (as in merged decoders) is taken for the graph itself.
-    objections, rounding
+    refusals, rounding
         See `Graph`.
     more : {operator: rule}
         Rules beside those of this package, applied last.
@@ -55,7 +55,7 @@ def build_graph(
 
         _check_functions(proto)
         proto = onnx.inliner.inline_local_functions(proto)
-    graph = Graph({_domain(o.domain): o.version for o in proto.opset_import}, objections, rounding)
+    graph = Graph({_domain(o.domain): o.version for o in proto.opset_import}, refusals, rounding)
     graph.budget = Budget(file.nbytes)
     builder = _Builder(file, graph, [fused.RULES, spellings.RULES, fold.RULES, more or {}])
     constants = {t.name for t in proto.graph.initializer} | {t.values.name for t in proto.graph.sparse_initializer}

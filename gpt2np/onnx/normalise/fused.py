@@ -2,7 +2,7 @@
 
 Optimisers fuse layer norms with the additions before them, a bias with the GELU behind it, and a whole attention
 into one node. Each is taken apart here, as the graph is read, so that one pattern per part of GPT-2 is enough.
-The values between the pieces are invented: the file does not hold them, so no tap can point there.
+The values between the pieces are synthetic: the file does not hold them, so no tap can point there.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _contrib_attention(graph: Graph, node: Node) -> list[Node] | None:
     q, k, v = (_split_heads(p, part, heads) for part in (q, f"{q}:1", f"{q}:2"))
     length = _past_length(p, node, 6, (7, 8))
     presents = [f"{node.outputs[0]} present {i}" for i in (0, 1)]
-    graph.invented.update(presents)
+    graph.synthetic.update(presents)
     olds = [p.add("Gather", past, p.constant(np.int64(i)), axis=0) if past else "" for i in (0, 1)]
     k, v = (_cached(p, *parts, length) for parts in zip(olds, (k, v), presents, strict=True))
     if len(node.outputs) > 1 and node.outputs[1]:

@@ -20,17 +20,17 @@ class Pieces:
         """Append a node and return its (first) output; further ones are named `...:1`, `...:2`."""
         if not out:
             out = f"{self.origin.outputs[0] or self.origin.name} [{len(self.nodes)}]"
-            self.graph.invented.add(out)
+            self.graph.synthetic.add(out)
         outputs = (out, *(f"{out}:{i}" for i in range(1, count)))
-        self.graph.invented.update(outputs[1:])
+        self.graph.synthetic.update(outputs[1:])
         attributes["written_as"] = self.origin.op
         self.nodes.append(Node(op, op.rpartition(".")[0], self.origin.name, inputs, outputs, attributes))
         return out
 
     def constant(self, value: Any) -> str:
         """The name of a new constant."""
-        name = f"{self.origin.outputs[0] or self.origin.name} constant {len(self.graph.invented)}"
-        self.graph.invented.add(name)
+        name = f"{self.origin.outputs[0] or self.origin.name} constant {len(self.graph.synthetic)}"
+        self.graph.synthetic.add(name)
         self.graph.constants[name] = np.asarray(value)
         return name
 
@@ -49,6 +49,6 @@ def inner(
 ) -> str:
     """Append a node whose output the file does not hold, and return that output's name."""
     out = f"{inputs[0]} {what} in {origin.outputs[0]}"
-    graph.invented.add(out)
+    graph.synthetic.add(out)
     made.append(rewritten(origin, op, inputs, out, **attributes))
     return out

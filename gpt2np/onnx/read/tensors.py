@@ -13,7 +13,7 @@ from ...arrays import empty_aligned
 from ...errors import ModelFileError
 from ...files import File
 
-BLOCK = 1 << 18  # bytes decoded at once, of payloads that are not the array's own bytes
+DECODED_BYTES = 1 << 18  # bytes decoded at once, of payloads that are not the array's own bytes
 
 Pieces = tuple[tuple[int, int], ...]  # (offset, length) in the file, in order
 
@@ -101,9 +101,9 @@ class Tensor:
 
 
 def _blocks(pieces: Pieces) -> Iterator[list[tuple[int, int]]]:
-    """Cut pieces into lists of at most BLOCK bytes."""
+    """Cut pieces into lists of at most DECODED_BYTES bytes."""
     block: list[tuple[int, int]] = []
-    room = BLOCK
+    room = DECODED_BYTES
     for offset, length in pieces:
         while length:
             part = min(length, room)
@@ -111,7 +111,7 @@ def _blocks(pieces: Pieces) -> Iterator[list[tuple[int, int]]]:
             offset, length, room = offset + part, length - part, room - part
             if not room:
                 yield block
-                block, room = [], BLOCK
+                block, room = [], DECODED_BYTES
     if block:
         yield block
 

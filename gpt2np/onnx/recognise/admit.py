@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from . import roles
 from .blocks import Branch, Roles
 from .ledger import Ledger
-from .linear import Linear
+from .linear import LinearFound
 from .lookup import Lookup
-from .norm import LayerNorm
+from .norm import LayerNormFound
 from .outputs import twins_of
 from .products import AttentionCore
 from .recognised import Entry, TapLocation
@@ -62,7 +62,7 @@ def _outputs(ledger: Ledger, output_roles: Roles, taps: Mapping[str, TapLocation
             ledger.region("output", role, [output], ledger.graph.chain(taps[role].tensor), roles.VIEW)
 
 
-def _linear(ledger: Ledger, tap: str, linear: Linear) -> None:
+def _linear(ledger: Ledger, tap: str, linear: LinearFound) -> None:
     """A product with weights, a bias, and what only changes the view between them."""
     if linear.low_rank:
         starts = ledger.graph.chain(linear.x)
@@ -72,7 +72,7 @@ def _linear(ledger: Ledger, tap: str, linear: Linear) -> None:
     ledger.region("linear map", tap, [linear.out], [linear.x], roles.LINEAR)
 
 
-def _layer_norm(ledger: Ledger, tap: str, norm: LayerNorm) -> None:
+def _layer_norm(ledger: Ledger, tap: str, norm: LayerNormFound) -> None:
     ledger.region("layer norm", tap, [norm.out], [norm.x], roles.LAYER_NORM)
 
 

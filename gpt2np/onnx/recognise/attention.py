@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import UnsupportedModelError
 from ..evaluate.evaluator import Evaluator
 from .blocks import Branch
-from .linear import Linear, nearest_linears
+from .linear import LinearFound, nearest_linears
 from .probe import Probe
 from .products import AttentionCore
 from .recognised import TapLocation
@@ -26,7 +26,7 @@ class AttentionFound:
     """What was found of an attention; its mask waits until all layers are known."""
 
     heads: tuple[int, int]  # H, D
-    columns: tuple[tuple[Linear, Array], ...]  # of q, k and v: the map, and which of its columns, head by head
+    columns: tuple[tuple[LinearFound, Array], ...]  # of q, k and v: the map, and which of its columns, head by head
     factors: tuple[float, float, float]  # what q, k and v are multiplied by behind their maps
     offsets: tuple[Array, ...]  # (H, D) each: what is added to q, k and v behind their maps; none: nothing
     row_order: Array  # of c_proj
@@ -149,8 +149,8 @@ def _row_order(probe: Probe, i: int, branch: Branch, core: AttentionCore, H: int
 
 
 def _columns(
-    i: int, maps: tuple[Linear, ...], starts: Mapping[str, int], numbers: Array, what: str
-) -> tuple[Linear, Array]:
+    i: int, maps: tuple[LinearFound, ...], starts: Mapping[str, int], numbers: Array, what: str
+) -> tuple[LinearFound, Array]:
     """Which columns of which map make q, k or v: numbers (B, H, T, D) -> (map, (HD,))."""
     B, _, T, _ = numbers.shape
     for linear in maps:
@@ -178,13 +178,13 @@ def _added_bias(probe: Probe, offset: Array, numbers: Array, read: set[str]) -> 
 
 
 def _c_attn(
-    i: int, columns: tuple[tuple[Linear, Array], ...], added: list[Source | None], heads: tuple[int, int]
+    i: int, columns: tuple[tuple[LinearFound, Array], ...], added: list[Source | None], heads: tuple[int, int]
 ) -> tuple[dict[str, Source], list[str]]:
     """Weight and bias of c_attn: the maps' columns in our order."""
     name = f"h.{i}.attn.c_attn"
     step = "columns reordered"
 
-    def bias(m: Linear, c: Array, more: Source | None) -> Source:
+    def bias(m: LinearFound, c: Array, more: Source | None) -> Source:
         own = (m.bias or zeros(m.weight.shape[1:], "no bias in the file")).taken(c, 0, step)
         if more is None:
             return own
@@ -239,7 +239,7 @@ def _taps(
     return taps
 
 
-def _order_in_words(columns: tuple[tuple[Linear, Array], ...], heads: tuple[int, int]) -> str:
+def _order_in_words(columns: tuple[tuple[LinearFound, Array], ...], heads: tuple[int, int]) -> str:
     H, D = heads
     firsts = [int(c[0]) for _, c in columns]
     runs = all((c == c[0] + np.arange(H * D)).all() for _, c in columns)

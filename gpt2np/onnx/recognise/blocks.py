@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from ...errors import UnsupportedModelError
 from ..graph import VIEWS, Graph, Node
 from ..normalise.fold import scalar, small
-from .linear import Linear, match_linear, nearest_linears, vector
+from .linear import LinearFound, match_linear, nearest_linears, vector
 from .lookup import Lookup, match_lookup
-from .norm import LayerNorm, match_layer_norm
+from .norm import LayerNormFound, match_layer_norm
 from .products import AttentionCore, match_attention, match_product
 
 Roles = dict[str, tuple[str, int | None]]  # of inputs or outputs: a role, and the layer
@@ -81,11 +81,11 @@ class Branch:
     """One term of the residual stream: an attention or an MLP."""
 
     addend: Addend
-    out: Linear  # c_proj
-    norm: LayerNorm
+    out: LinearFound  # c_proj
+    norm: LayerNormFound
     before: list[Addend]  # the residual stream that it reads
     core: AttentionCore | None = None  # of an attention
-    maps: tuple[Linear, ...] = ()  # c_attn (or three maps), or c_fc
+    maps: tuple[LinearFound, ...] = ()  # c_attn (or three maps), or c_fc
 
     def borders(self) -> list[str]:
         """The values at its borders."""
@@ -97,8 +97,8 @@ class Branch:
 class Borders:
     """Where the parts of a GPT-2 begin and end in a graph."""
 
-    head: Linear | None
-    final: LayerNorm  # ln_f
+    head: LinearFound | None
+    final: LayerNormFound  # ln_f
     output_roles: Roles
     words: Lookup  # wte
     places: Lookup  # wpe
@@ -124,11 +124,11 @@ def find_borders(graph: Graph) -> Borders:
     return Borders(head, final, output_roles, *tell_lookups(graph, lookups), layers)
 
 
-def find_top(graph: Graph) -> tuple[Linear | None, LayerNorm, Roles]:
+def find_top(graph: Graph) -> tuple[LinearFound | None, LayerNormFound, Roles]:
     """The head (if there is one), the last layer norm, and the outputs' roles."""
     roles: Roles = {}
-    head: Linear | None = None
-    final: LayerNorm | None = None
+    head: LinearFound | None = None
+    final: LayerNormFound | None = None
     for output in graph.outputs:
         value = graph.strip(output.name)
         norm, linear = match_layer_norm(graph, value), None
@@ -172,7 +172,7 @@ def _refuse_classifier(graph: Graph, output: str) -> None:
             return
 
 
-def find_branches(graph: Graph, final: LayerNorm) -> tuple[list[Lookup], list[Branch]]:
+def find_branches(graph: Graph, final: LayerNormFound) -> tuple[list[Lookup], list[Branch]]:
     """The terms of the residual stream: embeddings, attentions and MLPs."""
     lookups: list[Lookup] = []
     branches: list[Branch] = []
@@ -190,10 +190,10 @@ def find_branches(graph: Graph, final: LayerNorm) -> tuple[list[Lookup], list[Br
     return lookups, branches
 
 
-def find_branch(graph: Graph, addend: Addend, out: Linear) -> Branch:
+def find_branch(graph: Graph, addend: Addend, out: LinearFound) -> Branch:
     """Is this map the end of an attention or of an MLP?"""
     core: AttentionCore | None = None
-    maps: list[Linear] = []
+    maps: list[LinearFound] = []
     for value in graph.ancestors(out.x):
         if (linear := match_linear(graph, value)) is not None:
             maps = [linear]
@@ -215,7 +215,9 @@ def find_branch(graph: Graph, addend: Addend, out: Linear) -> Branch:
     return Branch(addend, out, norm, addends(graph, norm.x), core, tuple(maps))
 
 
-def pair(graph: Graph, lookups: list[Lookup], branches: list[Branch], final: LayerNorm) -> list[tuple[Branch, Branch]]:
+def pair(
+    graph: Graph, lookups: list[Lookup], branches: list[Branch], final: LayerNormFound
+) -> list[tuple[Branch, Branch]]:
     """Order the branches: each must read the embeddings and all branches before it, in turns."""
     branches = sorted(branches, key=lambda b: len(b.before))
     terms = Counter(lookup.out for lookup in lookups)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...errors import WeightError
-from .linear import Linear
+from .linear import LinearFound
 from .lookup import Lookup
 from .probe import Probe
 from .recognised import TapLocation
@@ -59,7 +59,7 @@ def read_head(probe: Probe) -> HeadFound:
     return HeadFound(tied, whole, padding, sources, {"logits": tap}, notes)
 
 
-def _same_tensor(head: Linear, words: Lookup) -> bool:
+def _same_tensor(head: LinearFound, words: Lookup) -> bool:
     return (
         head.weight.origin == words.table.origin
         and head.weight.shape == words.table.shape[::-1]

@@ -16,7 +16,7 @@ from ...errors import UnsupportedModelError
 from ..graph import Graph, Node
 from .probe import Probe
 from .recognised import LENGTHS, Entry
-from .roles import LENGTH, SELECTING, SIZES, Check
+from .roles import LENGTH, SELECTING, SIZES, NodeCheck
 
 Array = np.ndarray
 
@@ -54,7 +54,7 @@ class Ledger:
         self.entries.setdefault(id(node), Entry(node, role, tap))
 
     def region(
-        self, role: str, tap: str, ends: Iterable[str], starts: Iterable[str], allowed: Mapping[str, Check]
+        self, role: str, tap: str, ends: Iterable[str], starts: Iterable[str], allowed: Mapping[str, NodeCheck]
     ) -> None:
         """Enter all nodes between some values and those that they are made of.
 

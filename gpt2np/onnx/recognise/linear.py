@@ -21,7 +21,7 @@ Array = np.ndarray
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearFound:
     """out = x @ weight + bias."""
 
     x: str  # value names
@@ -62,7 +62,7 @@ def vector(graph: Graph, name: str, size: int) -> Source | None:
     return None
 
 
-def _gemm(graph: Graph, name: str) -> Linear | None:
+def _gemm(graph: Graph, name: str) -> LinearFound | None:
     node = graph.producer(name)
     if node is None or node.op not in ("Gemm", "com.microsoft.FusedGemm") or node.attributes.get("transA", 0):
         return None
@@ -79,10 +79,10 @@ def _gemm(graph: Graph, name: str) -> Linear | None:
         raise UnsupportedModelError(f"{node.describe()} adds {node.input(2)!r}, which is not a bias vector")
     if bias is not None:
         bias = bias.scaled(node.attributes.get("beta", 1.0), "Gemm beta")
-    return Linear(node.inputs[0], name, weight, bias, node)
+    return LinearFound(node.inputs[0], name, weight, bias, node)
 
 
-def _matmul(graph: Graph, name: str) -> Linear | None:
+def _matmul(graph: Graph, name: str) -> LinearFound | None:
     node = graph.producer(name)
     if node is None or node.op not in (
         "MatMul",
@@ -96,10 +96,10 @@ def _matmul(graph: Graph, name: str) -> Linear | None:
     if node.attributes.get("transB", 0):
         weight = weight.transposed(f"{node.op} transB")
     weight = weight.scaled(node.attributes.get("alpha", 1.0), f"{node.op} alpha")
-    return Linear(node.inputs[0], name, weight, None, node)
+    return LinearFound(node.inputs[0], name, weight, None, node)
 
 
-def _biased(graph: Graph, name: str) -> Linear | None:
+def _biased(graph: Graph, name: str) -> LinearFound | None:
     """Any of the others, then Add with a vector."""
     node = graph.producer(name)
     if node is None or node.op != "Add":
@@ -116,7 +116,7 @@ def _biased(graph: Graph, name: str) -> Linear | None:
     return None
 
 
-def _scaled(graph: Graph, name: str) -> Linear | None:
+def _scaled(graph: Graph, name: str) -> LinearFound | None:
     """A product, then Mul with one number or one per column: what is left of the scales of integer products."""
     node = graph.producer(name)
     if node is None or node.op != "Mul":
@@ -134,7 +134,7 @@ def _scaled(graph: Graph, name: str) -> Linear | None:
     return None
 
 
-def _einsum(graph: Graph, name: str) -> Linear | None:
+def _einsum(graph: Graph, name: str) -> LinearFound | None:
     """Sums over the last axes of x, with a weight of any rank: "btc,chd->bthd"."""
     node = graph.producer(name)
     if node is None or node.op != "Einsum" or len(node.inputs) != 2:
@@ -153,11 +153,11 @@ def _einsum(graph: Graph, name: str) -> Linear | None:
         flat = int(np.prod(sizes[: len(summed)])), int(np.prod(sizes[len(summed) :]))
         axes = [letters.index(c) for c in order]
         matrix = constant_source(graph, weight).then("Einsum", flat, lambda a: a.transpose(axes).reshape(flat))  # noqa: B023
-        return Linear(value, name, matrix, None, node, summed=len(summed), sizes=tuple(sizes[len(summed) :]))
+        return LinearFound(value, name, matrix, None, node, summed=len(summed), sizes=tuple(sizes[len(summed) :]))
     return None
 
 
-def _low_rank(graph: Graph, name: str) -> Linear | None:
+def _low_rank(graph: Graph, name: str) -> LinearFound | None:
     """A map and a branch of low rank beside it: x @ W + b + s * (x @ A) @ B is x @ (W + s * A @ B) + b.
 
     LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685), exported before it was merged.
@@ -178,10 +178,17 @@ def _low_rank(graph: Graph, name: str) -> Linear | None:
     return None
 
 
-LINEAR_PATTERNS: list[Callable[[Graph, str], Linear | None]] = [_gemm, _matmul, _scaled, _einsum, _biased, _low_rank]
+LINEAR_PATTERNS: list[Callable[[Graph, str], LinearFound | None]] = [
+    _gemm,
+    _matmul,
+    _scaled,
+    _einsum,
+    _biased,
+    _low_rank,
+]
 
 
-def match_linear(graph: Graph, name: str) -> Linear | None:
+def match_linear(graph: Graph, name: str) -> LinearFound | None:
     """The linear map that computes a value."""
     for pattern in LINEAR_PATTERNS:
         if (found := pattern(graph, name)) is not None:
@@ -189,9 +196,9 @@ def match_linear(graph: Graph, name: str) -> Linear | None:
     return None
 
 
-def nearest_linears(graph: Graph, name: str) -> tuple[list[Linear], list[str]]:
+def nearest_linears(graph: Graph, name: str) -> tuple[list[LinearFound], list[str]]:
     """The linear maps that a value is made of, and the graph inputs (a cache) beside them."""
-    linears: dict[str, Linear] = {}
+    linears: dict[str, LinearFound] = {}
     inputs: list[str] = []
     seen, pending = {name}, [name]
     while pending:

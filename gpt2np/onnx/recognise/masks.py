@@ -12,7 +12,7 @@ import numpy as np
 from ...arrays import Array
 from ...masks import Effect, MaskRule
 
-Run = Callable[[Array | None], tuple[Array, Array]]
+MaskRun = Callable[[Array | None], tuple[Array, Array]]
 
 
 def mask_shapes(
@@ -44,7 +44,7 @@ def per_query(mask: Array, T: int, S: int, cut: bool) -> Array:
 
 
 def read_mask(
-    run: Run, T: int, S: int, shape: tuple[int, ...] | None, cut: bool, floating: bool, guarded: bool
+    run: MaskRun, T: int, S: int, shape: tuple[int, ...] | None, cut: bool, floating: bool, guarded: bool
 ) -> tuple[float, MaskRule]:
     """Read the factor and the mask from what happens to scores.
 
@@ -116,14 +116,16 @@ def read_mask(
     return scale, replace(mask, padding=padding, padding_later=padding_later, blind_rows=blind_rows)
 
 
-def _is_added(run: Run, shape: tuple[int, ...]) -> bool:
+def _is_added(run: MaskRun, shape: tuple[int, ...]) -> bool:
     """Whether a mask's numbers are added to the scores."""
     factor, added = run(np.zeros(shape))
     seen = (added == 0) & (factor != 0)
     return bool(seen.any() and np.allclose(run(np.full(shape, -2.5))[1][seen], -2.5))
 
 
-def _check_added(run: Run, full: Array, T: int, S: int, cut: bool, factor: Array, added: Array, later: Array) -> None:
+def _check_added(
+    run: MaskRun, full: Array, T: int, S: int, cut: bool, factor: Array, added: Array, later: Array
+) -> None:
     """Raise unless every score has its own element added, but for those that are hidden in any case."""
     given = np.random.default_rng(0).standard_normal(full.shape)
     factors, addends = run(given)

@@ -19,7 +19,7 @@ MEANS = {"ReduceMean", "ReduceSum"}
 
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerNormFound:
     """out = (x - mean) / sqrt(variance + epsilon) * weight + bias."""
 
     x: str
@@ -44,17 +44,17 @@ def _constant_vector(graph: Graph, name: str) -> Source | None:
     return source.reshaped(source.shape[-1:]) if source.shape and source.shape[-1] == np.prod(source.shape) else None
 
 
-def _fused_norm(graph: Graph, name: str) -> LayerNorm | None:
+def _fused_norm(graph: Graph, name: str) -> LayerNormFound | None:
     node = graph.producer(name)
     if node is None or node.op not in ("LayerNormalization", "com.microsoft.LayerNormalization"):
         return None
     if graph.output_index(name) != 0:
         return None
     weight, bias = _constant_vector(graph, node.input(1)), _constant_vector(graph, node.input(2))
-    return LayerNorm(node.inputs[0], name, weight, bias, node.attributes.get("epsilon", 1e-5), node)
+    return LayerNormFound(node.inputs[0], name, weight, bias, node.attributes.get("epsilon", 1e-5), node)
 
 
-def _written_out_norm(graph: Graph, name: str) -> LayerNorm | None:
+def _written_out_norm(graph: Graph, name: str) -> LayerNormFound | None:
     """Mean, difference, square, mean, root, quotient as nodes; then gain and bias."""
     value, node = name, graph.producer(name)
     parts: dict[str, Source | None] = {"Add": None, "Mul": None}
@@ -98,7 +98,7 @@ def _written_out_norm(graph: Graph, name: str) -> LayerNorm | None:
             )
         graph.object(UnsupportedModelError(what))
         epsilon = 1e-5
-    return LayerNorm(x, name, parts["Mul"], parts["Add"], epsilon, node)
+    return LayerNormFound(x, name, parts["Mul"], parts["Add"], epsilon, node)
 
 
 def _is_mean_of_centred_input(graph: Graph, mean: Node, value: str) -> bool:
@@ -136,7 +136,7 @@ def _epsilon(given: Array, got: Array) -> tuple[float | None, Array]:
     return None, ratio - np.sqrt(variance)
 
 
-def _rearranged_norm(graph: Graph, name: str) -> LayerNorm | None:
+def _rearranged_norm(graph: Graph, name: str) -> LayerNormFound | None:
     """The same operations in another order, as x * (gain / root) + (bias - mean * gain / root) in TensorFlow.
 
     Gain and bias are those vectors with which a layer norm comes out.
@@ -160,11 +160,11 @@ def _rearranged_norm(graph: Graph, name: str) -> LayerNorm | None:
                 with np.errstate(invalid="ignore", divide="ignore"):
                     normed = (got - numbers.get(bias, 0)) / numbers.get(gain, 1)
                 if (epsilon := _epsilon(given, normed)[0]) is not None:
-                    return LayerNorm(x, name, vectors.get(gain or ""), vectors.get(bias or ""), epsilon, node)
+                    return LayerNormFound(x, name, vectors.get(gain or ""), vectors.get(bias or ""), epsilon, node)
     return None
 
 
-def _changed_norm(graph: Graph, name: str) -> LayerNorm | None:
+def _changed_norm(graph: Graph, name: str) -> LayerNormFound | None:
     """Any of the others, then one more bias."""
     node = graph.producer(name)
     if node is None or node.op != "Add":
@@ -179,7 +179,7 @@ def _changed_norm(graph: Graph, name: str) -> LayerNorm | None:
     return None
 
 
-LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNorm | None]] = [
+LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNormFound | None]] = [
     _fused_norm,
     _written_out_norm,
     _changed_norm,
@@ -187,7 +187,7 @@ LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNorm | None]] = [
 ]
 
 
-def match_layer_norm(graph: Graph, name: str) -> LayerNorm | None:
+def match_layer_norm(graph: Graph, name: str) -> LayerNormFound | None:
     """The layer norm that computes a value."""
     for pattern in LAYER_NORM_PATTERNS:
         if (found := pattern(graph, name)) is not None:

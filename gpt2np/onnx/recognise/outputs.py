@@ -11,7 +11,7 @@ from ...errors import UnsupportedModelError
 from .attention import AttentionFound, upright
 from .blocks import Branch, Roles
 from .inputs import declared_shape, element_type
-from .linear import Linear, nearest_linears
+from .linear import LinearFound, nearest_linears
 from .probe import Probe
 from .recognised import Port, TapLocation
 
@@ -56,7 +56,7 @@ def _tapped(probe: Probe, output: str, taps: Mapping[str, TapLocation]) -> tuple
     return None
 
 
-def twins_of(probe: Probe, output: str, branch: Branch) -> tuple[dict[Linear, Linear], list[str]]:
+def twins_of(probe: Probe, output: str, branch: Branch) -> tuple[dict[LinearFound, LinearFound], list[str]]:
     """The maps behind a present output, each with that of the attention which it is or repeats; and the caches.
 
     A fused attention may leave a second copy of c_attn for its present output.

@@ -13,7 +13,7 @@ from ..evaluate.evaluator import Evaluator
 from ..graph import Graph, Node
 from .blocks import Borders
 from .inputs import Inputs, declared_shape, element_type
-from .linear import Linear
+from .linear import LinearFound
 from .lookup import Lookup
 from .masks import mask_shapes
 from .products import AttentionCore
@@ -186,7 +186,7 @@ class Probe:
         """The probe, with some values replaced."""
         return Evaluator(self.graph, {**self._computed, **self.known, **feeds}, self.touched)
 
-    def feed_linear(self, linear: Linear) -> tuple[int, ...]:
+    def feed_linear(self, linear: LinearFound) -> tuple[int, ...]:
         """Let the probe know the shape of a linear map's output."""
         shape = self.evaluate(linear.x).shape[: -linear.summed] + (linear.sizes or linear.weight.shape[1:])
         self.know(linear.out, unknown(shape))

@@ -19,7 +19,7 @@ from .attention import AttentionFound, fail, upright
 from .blocks import Branch, Roles
 from .embeddings import position_rows
 from .inputs import declared_shape
-from .linear import Linear
+from .linear import LinearFound
 from .masks import mask_shapes, per_query
 from .outputs import twins_of
 from .probe import Probe
@@ -161,7 +161,7 @@ def prove_attention(probe: Probe, i: int, branch: Branch, found: AttentionFound)
 
 
 def _codes(
-    probe: Probe, i: int, maps: Sequence[Linear], found: AttentionFound, side: str
+    probe: Probe, i: int, maps: Sequence[LinearFound], found: AttentionFound, side: str
 ) -> tuple[dict[str, Array], tuple[Array, Array, Array]]:
     """Numbers for the maps' outputs and the caches, by row or by column, and those expected in q, k and v."""
     B, T, P = probe.B, probe.T, probe.P

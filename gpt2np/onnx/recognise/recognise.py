@@ -32,7 +32,7 @@ from .head import HeadFound, read_head
 from .inputs import find_inputs
 from .ledger import Ledger
 from .mlp import MLPFound, read_mlp
-from .norm import LayerNorm
+from .norm import LayerNormFound
 from .outputs import find_outputs, ports
 from .probe import Probe, longest_tried, probes_of
 from .proof import Findings, prove
@@ -45,13 +45,13 @@ from .taps import scores_tap, stream
 
 
 @typed_errors()
-def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = None) -> Recognised:
+def recognise(file: ModelFile, refusals: list[UnsupportedModelError] | None = None) -> Recognised:
     """Find the GPT-2 in an ONNX file.
 
     Parameters
     ----------
     file : ModelFile
-    objections : list, optional
+    refusals : list, optional
         Collects errors after which a GPT-2 can still be made out: a layer norm, activation or mask of another
         kind (taken for GPT-2's own), an initializer left over. For tools that look for what is wrong with a file.
 
@@ -63,23 +63,23 @@ def recognise(file: ModelFile, objections: list[UnsupportedModelError] | None = 
     WeightError
         If a floating-point initializer is left over, missing, or of a shape that does not fit.
     """
-    found = _recognise(file, objections)
+    found = _recognise(file, refusals)
     nbytes = sum(4 * math.prod(source.shape) for source in found.sources.values())
     if nbytes > allowance(file.nbytes):
         raise WeightError(f"the weights would take {nbytes:,} bytes, which a file of {file.nbytes:,} cannot hold")
     return found
 
 
-def _recognise(file: ModelFile, objections: list[UnsupportedModelError] | None) -> Recognised:
+def _recognise(file: ModelFile, refusals: list[UnsupportedModelError] | None) -> Recognised:
     search = find_search(file)
     if search is not None:
-        inner = _recognise(search.decoder, objections)
+        inner = _recognise(search.decoder, refusals)
         return replace(inner, taps={}, search=search.named(inner.inputs))
     condition = merged_condition(file)
     if not condition:
-        return read_graph(build_graph(file, objections=objections))
+        return read_graph(build_graph(file, refusals=refusals))
     # A merged decoder: one branch with past inputs, one without, over the same weights.
-    branches = [read_graph(build_graph(file, b, objections), condition) for b in ("then", "else")]
+    branches = [read_graph(build_graph(file, b, refusals), condition) for b in ("then", "else")]
     branches.sort(key=lambda r: not any(p.role.startswith("past") for p in r.inputs))
     found, other = branches
     if found.config != other.config or _origins(found) != _origins(other):
@@ -109,7 +109,7 @@ def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: li
         notes.append(f"masks and positions were read for up to {longest:,} of {n_ctx:,} positions: the file is small")
     probes = probes_of(probe, longest, tried)
     entries = admit(Ledger(graph, probes), found.output_roles, found.taps)
-    if graph.objections is None:
+    if graph.refusals is None:
         prove(probes, tried, found)
     return entries
 
@@ -133,7 +133,7 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
     taps: dict[str, TapLocation] = {"embed": stream(borders.layers[0][0].norm.x)}
     epsilons: dict[str, float] = {}
 
-    def layer_norm(name: str, norm: LayerNorm) -> None:
+    def layer_norm(name: str, norm: LayerNormFound) -> None:
         sources.update(norm.sources(name, borders.words.table.shape[1]))
         epsilons[name] = float(str(np.float32(norm.epsilon)))  # 1e-05, as float32 holds it
         taps[name] = stream(norm.out)
@@ -175,7 +175,7 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
     return Recognised(
         config,
         {name: sources[name] for name in order},
-        {name: tap for name, tap in taps.items() if tap.tensor not in graph.invented},
+        {name: tap for name, tap in taps.items() if tap.tensor not in graph.synthetic},
         ports(graph.inputs, inputs.roles),
         ports(graph.outputs, output_roles),
         ignored,

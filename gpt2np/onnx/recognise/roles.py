@@ -14,7 +14,7 @@ from ..normalise.fold import small
 if TYPE_CHECKING:
     from .ledger import Ledger
 
-Check = Callable[["Ledger", Node], str]
+NodeCheck = Callable[["Ledger", Node], str]
 
 FLOAT32, FLOAT16, DOUBLE, BFLOAT16 = 1, 10, 11, 16  # onnx.TensorProto's numbers
 
@@ -82,14 +82,14 @@ def _guard(ledger: Ledger, node: Node) -> str:
     return "" if same and zero is not None and zero.size == 1 and not zero.any() else "it is no guard against NaN"
 
 
-VIEW: Mapping[str, Check] = {
+VIEW: Mapping[str, NodeCheck] = {
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"), _moves_first),
     "Cast": _cast,
     "CastLike": _cast_like,
     "Dropout": _dropout,
 }
 # What only moves elements.
-CARRIER: Mapping[str, Check] = {
+CARRIER: Mapping[str, NodeCheck] = {
     **VIEW,
     **dict.fromkeys(
         (
@@ -101,8 +101,8 @@ CARRIER: Mapping[str, Check] = {
     "Concat": any_,
 }  # fmt: skip
 # Beside it a number that all elements are multiplied by, and a bias that is added; both are read.
-SCALED_CARRIER: Mapping[str, Check] = {**CARRIER, **dict.fromkeys(("Mul", "Div", "Add", "Sub"), _by_constant)}
-LINEAR: Mapping[str, Check] = {
+SCALED_CARRIER: Mapping[str, NodeCheck] = {**CARRIER, **dict.fromkeys(("Mul", "Div", "Add", "Sub"), _by_constant)}
+LINEAR: Mapping[str, NodeCheck] = {
     **VIEW,
     **dict.fromkeys(
         (
@@ -113,10 +113,10 @@ LINEAR: Mapping[str, Check] = {
     ),
     **dict.fromkeys(("Mul", "Add"), _by_constant),
 }  # fmt: skip
-LOOKUP: Mapping[str, Check] = dict.fromkeys(
+LOOKUP: Mapping[str, NodeCheck] = dict.fromkeys(
     ("Gather", "Slice", "DequantizeLinear", "com.microsoft.DequantizeLinear"), any_
 )
-RESIDUAL: Mapping[str, Check] = {**VIEW, "Add": any_, "Sum": any_}
+RESIDUAL: Mapping[str, NodeCheck] = {**VIEW, "Add": any_, "Sum": any_}
 
 
 def _last_axis(ledger: Ledger, node: Node) -> str:
@@ -137,7 +137,7 @@ def _reduces_last(ledger: Ledger, node: Node) -> str:
 
 
 _ARITHMETIC = ("Add", "Sub", "Mul", "Div", "Pow", "Sqrt", "Reciprocal", "Neg")
-LAYER_NORM: Mapping[str, Check] = {
+LAYER_NORM: Mapping[str, NodeCheck] = {
     **VIEW,
     **dict.fromkeys(("LayerNormalization", "com.microsoft.LayerNormalization"), _last_axis),
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"), _reduces_last),
@@ -151,13 +151,13 @@ def _softmax(ledger: Ledger, node: Node) -> str:
     return "" if axis in (-1, rank - 1) else f"it sums over axis {axis} of {rank}, not over the last one"
 
 
-SOFTMAX: Mapping[str, Check] = {"Softmax": _softmax}
-PROBS: Mapping[str, Check] = {**VIEW, "Where": _guard, "IsNaN": any_}
-PRODUCT: Mapping[str, Check] = dict.fromkeys(
+SOFTMAX: Mapping[str, NodeCheck] = {"Softmax": _softmax}
+PROBS: Mapping[str, NodeCheck] = {**VIEW, "Where": _guard, "IsNaN": any_}
+PRODUCT: Mapping[str, NodeCheck] = dict.fromkeys(
     ("MatMul", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"), any_
 )
 
-_INTEGERS: Mapping[str, Check] = dict.fromkeys(
+_INTEGERS: Mapping[str, NodeCheck] = dict.fromkeys(
     (
         "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "Clip", "Relu", "Sign", "Floor", "Ceil", "Round",
         "Cast", "CastLike", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And", "Or", "Xor",
@@ -168,13 +168,13 @@ _INTEGERS: Mapping[str, Check] = dict.fromkeys(
     any_,
 )  # fmt: skip
 # Token ids and position ids are tried one and all: whatever is done to them.
-IDS: Mapping[str, Check] = _INTEGERS
+IDS: Mapping[str, NodeCheck] = _INTEGERS
 # Positions may be counted in a mask.
-POSITIONS: Mapping[str, Check] = {**_INTEGERS, "CumSum": any_}
+POSITIONS: Mapping[str, NodeCheck] = {**_INTEGERS, "CumSum": any_}
 # Lengths of a past are computed by the file's own nodes, each time.
 LENGTH = _INTEGERS
 # What hides scores, apart from the scores themselves.
-MASK: Mapping[str, Check] = {**POSITIONS, MASKED: any_, "Trilu": any_, "Reciprocal": any_, "Log": any_}
+MASK: Mapping[str, NodeCheck] = {**POSITIONS, MASKED: any_, "Trilu": any_, "Reciprocal": any_, "Log": any_}
 
 
 def _masks_scores(ledger: Ledger, node: Node) -> str:
@@ -190,12 +190,12 @@ def _scales(ledger: Ledger, node: Node) -> str:
 
 
 # What may happen to scores on their way to the softmax.
-SCORES: Mapping[str, Check] = {
+SCORES: Mapping[str, NodeCheck] = {
     **VIEW,
     **dict.fromkeys(("Mul", "Div"), _scales),
     **dict.fromkeys(("Add", "Sub", "Sum", "Where", MASKED), _masks_scores),
 }
-ACTIVATION: Mapping[str, Check] = {
+ACTIVATION: Mapping[str, NodeCheck] = {
     **VIEW,
     **dict.fromkeys(
         (

@@ -149,7 +149,7 @@ def constant_source(graph: Graph, name: str) -> Source:
     while pending:
         current = pending.pop(0)
         if current in graph.constants:
-            if current not in origin and current not in graph.invented:
+            if current not in origin and current not in graph.synthetic:
                 origin.append(current)
         elif (node := graph.producer(current)) is not None:
             if node.op != "Identity":
