@@ -23,8 +23,8 @@ from .localise import TapRow
 from .operations import tap_inputs
 from .parties import Function, Ort, Runner, TraceRunner, model_of, runner_of
 from .replace import check_replace, put_right, say_whether_cured
-from .report import Report, add_once
-from .search import Oracle, Pair, investigate
+from .report import Pair, Report, add_once
+from .search import Oracle, investigate
 from .subject import Subject, taps_of
 from .trace import versions
 from .wiring import compare_wiring

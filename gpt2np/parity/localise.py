@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +58,8 @@ class TapRow:
     over_b: float
     gain: float | None
     r: float | None
+    float64_a: float | None = None  # rms distance from the float64 run
+    float64_b: float | None = None
 
     @property
     def closer(self) -> str:
@@ -72,6 +74,19 @@ class TapRow:
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "closer": self.closer, "diverges": self.diverges}
+
+
+class Seen(NamedTuple):
+    """One tap, or some of its positions, with all that its row is computed from: what a page shows of it."""
+
+    tap: str
+    start: int  # the first position
+    a: Array | None
+    b: Array | None
+    op_a: Array | None = None  # float64: the operation fed with A's own inputs
+    op_b: Array | None = None
+    exact: Array | None = None  # the float64 run from the token ids on
+    keep: Array | None = None  # where it is defined
 
 
 class _Sum:
@@ -99,6 +114,11 @@ class _Sum:
     def rms(self) -> float:
         return math.sqrt(self.squares / self.count) if self.count else 0.0
 
+    @property
+    def known(self) -> float | None:
+        """rms, or None where nothing was added."""
+        return self.rms if self.at else None
+
 
 def compare_taps(
     program: Program,
@@ -110,8 +130,11 @@ def compare_taps(
     oracle: Program | None = None,
     oracle_taps: Taps | None = None,
     eps: float = float(np.finfo(np.float32).eps),
+    watch: Callable[[Seen], None] | None = None,
 ) -> Iterator[TapRow]:
     """One row for each tap, in order. The oracle is the program in float64, another program, or given taps.
+
+    `watch` is shown every tap while its arrays are there.
 
     `eps` is the rounding that the program itself asks for: float16's where the file computes in float16. Rows of
     padding are left out, and what is computed from them takes the operation's own values there.
@@ -127,7 +150,7 @@ def compare_taps(
         for tap in group:
             inputs = tap_inputs(tap, program.config)
             programs = {"a": program, "b": program, "oracle": oracle or program}
-            row = _row(programs, call, tap, {p: [known[p][i] for i in inputs] for p in known}, given, known, eps)
+            row = _row(programs, call, tap, {p: [known[p][i] for i in inputs] for p in known}, given, known, eps, watch)
             incoming = max((relative[i] for i in inputs if i in relative), default=0.0)
             if row.total is not None:
                 relative[tap] = row.total / row.scale if row.scale else 0.0
@@ -166,6 +189,7 @@ def _row(
     given: Mapping[str, Mapping[str, Array]],
     known: Mapping[str, dict[str, Array]],
     eps: float,
+    watch: Callable[[Seen], None] | None = None,
 ) -> TapRow:
     """All errors of one tap; leaves every party's value in `known`."""
     T = call.input_ids.shape[1]
@@ -191,6 +215,9 @@ def _row(
             if value is not None:
                 sums[party].add(cut(value), op[party], start, keep=keep)
                 sums[f"oracle_{party}"].add(cut(value), op["oracle"], start, keep=keep)
+        if watch is not None:
+            mine, theirs = (None if x is None else cut(x) for x in (a, b))
+            watch(Seen(tap, start, mine, theirs, op["a"], op["b"], op["oracle"], keep))
         sums["scale"].add(op["oracle"], np.zeros_like(op["oracle"]), keep=keep)
         if a is not None and b is not None:
             sums["total"].add(cut(a), cut(b), start, keep=keep)
@@ -202,26 +229,31 @@ def _row(
                 known[party][tap] = own if keep is None else np.where(keep, own, op[party])
     for party, value in (("a", a), ("b", b)):
         if value is not None:
-            rounding = eps / 4 * sums["scale"].rms
-            floor = sums[f"floor_{party}"]
-            ratios = [
-                sums[party].rms / (LOCAL_FACTOR * max(floor.rms, rounding)),
-                sums[party].largest / (LOCAL_FACTOR * max(floor.largest, 4 * rounding)),
-            ]
-            over[party] = max((r for r in ratios if not math.isnan(r)), default=0.0)
+            over[party] = _over(sums[party], sums[f"floor_{party}"], eps / 4 * sums["scale"].rms)
     both = a is not None and b is not None
-    r = None
-    if both:
-        near, far = sums["oracle_a"].rms, sums["oracle_b"].rms
-        r = near / far if far > 0 else (1.0 if near == 0 else math.inf)
-        r = None if math.isnan(r) else r
+    r = _ratio(sums["oracle_a"].rms, sums["oracle_b"].rms) if both else None
     shape = tuple((a if a is not None else b if b is not None else known["oracle"].get(tap, np.empty(0))).shape)
     return TapRow(
-        tap, shape, sums["scale"].rms, sums["total"].rms if both else None, sums["total"].largest if both else None,
-        sums["total"].at if both else (), sums["inherited"].rms if both else None,
-        sums["a"].rms if a is not None else None, sums["b"].rms if b is not None else None,
+        tap, shape, sums["scale"].rms, sums["total"].known, sums["total"].largest if both else None,
+        sums["total"].at, sums["inherited"].known, sums["a"].known, sums["b"].known,
         max(sums["floor_a"].rms, sums["floor_b"].rms), over["a"], over["b"], None, r,
+        sums["oracle_a"].known, sums["oracle_b"].known,
     )  # fmt: skip
+
+
+def _over(local: _Sum, floor: _Sum, rounding: float) -> float:
+    """A local error over its budget, by rms or by its largest element: above 1, the operation itself differs."""
+    ratios = [
+        local.rms / (LOCAL_FACTOR * max(floor.rms, rounding)),
+        local.largest / (LOCAL_FACTOR * max(floor.largest, 4 * rounding)),
+    ]
+    return max((r for r in ratios if not math.isnan(r)), default=0.0)
+
+
+def _ratio(near: float, far: float) -> float | None:
+    """R, or None where it is not defined."""
+    r = near / far if far > 0 else (1.0 if near == 0 else math.inf)
+    return None if math.isnan(r) else r
 
 
 def first_divergence(rows: Sequence[TapRow]) -> TapRow | None:

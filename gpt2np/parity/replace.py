@@ -16,8 +16,8 @@ from .localise import TapRow, compare_taps
 from .operations import tap_inputs, tap_names
 from .parties import Function, Ort, Ours, sorted_out
 from .program import Program
-from .report import Report
-from .search import Pair, tap_table
+from .report import Pair, Report
+from .search import tap_table
 from .subject import Subject
 
 

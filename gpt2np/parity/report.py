@@ -8,14 +8,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..escape import escaped
 
 if TYPE_CHECKING:
+    from ..call import Call
+    from .cases import Case
     from .compare import Comparison
     from .explain.diagnose import Diagnosis
-    from .localise import TapRow
+    from .localise import Seen, TapRow
+    from .parties import Runner
+    from .subject import Subject
 
 SCHEMA_VERSION = 1  # of the JSON: raised when a field changes its meaning or goes; new fields do not raise it
 
@@ -66,6 +70,25 @@ class Place:
         }  # fmt: skip
 
 
+class Pair(NamedTuple):
+    """Two parties on one case: A is the model's own or the reference, B is under test."""
+
+    case: Case
+    call: Call
+    a: Runner
+    b: Runner
+
+
+class Watch(Protocol):
+    """Who is shown the taps while their arrays are there, to draw them: `pages.evidence.Evidence`."""
+
+    def begin(self, a: str, b: str, model: Subject | None = None, case: Case | None = None) -> None:
+        """The taps of these two parties follow, on one case of a model, or from traces alone."""
+
+    def see(self, seen: Seen) -> None:
+        """One tap, or some positions of it."""
+
+
 @dataclass
 class Report:
     """Everything that one command found."""
@@ -87,6 +110,7 @@ class Report:
     who: str = ""  # who is right, by float64
     next: str = ""  # what to do next
     versions: dict[str, str] = field(default_factory=dict)
+    watch: Watch | None = None
 
     @property
     def exit_code(self) -> int:

@@ -17,9 +17,9 @@ from .explain.problem import Clock
 from .metrics import Budget
 from .parties import ENGINES, Ort, Ours, Recorded, Runner, model_path, runner_of
 from .recordings import suspect_record
-from .report import Report, add_once
+from .report import Pair, Report, add_once
 from .rounding import Rounding, rounds
-from .search import Pair, from_the_record, investigate, settle, where_not_finite
+from .search import from_the_record, investigate, settle, where_not_finite
 from .searched import search_parity
 from .subject import Subject
 from .trace import versions

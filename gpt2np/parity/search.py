@@ -18,10 +18,9 @@ from .explain.diagnose import Diagnosis, from_outputs, from_taps, misplaced, non
 from .explain.problem import Clock, Guess
 from .localise import TapRow, Taps, agreeing, compare_taps, first_divergence, only_noise
 from .operations import tap_names
-from .parties import Runner
 from .places import interval, interval_words, next_tap
 from .program import Program
-from .report import Check, Place, Report, Table, add_once, number
+from .report import Check, Pair, Place, Report, Table, add_once, number
 from .subject import Subject, taps_of
 
 SHOWN_ROWS = 16  # of the tap table; JSON has them all
@@ -29,15 +28,6 @@ LEGEND = (
     "total: rms of A - B. local: what the operation itself adds, each party's own inputs given. inherited: what came "
     "in with them. gain: relative error out / in. R: rms(A - float64) / rms(B - float64); below 1 A is closer."
 )
-
-
-class Pair(NamedTuple):
-    """Two parties on one case: A is the model's own or the reference, B is under test."""
-
-    case: Case
-    call: Call
-    a: Runner
-    b: Runner
 
 
 class Oracle(NamedTuple):
@@ -69,11 +59,14 @@ def investigate(
     case, call, a, b = pair
     failing = {c.output: c for c in comparisons if not c.ok}
     given = moved_axes(failing.values(), outputs, b.name, call) if failing else None
+    if report.watch is not None:
+        report.watch.begin(a.name, b.name, model, case)
     try:
         rows = list(compare_taps(
             model.program, call, taps_from(a, case), taps_from(b, case), model.taps(),
             oracle=oracle.program if oracle else None, oracle_taps=oracle.taps if oracle else None,
             eps=float(np.finfo(np.float16 if model.is_float16 else np.float32).eps),
+            watch=report.watch.see if report.watch is not None else None,
         ))  # fmt: skip
     except Gpt2npError as error:
         add_once(report.not_compared, f"taps of {b.name}: {error}")

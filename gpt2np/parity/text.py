@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from .compare import Comparison
 from .report import Check, Report, Table, number
@@ -147,49 +148,57 @@ def failed_names(report: Report) -> list[str]:
     return list(dict.fromkeys([*outputs, *(c.name for c in report.checks if c.ok is False)]))
 
 
+class Sentence(NamedTuple):
+    """One thing that is said of a report, unwrapped; an empty label goes on with what the one before began."""
+
+    label: str  # verdict, what, where, why, fact, causes, who, next, note
+    text: str
+    style: str = ""
+
+
 def verdict_lines(report: Report) -> list[Line]:
-    """What is wrong, where, why, who is right, what to do next."""
+    """The sentences as they are printed."""
+    lines: list[Line] = []
+    for label, text, style in sentences(report):
+        if label == "verdict":
+            lines += [(line, style) for line in wrap(f"verdict: {text}", "  ")]
+        else:
+            lines += labelled(label, text, style)
+    return lines
+
+
+def sentences(report: Report) -> list[Sentence]:
+    """What is wrong, where, why, who is right, what to do next: for the terminal and for pages alike."""
     code = report.exit_code
     measured = [c for c in report.comparisons if c.metrics is not None]
-    rounding = sum(c.noise for c in measured if c.ok)
     if code == 3:
-        wide = [c for c in measured if c.wide]
-        text = "verdict: NOTHING COMPARED"
-        if wide:
+        text = "NOTHING COMPARED"
+        if any(c.wide for c in measured):
             text += ": the budget is as wide as the signal, so noise would pass it; give --rtol and --atol, or --preset"
-        return [(line, "bold yellow") for line in wrap(text, "  ")]
+        return [Sentence("verdict", text, "bold yellow")]
+    notes = [Sentence("note", text) for text in report.findings]
     if code == 0:
-        text = "verdict: PASS"
+        text, rounding = "PASS", sum(c.noise for c in measured if c.ok)
         if rounding:
             what = "1 number" if rounding == 1 else f"{rounding:,} numbers"
             text += f"; {what} beyond the zoo's tolerance {'is' if rounding == 1 else 'are'} rounding: float64 decides"
-        return [(line, "bold green") for line in wrap(text, "  ")] + finding_lines(report)
+        return [Sentence("verdict", text, "bold green"), *notes]
     names = failed_names(report)
     shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    text = f"verdict: FAIL in {shown}"
+    text = f"FAIL in {shown}"
     if report.diagnosis is None and report.place is None and report.headline:
         text += f": {report.headline}"
-    lines: list[Line] = [(line, "bold red") for line in wrap(text, "  ")]
-    lines += labelled("what", what_failed(report)) if what_failed(report) else []
+    said = [Sentence("verdict", text, "bold red"), Sentence("what", what_failed(report))]
     if report.diagnosis is not None or report.place is not None:
         first, _, cause = report.headline.partition("; ")
         where = "" if report.place is None else report.place.text.removeprefix(first.removeprefix("first divergence "))
-        lines += labelled("where", first + (where if where.startswith((":", " ")) or not where else f": {where}"))
-        lines += labelled("why", cause) if cause else []
-    for fact in report.facts[:6]:
-        lines += labelled("fact", fact)
+        where = first + (where if where.startswith((":", " ")) or not where else f": {where}")
+        said += [Sentence("where", where), Sentence("why", cause)]
+    said += [Sentence("fact", fact) for fact in report.facts[:6]]
     if len(report.facts) > 6:
-        lines += labelled("", f"and {len(report.facts) - 6} more facts in --json")
-    lines += why_lines(report)
-    if report.who:
-        lines += labelled("who", report.who)
-    if report.next:
-        lines += labelled("next", report.next)
-    return lines + finding_lines(report)
-
-
-def finding_lines(report: Report) -> list[Line]:
-    return [line for text in report.findings for line in labelled("note", text)]
+        said.append(Sentence("", f"and {len(report.facts) - 6} more facts in --json"))
+    said += [*causes(report), Sentence("who", report.who), Sentence("next", report.next), *notes]
+    return [sentence for sentence in said if sentence.text]
 
 
 def what_failed(report: Report) -> str:
@@ -209,19 +218,19 @@ def what_failed(report: Report) -> str:
     return f"{text} where {m.expected_at:.7g} is expected, at [{','.join(map(str, m.at))}]"
 
 
-def why_lines(report: Report) -> list[Line]:
+def causes(report: Report) -> list[Sentence]:
     """The further causes that were tried, with the share of the error that each explains."""
     found = report.diagnosis
-    if found is None:
+    if found is None or len(found.guesses) < 2:
         return []
-    lines: list[Line] = []
+    said = []
     for i, guess in enumerate(found.guesses):
         share = "shown" if guess.evidence and not guess.explains else f"{guess.removed:.2%}"
         extra = f" ({guess.evidence})" if guess.evidence else ""
         text = f"{share:>7}  {guess.named or guess.tap}  {guess.cause}"
         text += extra if i == 0 else f": {guess.text}{extra}"  # the first one's text stands above
-        lines += labelled("causes" if i == 0 else "", text, "green" if guess.explains else "")
-    return lines if len(lines) > 1 else []
+        said.append(Sentence("" if i else "causes", text, "green" if guess.explains else ""))
+    return said
 
 
 # ------------------------------------------------------------------------------------------------ report
