@@ -7,6 +7,7 @@ float32 and float64 side by side (the float32 floor), or written out alone (repr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,6 +21,8 @@ from ..config import GPT2Config
 from ..weights import Array, WeightSources
 from .operations import OPERATIONS, Run, split_tap, tap_inputs, tap_names
 
+SMALL = 1 << 24  # weights of a model from which on they are not all kept
+
 
 class Parameters:
     """Weights by name in the dtype asked for, read when first used; `changed` take the place of the file's."""
@@ -27,7 +30,8 @@ class Parameters:
     def __init__(self, sources: WeightSources, changed: Mapping[str, Array] | None = None) -> None:
         self.sources = sources
         self.changed = dict(changed or {})
-        self._cached = lru_cache(maxsize=48)(self._cast)
+        numbers = sum(math.prod(source.shape) for source in sources.values())
+        self._cached = lru_cache(maxsize=48 if numbers > SMALL else None)(self._cast)
         self._raw = lru_cache(maxsize=3)(lambda name: self.sources[name].load())
 
     def __call__(self, name: str, dtype: np.dtype[Any]) -> Array:

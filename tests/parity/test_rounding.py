@@ -31,6 +31,7 @@ from gpt2np.parity.parties import Captured, Ours
 from gpt2np.parity.report import Report
 from gpt2np.parity.rounding import saturates
 from gpt2np.parity.run import parity
+from gpt2np.parity.text import lines_of
 from gpt2np.session import InferenceSession
 from runtime import DATA, Array, assert_close, feeds_for, runtime
 from tiny import tiny_config, tiny_sources
@@ -506,7 +507,7 @@ def test_parity_of_a_float_file_measures_no_rounding():
 def test_parity_finds_the_kind_of_cpu_that_recorded(fixtures):
     report = parity(Options(fixtures / "int8_dynamic" / "model.onnx"))
     assert report.details["rounding"]["logits"]["left"]["recorded"] < 1e-5
-    text = " ".join(line for _, body in report.sections for line, _ in body)
+    text = " ".join(line for line, _ in lines_of(report))
     assert re.search(r"recorded[a-z, -]*: imitated as on a CPU without VNNI", text)
     assert f"products by ONNX Runtime on this CPU: {'saturate' if saturates() else 'exact'}" in text
 

@@ -120,7 +120,8 @@ def _head_orders(problem: Problem, layer: int) -> Iterator[tuple[list[int], tupl
             order = same.copy()
             order[a], order[b] = b, a
             for which in ((0,), (0, 1, 2), (1, 2), (1,), (2,), (0, 1)):
-                if not any(f"h.{layer}.attn.{'qkv'[w]}" in problem.observed for w in which):
+                taps = [f"h.{layer}.attn.{'qkv'[w]}" for w in which]
+                if not any(tap in problem.observed or tap in problem.given for tap in taps):
                     yield order, which, which[0]
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +54,21 @@ class Clock:
         if self.progress is not None and doing:
             self.progress(min(1.0, self.used / max(self.seconds, 1e-9)), doing)
         return self.used > share * self.seconds
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """NumPy's products on one thread: those of a search are small, and threads that wait use up its time.
+
+    Where threadpoolctl is not installed, NumPy keeps its threads.
+    """
+    try:
+        from threadpoolctl import threadpool_limits
+    except ModuleNotFoundError:
+        yield
+        return
+    with threadpool_limits(1, user_api="blas"):
+        yield
 
 
 @dataclass
@@ -160,14 +176,24 @@ class Problem:
         return layers * (4 * c.n_embd**2 + 2 * c.n_embd * c.n_inner) > LARGE
 
     def run(
-        self, program: Program, first: str | None = None, dtype: Any = F64, call: Call | None = None
-    ) -> dict[str, Array]:
-        """All values of another program; operations before `first` keep the base program's."""
+        self, program: Program, first: str | None = None, dtype: Any = F64, call: Call | None = None,
+        least: float = math.inf,
+    ) -> dict[str, Array]:  # fmt: skip
+        """All values of another program; operations before `first` keep the base program's.
+
+        It ends where the observed taps so far are farther than `least` from what was observed: no later one can
+        make up for that, and the taps that are missing then say so.
+        """
         start = self.taps.index(first) if first in self.taps else 0
         known = {**{t: self.values[t] for t in self.taps[:start]}, **self.given} if start else dict(self.given)
+        squares = 0.0
         for tap in self.taps[start:]:
             inputs = [self.given.get(i, known.get(i)) for i in tap_inputs(tap, program.config)]
             known[tap] = program.run(tap, call or self.call, inputs, dtype)  # type: ignore[arg-type]
+            if tap in self.observed and least < math.inf:
+                squares += self.error(known, [tap]) ** 2
+                if not squares <= least**2:
+                    break
         return known
 
     def input(self, tap: str, which: int = 0) -> Array | None:
@@ -195,11 +221,12 @@ class Problem:
         mask = self.kept[tap]
         return error if mask is None else np.where(mask, error, 0)
 
-    def error(self, values: Mapping[str, Array]) -> float:
-        """Relative rms error over all observed taps; infinite where one is not finite."""
+    def error(self, values: Mapping[str, Array], taps: Iterable[str] | None = None) -> float:
+        """Relative rms error over all observed taps, or these; infinite where one is missing or not finite."""
         total = 0.0
-        for tap, target in self.observed.items():
-            if values[tap].shape != target.shape:
+        for tap in self.observed if taps is None else taps:
+            target = self.observed[tap]
+            if tap not in values or values[tap].shape != target.shape:
                 return math.inf
             with np.errstate(over="ignore", invalid="ignore"):
                 error = self.defined(tap, difference(self.as_stored(tap, values[tap]), target))
@@ -212,10 +239,12 @@ class Problem:
         What remains is held against what was observed, too: numbers that are near nothing explain nothing, however
         much smaller than the error the observed values are.
         """
-        values = self.run(guess.applied(self.program), guess.tap, call=guess.call)
+        whole = min(self.before, 1.0)
+        least = math.inf if self.only else whole  # what leaves more explains nothing, and is not run to its end
+        values = self.run(guess.applied(self.program), guess.tap, call=guess.call, least=least)
         for tap, mask in self.only.items():
             values[tap] = np.where(mask, values[tap], self.values[tap])
-        after, whole = self.error(values), min(self.before, 1.0)
+        after = self.error(values)
         guess.removed = 1 - after / whole if whole > 0 and math.isfinite(after) else -math.inf
         guess.explains = after <= NOISE_FACTOR * self.noise and after < 0.5 * whole
         return guess

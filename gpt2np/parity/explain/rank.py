@@ -34,7 +34,7 @@ from .mistakes import (
     residual,
     whole_results,
 )
-from .problem import Guess, Problem, name_likely, norm_names, weight_names
+from .problem import Guess, Problem, name_likely, norm_names, one_thread, weight_names
 from .rounding_mistakes import narrow_everywhere, narrow_types
 from .solve import absent_biases, dead_column, single_elements
 from .where import describe, inside
@@ -57,6 +57,11 @@ class Ranking:
     def explained(self) -> bool:
         return any(g.explains for g in self.best.values())
 
+    @property
+    def settled(self) -> bool:
+        """Whether something explains it that fits nothing to it."""
+        return any(g.explains and not g.fitted for g in self.best.values())
+
     def keep(self, guess: Guess) -> None:
         key = guess.cause, guess.tap
         if guess.removed > KEPT and (key not in self.best or guess.merit > self.best[key].merit):
@@ -67,6 +72,8 @@ class Ranking:
         for guess in guesses:
             if self.problem.clock.out(guess.text, share):
                 return
+            if guess.tap in self.problem.given:  # what is vouched for is right
+                continue
             judged = guess if math.isfinite(guess.removed) else self.problem.judge(guess)
             if judged.removed > least:
                 self.keep(judged)
@@ -85,6 +92,14 @@ def rank(
     spare: initializers of the file that nothing uses, which may be the weights that are missed.
     recorded: what was observed is recorded data; the file itself is then suspected, and its weights looked at.
     """
+    with one_thread():
+        ranked = search(problem, spare or {}, recorded)[:keep]
+    name_likely(ranked)
+    return ranked
+
+
+def search(problem: Problem, spare: Mapping[str, Array], recorded: bool) -> list[Guess]:
+    """All stages of the search, in the order of what they cost."""
     found = Ranking(problem)
     for guess in [*facts(problem), *stored_narrow(problem)]:
         found.keep(guess)
@@ -92,11 +107,11 @@ def rank(
     if problem.before > 0 and math.isfinite(problem.before):
         if is_wide(problem):  # one mistake in all layers is usual, and layer by layer takes long
             found.try_all(everywhere(problem), 0.4)
-        if not found.explained:
+        if not found.settled:
             found.try_all(plain(problem), 0.5)
         stages = [
             lambda: () if is_wide(problem) else everywhere(problem),
-            lambda: spare_weights(problem, spare or {}),
+            lambda: spare_weights(problem, spare),
             lambda: (g for tap in problem.suspects for g in further(problem, tap)),
             lambda: confined(problem, found),
             lambda: by_head(problem, found.ranked()),
@@ -115,9 +130,7 @@ def rank(
         guess.removed = 0.1 if found.explained else guess.removed
         guess.likely = not found.explained and len({g.tap for g in shown}) == 1 and guess.removed > 0.9
         found.keep(guess)
-    ranked = [g for g in found.ranked() if g.removed > SHOWN][:keep]
-    name_likely(ranked)
-    return ranked
+    return [g for g in found.ranked() if g.removed > SHOWN]
 
 
 def catalogue(problem: Problem, tap: str, alone: bool = False) -> Iterator[Guess]:
@@ -175,7 +188,7 @@ def is_wide(problem: Problem) -> bool:
 def plain(problem: Problem) -> Iterator[Guess]:
     """The catalogue at every suspected operation; of large models the linear maps, which cost most, come last."""
     taps = problem.suspects
-    if is_wide(problem):
+    if problem.is_large and not problem.local:
         taps = sorted(taps, key=lambda tap: split_tap(tap)[1] in MAPS)
     return (guess for tap in taps for guess in catalogue(problem, tap))
 
