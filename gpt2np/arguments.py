@@ -16,6 +16,13 @@ def whole_number(name: str, value: Any, least: int) -> int:
     return int(value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """`value`, which must be True or False, else InputError."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
 def real_number(name: str, value: Any, meaning: str = "a number") -> float:
     """`value` as a float; InputError unless it is a finite number (no bool). `meaning`: what it should be."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):

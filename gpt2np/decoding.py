@@ -54,11 +54,13 @@ class LanguageModel(Protocol):
     def config(self) -> Sizes: ...
     @property
     def tokenizer(self) -> tokenizers.Tokenizer | None: ...
-    def decoder(self, rows: int, window: int | None = None, cache: KVCache | None = None) -> Decoder:
+    def decoder(
+        self, rows: int, window: int | None = None, cache: KVCache | None = None, lookup: bool = False
+    ) -> Decoder:
         """A decoder of up to `rows` rows.
 
         window: the tokens that a full context begins anew with, or None where no text becomes so long.
-        cache: what it has read of its one row already.
+        cache: what it has read of its one row already. lookup: whether to guess tokens ahead, see `drafts`.
         """
         ...
 

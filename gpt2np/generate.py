@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from . import sampling
-from .arguments import real_number, whole_number
+from .arguments import flag, real_number, whole_number
 from .beams import beam_steps
 from .cache import KVCache
 from .decoding import Decoder, LanguageModel, Row, Step, Stopper
@@ -42,6 +42,7 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     logprobs: int = 0,
     window: bool | int = False,
+    lookup: bool = False,
     cache: KVCache | None = None,
     tokenizer: tokenizers.Tokenizer | None = None,
 ) -> Iterator[Step]:
@@ -74,6 +75,10 @@ def generate(
         the last `window` tokens are run through the model anew, as if the text began with them, which costs a
         prefill; True: half of n_ctx. With window = n_ctx each token is predicted from the last n_ctx ones, at
         the price of a whole prefill for each.
+    lookup : bool
+        Whether to guess the next tokens from the text so far and check several in one pass, see `drafts`: the same
+        steps, bit for bit, sooner where the text repeats itself. For one prompt and the numba engine; several prompts
+        share their passes anyway, and run as without.
     cache : KVCache, optional
         For one prompt: holds the first `cache.length` of its tokens already (the caller vouches for it), so that
         only the rest is computed. Afterwards it holds all tokens but the last.
@@ -99,6 +104,7 @@ def generate(
     num_beams = whole_number("num_beams", num_beams, 1)
     length_penalty = real_number("length_penalty", length_penalty)
     logprobs = whole_number("logprobs", logprobs, 0)
+    lookup = flag("lookup", lookup)
     if seed is not None:
         seed = whole_number("seed", seed, 0)
     if tokenizer is None:
@@ -115,7 +121,8 @@ def generate(
         check_cache(cache, prompts, max_new_tokens, num_beams, kept)
 
     if num_beams > 1:
-        unused = {"temperature above 0": not sampler.greedy, "stop": stops, "logprobs": logprobs, "window": kept}
+        unused = {"temperature above 0": not sampler.greedy, "stop": stops, "logprobs": logprobs}
+        unused |= {"window": kept, "lookup": lookup}
         for name, given in unused.items():
             if given:
                 raise InputError(f"{name} cannot be combined with num_beams > 1")
@@ -132,7 +139,7 @@ def generate(
         rng = sampling.random_stream(seed, ids, copy=prompts[:row].count(ids))
         stream = None if tokenizer is None else StreamDecoder(tokenizer)
         rows.append(Row(row, ids, limit, ends, sampler, rng, logprobs, stream, Stopper(stops)))
-    return _steps(rows, model.decoder(len(rows), kept, cache))
+    return _steps(rows, model.decoder(len(rows), kept, cache, lookup))
 
 
 def _steps(running: list[Row], decoder: Decoder) -> Iterator[Step]:

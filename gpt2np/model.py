@@ -236,20 +236,40 @@ class GPT2:
         ids = np.array(tokens)[:, None]
         if ids.dtype.kind not in "iu" or min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
             check_ids(ids, self.config)
-        B, start = len(ids), cache.length
-        self._check_cache(cache, B, 1)
-        positions = check_positions(None, self.config, B, 1, start)
+        scores = self._causal_logits(ids, cache)
+        if scores is None:
+            scores = self(ids, cache, logits="last").logits
+            assert scores is not None
+        return scores[:, 0]
+
+    def logits_of_each(self, tokens: Sequence[int], cache: KVCache) -> Array | None:
+        """Run T new positions of one row; the scores of what follows each, (T, V).
+
+        They are, bit for bit, what `next_logits` gives for one token after the other. None, and nothing done, where
+        that cannot be promised: scores near a file's mask value are left to the textbook, whose last bits depend on T.
+
+        Raises
+        ------
+        InputError, ContextOverflowError
+            As a call does; the ids are taken as they are.
+        """
+        scores = self._causal_logits(np.array([tokens]), cache)
+        return None if scores is None else scores[0]
+
+    def _causal_logits(self, ids: Array, cache: KVCache) -> Array | None:
+        """Run ids (B, T) by the kernels and the causal mask; the scores (B, T, V), None where that is not enough."""
+        (B, T), start = ids.shape, cache.length
+        self._check_cache(cache, B, T)
+        positions = check_positions(None, self.config, B, T, start)
         rule, w = self.config.mask, self._weights
         if self.engine == "numba" and rule.is_causal:
             how = None, reference.no_tap, rule.safe_scores(None, self.dtype)
             with np.errstate(invalid="ignore", over="ignore"), suppress(ScoresReachMask):
                 hidden = self._kernels.transformer(ids, positions, w, cache.layers, start, *how)
-                cache.advance(1)
+                cache.advance(T)
                 scores: Array = self._kernels.logits(hidden, w.lm_head, w.lm_head_bias)
-                return scores[:, 0]
-        logits = self(ids, cache, logits="last").logits
-        assert logits is not None
-        return logits[:, 0]
+                return scores
+        return None
 
     def _check_cache(self, cache: KVCache, B: int, T: int) -> None:
         """Raise unless the cache is of this model's form and T new positions of B rows fit in."""
@@ -310,13 +330,22 @@ class GPT2:
         self(input_ids, tap=lambda name, value: taps.__setitem__(name, np.array(value)), **kwargs)
         return taps
 
-    def decoder(self, rows: int, window: int | None = None, cache: KVCache | None = None) -> Decoder:
+    def decoder(
+        self, rows: int, window: int | None = None, cache: KVCache | None = None, lookup: bool = False
+    ) -> Decoder:
         """What `generate` runs its texts with, see `decoding.LanguageModel`."""
         from .decoding import SeparateCaches, SharedCache
 
         # With the numpy engine a row's last bits depend on how many rows BLAS multiplies at once.
-        together = rows > 1 and cache is None and self.engine == "numba"
-        return SharedCache(self, window) if together else SeparateCaches(self, window, cache)
+        if lookup and self.engine != "numba":
+            raise InputError('lookup needs engine="numba": with numpy, drafts would change the last bits of the scores')
+        if rows > 1 and cache is None and self.engine == "numba":
+            return SharedCache(self, window)
+        if lookup:
+            from .drafts import DraftingCache
+
+            return DraftingCache(self, window, cache, most=self._kernels.ROWS - 1)
+        return SeparateCaches(self, window, cache)
 
     def generate(self, prompt: Any, max_new_tokens: int | None = 64, **options: Any) -> Iterator[Step]:
         """Continue a text or token ids, one step at a time; see `gpt2np.generate.generate` for the options."""

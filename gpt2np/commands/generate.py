@@ -60,6 +60,10 @@ def generate(
         bool,
         typer.Option("--window", help="Where the context is full, go on from the latter half of it, recomputed."),
     ] = False,
+    lookup: Annotated[
+        bool,
+        typer.Option("--lookup", help="Guess tokens from the text so far and check several at once: the same text."),
+    ] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Do not end at <|endoftext|>.")] = False,
     special: Annotated[
         bool, typer.Option("--special", help="<|endoftext|> in a prompt is the token, not the text.")
@@ -103,6 +107,7 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
         "stop": tuple(stop or ()),
+        "lookup": lookup,
     }
     try:
         gpt2 = load_model(model, tokenizer, engine)

@@ -38,8 +38,10 @@ from .forward import (
 )
 from .panels import Panels, pack, pack_matrix, unpack
 from .threads import get_num_threads, set_num_threads
+from .tile import ROWS
 
 __all__ = [
+    "ROWS",
     "Panels",
     "activate",
     "attention",

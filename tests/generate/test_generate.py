@@ -232,7 +232,7 @@ class Speaker:
     def __init__(self, talker, wanted):
         self.config, self.tokenizer, self.script = talker.config, talker.tokenizer, iter(wanted)
 
-    def decoder(self, rows, window=None, cache=None):
+    def decoder(self, rows, window=None, cache=None, lookup=False):
         return self
 
     def prefill(self, texts):

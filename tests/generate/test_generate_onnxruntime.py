@@ -64,7 +64,7 @@ class RuntimeModel:
     def __init__(self, runtime: Runtime, config: gpt2np.GPT2Config) -> None:
         self.runtime, self.config = runtime, config
 
-    def decoder(self, rows: int, window: int | None = None, cache: Any = None) -> RuntimeModel:
+    def decoder(self, rows: int, window: int | None = None, cache: Any = None, lookup: bool = False) -> RuntimeModel:
         return self
 
     def prefill(self, texts: Sequence[list[int]]) -> list[np.ndarray]:

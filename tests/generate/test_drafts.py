@@ -1,0 +1,165 @@
+"""Drafts: the same steps as without, in fewer passes."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gpt2np
+from gpt2np.drafts import COST, DraftingCache, Phrases
+from gpt2np.errors import InputError
+from gpt2np.generate import generate
+from gpt2np.kernels import ROWS
+from gpt2np.model import GPT2
+from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
+
+STORY = "Once upon a time, there was a little girl named Lily. Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return gpt2np.load()
+
+
+class Counted:
+    """A model's decoder with drafts, and how many positions each of its passes ran."""
+
+    def __init__(self, model, monkeypatch):
+        self.passes = []
+        run = model._kernels.transformer
+
+        def counted(input_ids, *rest):
+            self.passes.append(input_ids.shape[1])
+            return run(input_ids, *rest)
+
+        monkeypatch.setattr(model._kernels, "transformer", counted)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 8))
+def test_a_draft_is_what_followed_the_longest_match_last(text, count):
+    for length in (3, 2, 1):
+        ends = [i for i in range(length, len(text)) if text[i - length : i] == text[-length:]]
+        if ends:
+            copied = text[ends[-1] :]
+            expected = list(itertools.islice(itertools.cycle(copied), count))
+            break
+    else:
+        expected = []
+    assert Phrases().after(text, count) == expected
+    grown = Phrases()  # the same for one that has seen the text grow
+    for end in range(1, len(text)):
+        grown.after(text[:end], count)
+    assert grown.after(text, count) == expected
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.7, "seed": 1, "logprobs": 3},
+        {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 2, "stop": [" dog"]},
+        {"window": True, "max_new_tokens": 280},
+        {"window": 40, "max_new_tokens": 280, "temperature": 0.5, "seed": 3},
+        {"max_new_tokens": None},
+    ],
+)
+def test_the_steps_are_those_without_drafts(mini, options):
+    """Bit for bit: tokens, text, log-probabilities and reasons to end."""
+    options = {"max_new_tokens": 60, "eos_token_id": 0, **options}
+    assert list(mini.generate(STORY, lookup=True, **options)) == list(mini.generate(STORY, **options))
+
+
+@pytest.mark.jit
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_any_model_any_text(dtype):
+    model = tiny_model("numba", dtype=dtype)
+    for seed, options in enumerate(({}, {"temperature": 3.0}, {"temperature": 0.1})):
+        prompt = random_ids(model.config, 6, seed=seed).tolist() * 2
+        expected = list(generate(model, prompt, None, seed=seed, **options))
+        assert list(generate(model, prompt, None, seed=seed, lookup=True, **options)) == expected
+
+
+@pytest.mark.jit
+def test_several_prompts_run_as_without(mini):
+    prompts = [STORY, "The king"]
+    assert list(mini.generate(prompts, 20, lookup=True)) == list(mini.generate(prompts, 20))
+
+
+@pytest.mark.jit
+def test_text_that_repeats_takes_few_passes(mini, monkeypatch):
+    counted = Counted(mini, monkeypatch)
+    list(mini.generate("The dog ran. " * 30, 60, lookup=True))
+    assert len(counted.passes) < 1 + 60 / 2
+    assert max(counted.passes[1:]) == ROWS
+
+
+@pytest.mark.jit
+def test_drafts_that_fail_become_rare(mini, monkeypatch):
+    """Their cost stays within the allowance: after some failures, few passes are longer than one position."""
+    counted = Counted(mini, monkeypatch)
+    steps = mini.generate(STORY, 200, temperature=100.0, seed=0, lookup=True)  # as good as uniform
+    text = mini.encode(STORY) + [step.token_id for step in steps]
+    assert len(set(text)) > 150
+    drafts = sum(length > 1 for length in counted.passes[1:])
+    assert 0 < drafts * COST < 0.03 * 200
+
+
+@pytest.mark.jit
+def test_the_cache_holds_what_it_holds_without(mini):
+    ids = mini.encode(STORY)
+    plain, drafted = mini.new_cache(), mini.new_cache()
+    steps = zip(mini.generate(ids, 40, cache=plain), mini.generate(ids, 40, cache=drafted, lookup=True), strict=True)
+    for one, other in steps:
+        assert one == other
+        assert plain.length == drafted.length
+        for ours, theirs in zip(plain.views(), drafted.views(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.jit
+def test_scores_near_the_mask_are_not_drafted():
+    """There the textbook computes, whose last bits depend on how many positions are run at once."""
+    sources = tiny_sources(tiny_config())
+    for name in sources:
+        if "c_attn" in name:  # the scores are larger by the square of this
+            sources[name] = ArraySource((sources[name].array * np.float32(1e4)).astype(np.float32))
+    model = GPT2(tiny_config(), sources)
+    cache = model.new_cache()
+    assert model.logits_of_each([3, 1, 4], cache) is None
+    assert cache.length == 0
+    prompt = [3, 1, 4, 1, 5, 3, 1]
+    assert list(generate(model, prompt, 12, lookup=True)) == list(generate(model, prompt, 12))
+
+
+def test_what_cannot_be_drafted_is_refused():
+    model = tiny_model("numpy")
+    with pytest.raises(InputError, match="lookup needs engine"):
+        generate(model, [1, 2], 4, lookup=True)
+    with pytest.raises(InputError, match="lookup cannot be combined with num_beams"):
+        generate(model, [1, 2], 4, lookup=True, num_beams=2)
+    with pytest.raises(InputError, match="lookup must be True or False, got 3"):
+        generate(model, [1, 2], 4, lookup=3)
+
+
+@pytest.mark.jit
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 1.0, "top_p": 0.95}])
+def test_lossless_over_many_tokens(mini, options):
+    """35,000 steps each, over 100,000 in all, in texts that slide through the context."""
+    options = {"max_new_tokens": 35_000, "window": True, "seed": 7, "logprobs": 1, **options}
+    decoders = []
+
+    class Watched:
+        config, tokenizer = mini.config, mini.tokenizer
+
+        def decoder(self, *arguments):
+            decoders.append(mini.decoder(*arguments))
+            return decoders[-1]
+
+    drafted = generate(Watched(), STORY, lookup=True, **options)
+    for step, expected in zip(drafted, mini.generate(STORY, **options), strict=True):
+        assert step == expected
+    assert isinstance(decoders[0], DraftingCache)
