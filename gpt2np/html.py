@@ -7,8 +7,10 @@ one picture suits a light and a dark page; data are told apart by size, shape or
 
 from __future__ import annotations
 
+import base64
 import json
 import re
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
@@ -118,6 +120,11 @@ def as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
+def packed(text: str) -> str:
+    """Text compressed, as gpt2npUnpacked reads it: a third of Vega's size."""
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
 def figure(picture: Picture) -> str:
     """A picture and its table as HTML; DRAW, which a page has once, fills both from the one list of rows."""
     return (
@@ -130,9 +137,17 @@ def figure(picture: Picture) -> str:
     )
 
 
-def page(title: str, parts: Iterable[str | Picture], style: str = "") -> str:
-    """One HTML file of pictures and of HTML fragments, which the caller has escaped."""
+def page(title: str, parts: Iterable[str | Picture], style: str = "", script: str = "") -> str:
+    """One HTML file of pictures and of HTML fragments, which the caller has escaped.
+
+    `script` may wait for `gpt2npDrawn`, and gives a picture other rows by `figure.show(rows)`.
+    """
+    parts = list(parts)
     body = "\n".join(part if isinstance(part, str) else figure(part) for part in parts)
+    pictures = any(isinstance(part, Picture) for part in parts)
+    run = "\n".join(f"<script>{code}</script>" for code in [*([UNPACK, DRAW] if pictures else []), script] if code)
+    if pictures:
+        run = f'<script type="text/plain" id="vega">{packed(javascript())}</script>\n{run}'
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -148,8 +163,7 @@ def page(title: str, parts: Iterable[str | Picture], style: str = "") -> str:
 <main>
 {body}
 </main>
-<script>{javascript()}</script>
-<script>{DRAW}</script>
+{run}
 </body>
 </html>
 """
@@ -191,6 +205,17 @@ code {{ overflow-wrap: anywhere; }}
 @media print {{ body {{ background: #fff; color: #000; }} main {{ max-width: none; padding: 0; }} }}
 """
 
+# Reads what `packed` wrote; Vega lies in a page so.
+UNPACK = """
+"use strict";
+async function gpt2npUnpacked(id) {
+  const bytes = Uint8Array.from(atob(document.getElementById(id).textContent), c => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+  return new Response(stream).text();
+}
+window.gpt2npVega = gpt2npUnpacked("vega").then(code => { (0, eval)(code); });
+"""
+
 # Draws each picture, and makes its table when that is opened: the numbers are in the page once.
 DRAW = """
 "use strict";
@@ -213,18 +238,26 @@ function gpt2npTable(place, rows) {
   }
   place.replaceChildren(table);
 }
+// A picture without rows is drawn when `figure.show(rows)` gives it some.
 function gpt2npDraw(figure) {
   const spec = JSON.parse(figure.querySelector("script[type='application/json']").textContent);
   const chart = figure.querySelector(".chart"), details = figure.querySelector("details");
-  details.addEventListener("toggle", () => gpt2npTable(details.querySelector(".numbers"), spec.datasets.rows));
-  return vegaEmbed(chart, spec, {renderer: "svg", downloadFileName: figure.id,
-    actions: {export: true, source: false, compiled: false, editor: false}})
-    .then(result => {
-      for (const summary of chart.querySelectorAll("summary")) summary.ariaLabel = "save the picture";
-      figure.view = result.view;
-      figure.dataset.drawn = "yes";
-    });
+  const list = () => gpt2npTable(details.querySelector(".numbers"), figure.rows);
+  details.addEventListener("toggle", list);
+  figure.show = async rows => {
+    figure.rows = rows;
+    if (details.open) list();
+    if (figure.view) return figure.view.data("rows", rows).resize().runAsync();
+    spec.datasets.rows = rows;
+    const result = await vegaEmbed(chart, spec, {renderer: "svg", downloadFileName: figure.id,
+      actions: {export: true, source: false, compiled: false, editor: false}});
+    for (const summary of chart.querySelectorAll("summary")) summary.ariaLabel = "save the picture";
+    figure.view = result.view;
+    figure.dataset.drawn = "yes";
+  };
+  return spec.datasets.rows.length ? figure.show(spec.datasets.rows) : null;
 }
-window.gpt2npDrawn = Promise.all(Array.from(document.querySelectorAll("figure.picture"), gpt2npDraw))
+window.gpt2npDrawn = Promise.resolve(window.gpt2npVega)
+  .then(() => Promise.all(Array.from(document.querySelectorAll("figure.picture"), gpt2npDraw)))
   .then(() => { document.documentElement.dataset.drawn = "yes"; });
 """

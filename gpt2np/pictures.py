@@ -163,7 +163,7 @@ def attention(reading: Reading) -> Picture:
     return Picture("attention", "Attention of every head", caption, rows, alt.vconcat(small, large))
 
 
-def logit_lens(reading: Reading) -> Picture:
+def logit_lens(reading: Reading, top: int = 4) -> Picture:
     """What each layer would say next: the stream after each layer, put through ln_f and the head."""
     w, labels, L = reading.model.weights, reading.labels, reading.model.config.n_layer
     streams = {"embed": "embed"} | {f"h.{i}": f"h.{i}.resid_post" for i in range(L)}
@@ -171,15 +171,15 @@ def logit_lens(reading: Reading) -> Picture:
     for order, (name, tap) in enumerate(streams.items()):
         hidden = reference.layer_norm(reading.taps[tap][0], *w.ln_f)  # (T, C)
         probs = reference.softmax(reference.logits(hidden, w.lm_head, w.lm_head_bias))  # (T, V)
-        for i, best in enumerate(probs.argmax(axis=-1)):
-            rows.append({
-                "after": name, "order": order, "token": labels[i], "says next": show(reading.model, int(best)),
-                "probability": rounded(probs[i, best]),
-            })  # fmt: skip
+        for i, best in enumerate(np.argsort(-probs, axis=-1, kind="stable")[:, :top]):
+            says = [show(reading.model, int(token)) for token in best]
+            then = ", ".join(f"{word} {p:.1%}" for word, p in zip(says[1:], probs[i, best[1:]], strict=True))
+            rows.append({"after": name, "order": order, "token": labels[i], "says next": says[0],
+                         "probability": rounded(probs[i, best[0]]), "then": then})  # fmt: skip
     base = alt.Chart(ROWS).encode(
         alt.X("token:N", sort=labels, title="after reading up to this token", axis=alt.Axis(labelAngle=-45)),
         alt.Y("after:N", sort=list(streams)[::-1], title="after layer"),
-        tooltip=["after:N", "token:N", "says next:N", "probability:Q"],
+        tooltip=["after:N", "token:N", "says next:N", "probability:Q", "then:N"],
     )
     shade = alt.Opacity("probability:Q", scale=alt.Scale(domain=[0, 1], range=[0.04, 0.75]))
     cells = base.mark_rect(color=BLUE).encode(shade)
@@ -188,7 +188,8 @@ def logit_lens(reading: Reading) -> Picture:
     chart = (cells + words + share).properties(width=alt.Step(64), height=alt.Step(34))
     caption = (
         "In each cell stands the token that would come out if the layers above were left out, and its probability. "
-        "The top row is the model's own answer. nostalgebraist 2020 called this the logit lens."
+        "The top row is the model's own answer. Point at a cell, or open the numbers, for the tokens that come next to "
+        "it in rank. nostalgebraist 2020 called this the logit lens."
     )
     return Picture("logit_lens", "What each layer would say next", caption, rows, chart)
 

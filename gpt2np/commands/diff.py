@@ -44,6 +44,7 @@ def diff(
     ] = 60.0,
     json: Annotated[Path | None, typer.Option(help="write every metric and threshold")] = None,
     junit: Annotated[Path | None, typer.Option(help="write one test case for each output and check")] = None,
+    html: Annotated[Path | None, typer.Option(help="write a page to look at, with every tap")] = None,
 ) -> None:
     """Find the first operation in which two models, traces or functions differ.
 
@@ -65,17 +66,20 @@ def diff(
     from ..parity import cases
     from ..parity import diff as parity_diff
     from ..parity.subject import Subject
+    from ._page import evidence_for, write_page
     from ._terminal import check_writable, deliver, search_clock
 
-    check_writable(json, junit)
+    check_writable(json, junit, html)
 
     def inputs(model: Subject) -> list[cases.Case]:
         return cases.gather_cases(model, data or [], prompt or [], random, seed, ids or [])
 
+    evidence = evidence_for(html)
     with search_clock(search_time) as clock:
         report = parity_diff.diff(
             a, b, inputs, oracle, preset,
-            rtol or [], atol or [], local, dump_repro, padding, replace or [], digits, clock,
+            rtol or [], atol or [], local, dump_repro, padding, replace or [], digits, clock, evidence,
         )  # fmt: skip
     deliver(report, json, junit)
+    write_page(html, report, evidence)
     raise typer.Exit(report.exit_code)

@@ -21,20 +21,30 @@ def info(
     nodes: Annotated[
         bool, typer.Option("--nodes", help="Print each node of the graph with its role, its tap and its line of code.")
     ] = False,
+    graph: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Write that as a page, from the blocks down to the code."),
+    ] = None,
 ) -> None:
     """Explain a model file: configuration, inputs and outputs, and the source of every weight."""
     from ..onnx.read.reader import open_model
     from ..onnx.recognise import recognise
+    from ..pages import nodes as ledger
     from ..paths import embedded_model_path
-    from . import _nodes
-    from ._terminal import print_json, print_table
+    from ._terminal import check_writable, print_json, print_table
 
+    check_writable(graph)
     file = open_model(model or embedded_model_path())
     found = recognise(file)
+    if graph is not None:
+        from ..pages.graph_page import graph_page
+        from ..parity.report import write_text
+
+        write_text(graph, graph_page(str(file.path), found))
     if as_json:
-        print_json({**describe(file, found), **({"nodes": _nodes.rows(found)} if nodes else {})})
+        print_json({**describe(file, found), **({"nodes": ledger.rows(found)} if nodes else {})})
     elif nodes:
-        print_table(("node", "operator", "role", "tap", "line"), _nodes.table(found))
+        print_table(("node", "operator", "role", "tap", "line"), ledger.table(found))
     else:
         print_info(file, found)
 

@@ -48,6 +48,9 @@ def parity(
     ] = 60.0,
     json: Annotated[Path | None, typer.Option(help="write every metric and threshold")] = None,
     junit: Annotated[Path | None, typer.Option(help="write one test case for each output and check")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="write a page to look at, with every tap, which are then compared")
+    ] = None,
     save_trace: Annotated[Path | None, typer.Option(help="write ours, all taps of the first input, as .npz")] = None,
 ) -> None:
     """Compare a model's outputs: ours, ONNX Runtime's and the recorded ones.
@@ -63,14 +66,18 @@ def parity(
     - `gpt2np parity model.onnx --noise-floor --junit parity.xml --json parity.json`
     """
     from ..parity import capture, parties, run
+    from ._page import evidence_for, write_page
     from ._terminal import check_writable, deliver, search_clock
 
-    check_writable(json, junit, save_trace)
+    check_writable(json, junit, html, save_trace)
+    names = tuple(dict.fromkeys([*run.parse_checks(checks), *(["taps"] if html is not None else [])]))
     options = capture.Options(
         parties.model_path(model), against or [], data or [], prompt or [], random, ids or [], seed, engine, preset,
-        rtol or [], atol or [], run.parse_checks(checks), noise_floor, padding,
+        rtol or [], atol or [], names, noise_floor, padding,
     )  # fmt: skip
+    evidence = evidence_for(html)
     with search_clock(search_time) as clock:
-        report = run.parity(options, save_trace, clock)
+        report = run.parity(options, save_trace, clock, evidence)
     deliver(report, json, junit)
+    write_page(html, report, evidence)
     raise typer.Exit(report.exit_code)

@@ -25,6 +25,9 @@ def trace(
     stats_only: Annotated[bool, typer.Option("--stats-only", help="keep rms, maximum and samples of each tap")] = False,
     dtype: Annotated[str, typer.Option(help="of ours: float32 or float64")] = "float32",
     engine: Annotated[str, typer.Option(help="of ours: numba or numpy")] = "numba",
+    html: Annotated[
+        Path | None, typer.Option(help="also write a page to look at: each tap's distance from float64")
+    ] = None,
 ) -> None:
     """Save what a model computes inside, under the same tap names for every exporter and runtime.
 
@@ -37,12 +40,15 @@ def trace(
     from ..parity import capture, parties
     from ..parity import trace as traces
     from ..parity.cases import gather_cases
+    from ..parity.diff import against_float64
     from ..parity.subject import Subject
+    from ._page import evidence_for, write_page
     from ._terminal import check_writable, console
 
     if sum((prompt is not None, data is not None, ids is not None, random)) != 1:
         raise InputError("give one of --prompt, --ids, --data and --random")
-    check_writable(output)
+    check_writable(output, html)
+    evidence = evidence_for(html)
     subject = Subject(parties.model_path(model))
     cases = gather_cases(
         subject, [data] if data else [], [prompt] if prompt else [], int(random), seed, [ids] if ids else []
@@ -54,6 +60,8 @@ def trace(
     )
     made = capture.record(subject, party, cases[0], taps or ["*"])
     traces.save(output, made, stats_only)
+    if evidence is not None:
+        write_page(html, against_float64(subject, party, cases[0], made, evidence), evidence)
     out = console()
     what = f"{len(made.taps)} taps and {len(made.outputs)} outputs of {party.name} on {cases[0].name}"
     out.print(f"{output}: {what}, {output.stat().st_size:,} bytes")

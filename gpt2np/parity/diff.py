@@ -19,12 +19,12 @@ from .digits import show_digits, significant_digits
 from .explain.problem import Clock
 from .files import compare_files
 from .forms import as_array, form_of, named
-from .localise import TapRow
+from .localise import Seen, TapRow, compare_taps, first_divergence
 from .operations import tap_inputs
 from .parties import Function, Ort, Runner, TraceRunner, model_of, runner_of
 from .replace import check_replace, put_right, say_whether_cured
-from .report import Pair, Report, add_once
-from .search import Oracle, investigate
+from .report import Pair, Report, Watch, add_once
+from .search import Oracle, investigate, judge
 from .subject import Subject, taps_of
 from .trace import versions
 from .wiring import compare_wiring
@@ -35,14 +35,14 @@ Cases = Callable[[Subject], list[Case]]
 def diff(
     a: str, b: str, cases: Cases, oracle: str | None = None, preset: str = "auto", rtol: Sequence[str] = (),
     atol: Sequence[str] = (), local: bool = False, repro: Path | None = None, padding: bool = False,
-    replace: Sequence[str] = (), digits: bool = False, clock: Clock | None = None,
+    replace: Sequence[str] = (), digits: bool = False, clock: Clock | None = None, watch: Watch | None = None,
 ) -> Report:  # fmt: skip
     """Two parties against each other on every case; where they differ, which operation and why."""
     budgets = parse_budgets(preset, rtol, atol)
     files = [path for text in (a, b) if (path := model_of(text)) is not None]
     judge = model_of(oracle) if oracle else None
     if not files and judge is None:
-        return diff_traces(a, b, budgets)
+        return diff_traces(a, b, budgets, watch)
     subjects = {path: Subject(path) for path in dict.fromkeys([*files, *([judge] if judge is not None else [])])}
     model = next((s for s in subjects.values() if s.found is not None), next(iter(subjects.values())))
     if model.found is None:
@@ -53,7 +53,7 @@ def diff(
     if budgets.default.source.startswith("auto"):
         budgets.arbiter = Arbiter(model)
     runners = two_runners(model, subjects, a, b)
-    report = Report(f"A {a}, B {b}", parties(runners, []), str(budgets.default), versions=versions())
+    report = Report(f"A {a}, B {b}", parties(runners, []), str(budgets.default), versions=versions(), watch=watch)
     chosen = case_of_trace(model, runners) or cases(model)
     if not chosen:
         chosen = default_cases(model)
@@ -185,11 +185,9 @@ def dump_repro(folder: Path, model: Subject, call: Call, tap: str, given: dict[s
 # ------------------------------------------------------------------------------------------------ traces
 
 
-def diff_traces(a: str, b: str, budgets: Budgets) -> Report:
+def diff_traces(a: str, b: str, budgets: Budgets, watch: Watch | None = None) -> Report:
     """Two traces, or a trace and a function that is run on its inputs, judged without a model."""
     x, y = load_either(a, b), load_either(b, a)
-    if x.manifest.get("stats_only") != y.manifest.get("stats_only"):
-        raise TraceError(f"{a} and {b}: one holds whole arrays, the other statistics only")
     names = (Path(a).stem, Path(b).stem) if Path(a).stem != Path(b).stem else ("A", "B")
     report = Report(
         f"A {a}, B {b}", dict(zip(names, (x.runner, y.runner), strict=True)), str(budgets.default), versions=versions()
@@ -201,6 +199,10 @@ def diff_traces(a: str, b: str, budgets: Budgets) -> Report:
             add_once(report.findings, *forms)
             one.outputs = {n: v for n, v in arrays.items() if n in other.outputs}
             one.taps = {n: v for n, v in arrays.items() if n not in other.outputs}
+    if bool(x.manifest.get("stats_only")) != bool(y.manifest.get("stats_only")):
+        held = a if x.manifest.get("stats_only") else b
+        add_once(report.not_compared, f"all numbers of the taps: {held} holds the rms, the largest and a few of each")
+        traces.alike(x, y)
     budgets.check_names([*x.outputs, *x.taps, *y.outputs, *y.taps])
     for name in sorted({*x.inputs, *y.inputs} if not x.plain and not y.plain else ()):
         if name not in x.inputs or name not in y.inputs or not np.array_equal(x.inputs[name], y.inputs[name]):
@@ -209,17 +211,39 @@ def diff_traces(a: str, b: str, budgets: Budgets) -> Report:
         report.not_compared.append(f"the inputs: {b if y.plain else a} does not say what it was recorded on")
     elif x.manifest.get("model_sha256") != y.manifest.get("model_sha256"):
         report.not_compared.append("the weights: the traces come from two model files")
+    if watch is not None:
+        watch.begin(*names, x.outputs)
     for kind in ("outputs", "taps"):
         left, right = getattr(x, kind), getattr(y, kind)
         for name in [n for n in left if n in right]:
             result = Comparison("trace", name, names[1], names[0], budgets(name))
             compare_arrays(result, right[name], left[name], None, None, budgets)
             report.comparisons.append(result)
+            if watch is not None and left[name].shape == right[name].shape:
+                watch.see(Seen(name, 0, left[name], right[name]))
         add_once(report.not_compared, *sorted(f"{n} (in one trace only)" for n in left.keys() ^ right.keys()))
     add_once(report.findings, *(note for c in report.comparisons for note in c.notes))
     wrong = next((c for c in report.comparisons if not c.ok and c.output in x.taps), None)
     if wrong is not None:
         report.headline = f"first tap out of budget: {wrong.output}"
+    return report
+
+
+def against_float64(model: Subject, runner: Runner, case: Case, made: traces.Trace, watch: Watch) -> Report:
+    """One party's trace by itself: each tap against what float64 makes of the party's own inputs."""
+    call = model.call(case.feeds)
+    report = Report(f"{model.path}, a trace of {runner.name}", parties([runner], [case]), "float32's own error",
+                    versions=versions(), watch=watch)  # fmt: skip
+    watch.begin(runner.name, "", made.outputs, model, case)
+    rows = compare_taps(
+        model.program, call, lambda names: {n: made.taps[n] for n in names if n in made.taps}, lambda names: {},
+        model.taps(), watch=watch.see,
+    )  # fmt: skip
+    report.rows[f"{runner.name} - "] = held = [row for row in rows if row.local_a is not None]
+    judge(report, held, first_divergence(held), runner.name, asked=True)
+    report.details["taps"] = {runner.name: [row.as_dict() for row in held]}
+    missing = [name for name in model.taps() if name not in made.taps]
+    report.not_compared += [f"{len(missing)} taps that were not recorded"] if missing else []
     return report
 
 

@@ -1,9 +1,15 @@
-"""Arrays as ports, chips and other languages write them: .npz, a folder of .npy, .safetensors, raw bytes and a JSON."""
+"""Arrays as ports, chips and other languages write them: .npz, a folder of .npy, .safetensors, raw bytes and a JSON.
+
+And a page that `--html` wrote, which holds a trace.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +31,7 @@ def is_dump(text: str) -> bool:
     path = Path(text)
     if path.is_dir():
         return not (path / "model.onnx").exists() and any(path.glob("*.npy"))
-    return text.endswith((".npz", ".safetensors", ".json"))
+    return text.endswith((".npz", ".safetensors", ".json", ".html"))
 
 
 def read_dump(path: Path) -> dict[str, Array]:
@@ -47,7 +53,31 @@ def read_dump(path: Path) -> dict[str, Array]:
         return _safetensors(path)
     if path.suffix == ".json":
         return _raw(path)
+    if path.suffix == ".html":
+        return _page(path)
     return read_arrays(path, TraceError)
+
+
+def _page(path: Path) -> dict[str, Array]:
+    """The trace that a page of `--html` holds; see `trace.embedded`."""
+    text = path.read_bytes()
+    found = re.search(rb'<script type="application/json" id="gpt2np-trace">(.*?)</script>', text, re.DOTALL)
+    if found is None:
+        raise TraceError(f"{path}: no page that --html wrote, or one without taps: there is no trace in it")
+    held = json_object(found[1], f"{path}: its trace", TraceError)
+    manifest, arrays = held.get("manifest"), held.get("arrays")
+    listed = manifest.get("arrays") if isinstance(manifest, dict) else None
+    if not isinstance(listed, dict) or not isinstance(arrays, dict) or listed.keys() != arrays.keys():
+        raise TraceError(f"{path}: its trace does not say what arrays it holds")
+    made = {"manifest": np.frombuffer(json.dumps(manifest).encode(), np.uint8)}
+    for name, data in arrays.items():
+        try:
+            content = base64.b64decode(str(data), validate=True)
+        except binascii.Error as error:
+            raise TraceError(f"{path}: {name!r} in its trace is damaged: {error}") from None
+        dtype = str(listed[name].get("dtype") if isinstance(listed[name], dict) else "")
+        made[name] = _cut(content, dtype, _numbers(listed[name], "shape", path, name), path, name)
+    return made
 
 
 def _npy(file: Path) -> Array:

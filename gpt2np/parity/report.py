@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -14,6 +14,7 @@ from ..escape import escaped
 
 if TYPE_CHECKING:
     from ..call import Call
+    from ..weights import Array
     from .cases import Case
     from .compare import Comparison
     from .explain.diagnose import Diagnosis
@@ -82,8 +83,10 @@ class Pair(NamedTuple):
 class Watch(Protocol):
     """Who is shown the taps while their arrays are there, to draw them: `pages.evidence.Evidence`."""
 
-    def begin(self, a: str, b: str, model: Subject | None = None, case: Case | None = None) -> None:
-        """The taps of these two parties follow, on one case of a model, or from traces alone."""
+    def begin(
+        self, a: str, b: str, given: Mapping[str, Array], model: Subject | None = None, case: Case | None = None
+    ) -> None:
+        """The taps of these two parties follow, on one case of a model, or from traces; `given` are A's outputs."""
 
     def see(self, seen: Seen) -> None:
         """One tap, or some positions of it."""
@@ -162,7 +165,7 @@ def number(value: float) -> str:
 
 def write_json(report: Report, path: Path) -> None:
     """The report with every metric and threshold, written whole or not at all."""
-    _write(path, json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n")
+    write_text(path, json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n")
 
 
 def write_junit(report: Report, path: Path) -> None:
@@ -195,10 +198,11 @@ def write_junit(report: Report, path: Path) -> None:
         element.attrib.update({name: escaped(value) for name, value in element.attrib.items()})
         element.text = element.text and escaped(element.text, keep="\n")
     et.indent(root)
-    _write(path, et.tostring(root, encoding="unicode", xml_declaration=True) + "\n")
+    write_text(path, et.tostring(root, encoding="unicode", xml_declaration=True) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """A file, whole or not at all."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from .explain.problem import Clock
 from .metrics import Budget
 from .parties import ENGINES, Ort, Ours, Recorded, Runner, model_path, runner_of
 from .recordings import suspect_record
-from .report import Pair, Report, add_once
+from .report import Pair, Report, Watch, add_once
 from .rounding import Rounding, rounds
 from .search import from_the_record, investigate, settle, where_not_finite
 from .searched import search_parity
@@ -38,7 +38,9 @@ def parse_checks(text: str) -> tuple[str, ...]:
     return names
 
 
-def parity(options: Options, save_trace: Path | None = None, clock: Clock | None = None) -> Report:
+def parity(
+    options: Options, save_trace: Path | None = None, clock: Clock | None = None, watch: Watch | None = None
+) -> Report:
     """Compare ours, others and the recorded outputs; where they differ, say which operation and why."""
     budgets = parse_budgets(options.preset, options.rtol, options.atol)
     check_options(options)
@@ -50,7 +52,7 @@ def parity(options: Options, save_trace: Path | None = None, clock: Clock | None
     ours = Ours(model, options.engine)
     others = [runner_of(model, text, options.engine) for text in options.against or ["ort"]]
     runners: list[Runner] = [ours, *others]
-    report = Report(str(model.path), parties(runners, cases), str(budgets.default), versions=versions())
+    report = Report(str(model.path), parties(runners, cases), str(budgets.default), versions=versions(), watch=watch)
     if not model.whole:
         runners = [r for r in others if not isinstance(r, Ours)]
         report.parties.pop(ours.name)

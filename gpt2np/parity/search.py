@@ -60,7 +60,7 @@ def investigate(
     failing = {c.output: c for c in comparisons if not c.ok}
     given = moved_axes(failing.values(), outputs, b.name, call) if failing else None
     if report.watch is not None:
-        report.watch.begin(a.name, b.name, model, case)
+        report.watch.begin(a.name, b.name, outputs[0], model, case)
     try:
         rows = list(compare_taps(
             model.program, call, taps_from(a, case), taps_from(b, case), model.taps(),

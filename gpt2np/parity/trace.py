@@ -9,6 +9,7 @@ trace without a manifest, of which nobody can say what input it was recorded on.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import platform
@@ -47,28 +48,27 @@ class Trace:
         return self.manifest.get("kind") != KIND
 
 
-def statistics(value: Array) -> Array:
-    """rms, largest absolute value, and 14 elements spread over the array: (16,) float64."""
+def statistics(value: Array, samples: int = 14) -> Array:
+    """rms, largest absolute value, and some elements spread over the array: (2 + samples,) float64."""
     flat = value.reshape(-1).astype(np.float64)
-    places = np.linspace(0, flat.size - 1, 14).astype(int)
-    return np.concatenate([[np.sqrt(np.mean(flat * flat)), np.abs(flat).max()], flat[places]])
+    places = np.linspace(0, flat.size - 1, samples).astype(int)
+    with np.errstate(over="ignore"):
+        return np.concatenate([[np.sqrt(np.mean(flat * flat)), np.abs(flat).max()], flat[places]])
+
+
+def alike(x: Trace, y: Trace) -> None:
+    """Where one of two traces holds statistics, whole arrays of the other one become such statistics, too."""
+    for one, other in ((x, y), (y, x)):
+        if one.manifest.get("stats_only") and not other.manifest.get("stats_only"):
+            whole = {**other.outputs, **other.taps}
+            other.taps = {n: statistics(whole[n], v.size - 2) for n, v in one.taps.items() if n in whole}
+            other.outputs = {n: v for n, v in other.outputs.items() if n not in other.taps}
 
 
 def save(path: Path, trace: Trace, stats_only: bool = False) -> None:
     """Write a trace whole or not at all."""
     taps = {name: statistics(v) for name, v in trace.taps.items()} if stats_only else trace.taps
-    arrays = {
-        **{f"input/{n}": v for n, v in trace.inputs.items()},
-        **{f"output/{n}": v for n, v in trace.outputs.items()},
-        **{f"tap/{n}": v for n, v in taps.items()},
-    }
-    manifest = {
-        "kind": KIND,
-        "schema": SCHEMA,
-        "stats_only": stats_only,
-        **trace.manifest,
-        "arrays": {name: {"shape": list(v.shape), "dtype": v.dtype.str} for name, v in arrays.items()},
-    }
+    manifest, arrays = described(Trace(trace.inputs, trace.outputs, taps, trace.manifest), stats_only)
     text = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -79,6 +79,26 @@ def save(path: Path, trace: Trace, stats_only: bool = False) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def described(trace: Trace, stats_only: bool) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The manifest, and the arrays by their names in the file."""
+    arrays = {
+        **{f"input/{n}": v for n, v in trace.inputs.items()},
+        **{f"output/{n}": v for n, v in trace.outputs.items()},
+        **{f"tap/{n}": v for n, v in trace.taps.items()},
+    }
+    listed = {name: {"shape": list(v.shape), "dtype": v.dtype.str} for name, v in arrays.items()}
+    return {"kind": KIND, "schema": SCHEMA, "stats_only": stats_only, **trace.manifest, "arrays": listed}, arrays
+
+
+def embedded(trace: Trace) -> dict[str, Any]:
+    """A trace whose taps are statistics, as JSON that a page holds; `load` reads the page."""
+    manifest, arrays = described(trace, stats_only=True)
+    return {
+        "manifest": manifest,
+        "arrays": {n: base64.b64encode(np.ascontiguousarray(v).tobytes()).decode() for n, v in arrays.items()},
+    }
 
 
 def load(path: Path, sha256: str | None = None) -> Trace:
