@@ -23,7 +23,7 @@ ROWS = alt.NamedData(name="rows")
 BLUE, ORANGE = "#2a7ae2", "#d1690a"
 COLOURS = BLUE, "#3c9a5f", ORANGE, "#8a8a8a", "#a05bc4"
 SHAPES = "circle", "square", "cross", "triangle-down", "diamond"
-FLIPS = BLUE, "#8a6d00", ORANGE
+FLIPS = "same", "within the budget", "B flips", "A flips", "both flip"
 FLOOR = "float32's own error, up to the budget"
 
 
@@ -129,20 +129,21 @@ def ulps() -> Picture:
 
 
 def token_rows(found: Sequence[Token], text: Callable[[int], str], ids: Any, budget: Budget) -> list[dict[str, Any]]:
-    """A row for each position; a flip whose margin is below twice what a score may be off by is no mistake."""
+    """A row for each position. A flip within the budget has a margin below twice what a score may be off by; of the
+    others, the party flips that does not say what float64 says."""
     many = len({t.batch for t in found}) > 1
 
     def word(t: Token) -> str:
-        if t.a == t.b:
-            return "same"
-        return "flips" if t.margin > 2 * (budget.atol + budget.rtol * t.size) else "flips within the budget"
+        if t.a == t.b or t.margin <= 2 * (budget.atol + budget.rtol * t.size):
+            return FLIPS[t.a != t.b]
+        return FLIPS[3 if t.b == t.exact else 2 if t.a == t.exact or t.exact is None else 4]
 
     return [
         {
             "position": f"{t.batch}:{t.position}" if many else str(t.position),
             "token": text(int(ids[t.batch, t.position])), "A says": text(t.a), "B says": text(t.b),
-            "margin": rounded(t.margin), "largest difference": rounded(t.apart), "KL in nats": rounded(t.kl),
-            "top-1": word(t),
+            "float64 says": "" if t.exact is None else text(t.exact), "margin": rounded(t.margin),
+            "largest difference": rounded(t.apart), "KL in nats": rounded(t.kl), "top-1": word(t),
         }
         for t in found
     ]  # fmt: skip
@@ -150,12 +151,21 @@ def token_rows(found: Sequence[Token], text: Callable[[int], str], ids: Any, bud
 
 def tokens(rows: list[dict[str, Any]], a: str, b: str, note: str) -> Picture:
     """What both would say next at each position, by what margin, and where they differ."""
-    words = ["same", "flips within the budget", "flips"]
-    shapes, colours = (alt.Scale(domain=words, range=list(r)) for r in (("circle", "diamond", "cross"), FLIPS))
+    words = [word for word in FLIPS if any(row["top-1"] == word for row in rows)]
+    shapes, colours = (alt.Scale(domain=words, range=[r[FLIPS.index(w)] for w in words]) for r in (SHAPES, COLOURS))
     legend = alt.Legend(orient="top", labelLimit=300)
     base = alt.Chart(ROWS).encode(
         alt.X("position:N", sort=None, axis=alt.Axis(labelOverlap=True)),
-        tooltip=["position:N", "token:N", "A says:N", "B says:N", "margin:Q", "largest difference:Q", "top-1:N"],
+        tooltip=[
+            "position:N",
+            "token:N",
+            "A says:N",
+            "B says:N",
+            "float64 says:N",
+            "margin:Q",
+            "largest difference:Q",
+            "top-1:N",
+        ],
     )
     margin = base.mark_point(filled=True, size=50, opacity=0.9).encode(
         alt.Y("margin:Q", title="margin, largest difference"),
@@ -177,12 +187,12 @@ def matrix(checks: Sequence[Check]) -> Picture:
     """Checks that need no reference: each party against itself."""
     rows: list[dict[str, Any]] = []
     for check in checks:
-        name = check.name.split(" ")[0] if check.party else check.name
-        if any((row["check"], row["party"]) == (name, check.party or "all") for row in rows):
+        name, party = check.name.split(" ")[0] if check.party else check.name, check.party or "ours"
+        if any((row["check"], row["party"]) == (name, party) for row in rows):
             name += f": {check.text.partition(':')[0]}"
         result = {True: "ok", False: "FAIL", None: "not made"}[check.ok]
         worst = "" if check.worst is None else f" {check.worst:.2g}"
-        rows.append({"check": name, "party": check.party or "all", "result": result, "shown": result + worst,
+        rows.append({"check": name, "party": party, "result": result, "shown": result + worst,
                      "what": check.text})  # fmt: skip
     results = ["ok", "FAIL", "not made"]
     base = alt.Chart(ROWS).encode(

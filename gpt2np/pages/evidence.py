@@ -35,6 +35,7 @@ class Token(NamedTuple):
     position: int
     a: int  # the most probable token
     b: int
+    exact: int | None  # float64's
     margin: float  # A's score of it above A's second best
     size: float  # of the larger one of the scores that a flip exchanges
     apart: float  # the largest difference of a score here
@@ -143,7 +144,7 @@ class Witness:
     taps: dict[str, Summary] = field(default_factory=dict)
     tokens: list[Token] = field(default_factory=list)
     samples: dict[str, Array] = field(default_factory=dict)
-    last: tuple[Array, Array] | None = None  # both parties' ln_f, for a file without a head
+    last: Seen | None = None  # ln_f of both parties, for a file without a head
 
     @property
     def config(self) -> GPT2Config | None:
@@ -172,18 +173,25 @@ class Witness:
             self.samples[seen.tap] = sampled(seen.a)
         if seen.a is not None and seen.b is not None:
             if part == "logits":
-                self.tokens += tokens(seen.a, seen.b, seen.start)
+                self.tokens += tokens(seen.a, seen.b, seen.exact, seen.start)
             elif part == "ln_f":
-                self.last = seen.a, seen.b
+                self.last = seen
 
     def finish(self) -> None:
         """Tokens of a file without a head: what its last hidden states say through wte, as GPT-2's own head does."""
         if self.tokens or self.last is None or self.model is None or self.model.found is None or self.case is None:
             return
-        call, program, f32 = self.model.call(self.case.feeds), self.model.program, np.dtype(np.float32)
-        for start in range(0, self.last[0].shape[1], ROWS):
-            parts = [program.run("logits", call, [x[:, start : start + ROWS]], f32) for x in self.last]
-            self.tokens += tokens(parts[0], parts[1], start)
+        call, program = self.model.call(self.case.feeds), self.model.program
+        a, b, exact = self.last.a, self.last.b, self.last.exact
+        assert a is not None
+        assert b is not None
+        assert exact is not None
+        for start in range(0, a.shape[1], ROWS):
+            low, theirs, high = (
+                program.run("logits", call, [x[:, start : start + ROWS]], np.dtype(dtype))
+                for x, dtype in ((a, np.float32), (b, np.float32), (exact, np.float64))
+            )
+            self.tokens += tokens(low, theirs, high, start)
 
 
 def errors(seen: Seen) -> Iterator[tuple[str, Array]]:
@@ -219,7 +227,7 @@ def rank(found: Summary, seen: Seen, error: Array) -> None:
     found.worst = sorted(found.worst, key=lambda w: (-w.error, w.at))[:WORST]
 
 
-def tokens(a: Array, b: Array, start: int) -> Iterator[Token]:
+def tokens(a: Array, b: Array, exact: Array | None, start: int) -> Iterator[Token]:
     """What two sets of logits, (B, positions, V), say at each position."""
     for batch in range(a.shape[0]):
         for row in range(a.shape[1]):
@@ -232,4 +240,5 @@ def tokens(a: Array, b: Array, start: int) -> Iterator[Token]:
                 kl = float(np.where(np.exp(p) > 0, np.exp(p) * (p - q), 0).sum())
             mine, theirs, apart = int(x.argmax()), int(y.argmax()), float(difference(x, y).max())
             size = float(max(abs(x[mine]), abs(x[theirs])))
-            yield Token(batch, start + row, mine, theirs, float(first - second), size, apart, max(kl, 0.0))
+            right = None if exact is None else int(exact[batch, row].argmax())
+            yield Token(batch, start + row, mine, theirs, right, float(first - second), size, apart, max(kl, 0.0))

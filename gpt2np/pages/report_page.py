@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from html import escape
@@ -11,6 +12,7 @@ from typing import Any
 
 from ..html import Picture, as_json, packed, page
 from ..parity.budgets import AUTO_BUDGET
+from ..parity.localise import TapRow
 from ..parity.operations import OPERATIONS, split_tap, tap_inputs
 from ..parity.report import Report, Table
 from ..parity.text import compared, comparison_table, left_out, sentences
@@ -40,13 +42,14 @@ def report_page(report: Report, evidence: Evidence, command: str, repro: str = "
     table = comparison_table(report.comparisons)
     if table is not None:
         parts.append("<h2>Outputs</h2>" + table_html(table))
-    parts += taps_part(report, witness) if witness is not None else [f"<p>{escape(NO_TAPS)}</p>"]
+    parts += taps_part(report, witness) if witness is not None else without_arrays(report, evidence)
     parts += tokens_part(report, witness) if witness is not None else []
     checks = [check for check in report.checks if check.name != "taps"]
     parts.append("<h2>Checks</h2>")
     parts.append(drawings.matrix(checks) if checks else f"<p>{escape(NO_CHECKS)}</p>")
-    if report.tables:
-        parts.append("<h2>Tables</h2>" + "".join(map(table_html, report.tables)))
+    further = [t for t in report.tables if not t.title.startswith(("taps on", "invariances"))]  # these are drawn
+    if further:
+        parts.append("<h2>Tables</h2>" + "".join(map(table_html, further)))
     parts.append(provenance(report, witness, command, repro))
     script = Path(__file__).with_name("report.js").read_text("utf-8")
     return page(f"gpt2np: {report.title}", parts, STYLE, script)
@@ -115,7 +118,7 @@ def taps_part(report: Report, witness: Witness) -> list[str | Picture]:
     first = next((row.tap for row in held if row.diverges), None)
     if not held:
         first = next((c.output for c in inside if not c.ok), None)
-    data = tap_data(report, witness, first)
+    data = tap_data(report, witness, first or _worst(held))
     kinds = {"total": f"{b} - {a}" if a and b else "distance from float64"}
     kinds |= {kind: f"local error of {a if kind[-1] == 'A' else b}" for t in data["taps"].values()
               for kind in t["errors"] if kind != "total"}  # fmt: skip
@@ -131,6 +134,16 @@ def taps_part(report: Report, witness: Witness) -> list[str | Picture]:
         '<div id="worst" class="wide" tabindex="0" role="region" aria-label="The ten worst numbers"></div>'
         f'<script type="text/plain" id="gpt2np-taps">{packed(as_json(data))}</script>',
     ]  # fmt: skip
+
+
+def without_arrays(report: Report, evidence: Evidence) -> list[str | Picture]:
+    """What can be drawn of traces that hold statistics: the distances of these."""
+    pair = evidence.pairs[0] if evidence.pairs else None
+    inside = [c for c in report.comparisons if split_tap(c.output)[1] in OPERATIONS and c.metrics is not None]
+    if pair is None or not any(c.metrics.rms > 0 for c in inside if c.metrics):
+        return [f"<p>{escape(NO_TAPS)}</p>"]
+    first = next((c.output for c in inside if not c.ok), None)
+    return ["<h2>Taps</h2>", drawings.drift(drawings.compared_rows(inside, pair.a, pair.b), first)]
 
 
 def tap_data(report: Report, witness: Witness, first: str | None) -> dict[str, Any]:
@@ -161,6 +174,11 @@ def tap_data(report: Report, witness: Witness, first: str | None) -> dict[str, A
     return {"parts": parts, "taps": taps, "first": first}
 
 
+def _worst(rows: Sequence[TapRow]) -> str | None:
+    """The tap with the largest local error for its budget."""
+    return max(rows, key=lambda row: max(row.over_a, row.over_b)).tap if rows else None
+
+
 def _cell(value: float | None) -> float | None:
     return value if value is None else NOT_FINITE if value in (float("inf"),) else float(f"{value:.1e}")
 
@@ -171,7 +189,7 @@ def _number(value: float | None) -> float | str | None:
     return float(f"{value:.8g}") if abs(value) < float("inf") else str(value)
 
 
-def _in_words(row: Any, witness: Witness) -> str:
+def _in_words(row: TapRow, witness: Witness) -> str:
     """The row of the terminal's table."""
     known = [
         ("total", row.total), (f"local {witness.a}", row.local_a), (f"local {witness.b}", row.local_b),
@@ -221,7 +239,8 @@ def provenance(report: Report, witness: Witness | None, command: str, repro: str
     commands = [("to make this page again", command)] + ([("to write the operation alone", repro)] if repro else [])
     if witness is not None and witness.samples:
         commands.append(("to judge other arrays by this page", "gpt2np diff THIS_PAGE.html other.npz"))
-        trace.taps = witness.samples
+        taps = witness.taps
+        trace.taps = dict(sorted(witness.samples.items(), key=lambda item: item[0] not in taps))  # these before outputs
         trace.manifest |= {"runner": witness.a, "versions": report.versions}
     said = "".join(f"<dt>{what}</dt><dd><code>{escape(text)}</code></dd>" for what, text in commands)
     judged = (
@@ -237,6 +256,7 @@ def provenance(report: Report, witness: Witness | None, command: str, repro: str
 
 
 STYLE = """
+h2, h3, h4 { break-after: avoid; }
 h1 { font-size: 1.1rem; font-weight: normal; margin: .3rem 0; }
 .verdict { font-size: 1.4rem; font-weight: bold; margin: .4rem 0; overflow-wrap: anywhere; }
 .verdict::before { content: ""; border-left: .5rem solid; margin-right: .5rem; }

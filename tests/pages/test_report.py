@@ -124,10 +124,13 @@ def test_a_flip_is_told_from_rounding():
     b[0, 0, 5], b[0, 1, 5] = 2, 1.000001
     evidence = Evidence()
     evidence.begin("A", "B", {})
-    evidence.see(Seen("logits", 0, a, b))
+    evidence.see(Seen("logits", 0, a, b, exact=a))
     budget = drawings.Budget(1e-3, 1e-5)
     rows = drawings.token_rows(evidence.pairs[0].tokens, str, np.zeros((1, 3), int), budget)
-    assert [row["top-1"] for row in rows] == ["flips", "flips within the budget", "same"]
+    assert [row["top-1"] for row in rows] == ["B flips", "within the budget", "same"]
+    evidence.pairs[0].tokens = [t._replace(exact=t.b) for t in evidence.pairs[0].tokens]
+    rows = drawings.token_rows(evidence.pairs[0].tokens, str, np.zeros((1, 3), int), budget)
+    assert [row["top-1"] for row in rows] == ["A flips", "within the budget", "same"]
     assert [(row["A says"], row["B says"]) for row in rows] == [("2", "5"), ("2", "5"), ("2", "2")]
 
 
