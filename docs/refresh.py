@@ -1,15 +1,18 @@
-"""Make what the documents show: run the commands whose output README.md has, and print the reference pages.
+"""Make what the documents show: run the commands whose output the pages have, and print the reference pages.
 
-    python docs/refresh.py            rewrite README.md, docs/reference.md and docs/taps.md
-    python docs/refresh.py --check    only run the commands; exit 1 if one ends with another exit code than 0
+    python docs/refresh.py            rewrite README.md, docs/porting.md, docs/reference.md and docs/taps.md
+    python docs/refresh.py --check    only run README.md's commands; exit 1 if one ends with another exit code than 0
 
-A shown output is a fenced block behind a comment that names its command: `<!-- output of: gpt2np parity -->`.
+A shown output is a fenced block behind a comment that names its command: `<!-- output of: gpt2np parity -->`. In
+docs/porting.md it is a session, `<!-- session: COMMAND -->`: the commands of the page run one after the other in one
+new folder, by bash, and the block shows each with what it printed and its exit code.
 """
 
 from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -22,6 +25,28 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 SHOWN = re.compile(r"(<!-- output of: (?P<command>gpt2np .+?) -->\n```(?:text)?\n)(?P<output>.*?)(?=```\n)", re.DOTALL)
 
+PORTING = ROOT / "docs" / "porting.md"
+SESSION = re.compile(r"(<!-- session: (?P<command>.+?) -->\n```(?:text)?\n)(?P<output>.*?)(?=```\n)", re.DOTALL)
+
+
+def sessions(text: str) -> str:
+    """A page with the outputs of its sessions, run anew."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def shown(match: re.Match[str]) -> str:
+            command = match["command"].strip()
+            script = f'gpt2np() {{ "{sys.executable}" -m gpt2np "$@"; }}\nset -o pipefail\n{command}\n'
+            paths = {"PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+            done = subprocess.run(
+                ["bash", "-c", script], capture_output=True, text=True, cwd=folder, check=False,
+                env={**os.environ, **paths},
+            )  # fmt: skip
+            output = (done.stderr + done.stdout).replace(f"{ROOT}/", "")
+            prompt = "$ " + command.replace("\n", "\n> " if "<<" in command else "\n$ ") + "\n"
+            return f"{match[1]}{prompt}{output}exit code {done.returncode}\n"
+
+        return SESSION.sub(shown, text)
+
 
 def run(command: str) -> str:
     """What a gpt2np command prints on standard output, as in a pipe; it has to succeed."""
@@ -33,7 +58,7 @@ def run(command: str) -> str:
     return "\n".join(line.rstrip() for line in output.strip("\n").splitlines()) + "\n"
 
 
-def reference_page(outputs: dict[str, Any]) -> str:
+def reference_page() -> str:
     """docs/reference.md: exit codes, mistakes, operators and the JSON of commands, each from where it is defined."""
     from gpt2np.cli import EXIT_CODES
     from gpt2np.onnx.evaluate.operators import OPERATORS
@@ -54,8 +79,10 @@ def reference_page(outputs: dict[str, Any]) -> str:
         listed(fused.RULES),
         "\nquantised, rewritten with the weights that they stand for: ",
         listed(quantised.RULES),
-        "\n## JSON\n\nFields of the embedded model's output; `[...]` is a list of such values, `{NAME}` any name.\n",
-        *(f"\n`gpt2np {name} --json`\n\n```\n{tree(value)}```\n" for name, value in outputs.items()),
+        "\n## JSON\n\nWhat `--json` writes, as [the schema](../gpt2np/output.schema.json) in the package describes it "
+        "(`gpt2np.schema.SCHEMA_FILE`). `[...]` is a list; a name stands for another object of this page. Files have "
+        "paths relative to the current folder where they lie in it. Numbers may be the words inf, -inf and nan.\n",
+        schema_tree(),
     ]
     return "".join(parts)
 
@@ -79,32 +106,51 @@ def texts(value: ast.expr) -> set[str]:
     return {value.value} if isinstance(value, ast.Constant) and isinstance(value.value, str) else set()
 
 
-def outputs() -> dict[str, Any]:
-    """What the commands write as JSON."""
-    with tempfile.TemporaryDirectory() as folder:
-        run(f"gpt2np parity --json {folder}/parity.json")
-        parity = json.loads(Path(folder, "parity.json").read_text(encoding="utf-8"))
-    return {"info": json.loads(run("gpt2np info --json")), "parity": parity}
+def schema_tree() -> str:
+    """The fields of every command's JSON with what they mean, a line each, from the schema."""
+    from gpt2np.schema import SCHEMA_FILE
+
+    schema = json.loads(SCHEMA_FILE.read_text(encoding="utf-8"))
+    parts = []
+    for name, definition in schema["$defs"].items():
+        if "properties" in definition:
+            parts.append(f"\n`{name}`: {definition['description']}\n\n```\n{fields(definition)}```\n")
+    return "".join(parts)
 
 
-def tree(value: Any, indent: str = "") -> str:
-    """The fields of a JSON value and their types, a line each."""
-    if isinstance(value, list):
-        return tree(value[0], indent) if value else ""
-    if not isinstance(value, dict):
-        return ""
-    names = list(value)
-    if len(names) > 3 and len({json.dumps(kind(v)) for v in value.values()}) == 1 and any("." in n for n in names):
-        return f"{indent}{{NAME}}: {kind(value[names[0]])}\n" + tree(value[names[0]], indent + "    ")
-    return "".join(f"{indent}{name}: {kind(v)}\n" + tree(v, indent + "    ") for name, v in value.items())
+def fields(definition: dict[str, Any], indent: str = "") -> str:
+    """The fields of an object in the schema, those of objects inside further to the right."""
+    lines = ""
+    for name, field in definition["properties"].items():
+        optional = "" if name in definition["required"] else " (not always)"
+        lines += f"{indent}{name}: {kind(field)}{optional}: {field['description']}\n"
+        inner = field
+        while inner.keys() & {"items", "anyOf", "additionalProperties"}:
+            below = inner.get("items") or inner.get("additionalProperties") or inner["anyOf"][0]
+            if not isinstance(below, dict):
+                break
+            inner = below
+        if "properties" in inner:
+            lines += fields(inner, indent + "    ")
+    return lines
 
 
-def kind(value: Any) -> str:
-    """A JSON value's type in words."""
-    if isinstance(value, list):
-        return f"[{kind(value[0]) if value else ''}...]"
-    names = {"dict": "object", "str": "text", "int": "integer", "float": "number", "bool": "true or false"}
-    return names.get(type(value).__name__, "null")
+def kind(field: dict[str, Any]) -> str:
+    """A field's type in words."""
+    if "$ref" in field:
+        return str(field["$ref"]).rpartition("/")[2]
+    if "anyOf" in field:
+        return " or ".join(kind(each) for each in field["anyOf"])
+    if "enum" in field or "const" in field:
+        return " or ".join(json.dumps(value) for value in field.get("enum", [field.get("const")]))
+    names = {"string": "text", "boolean": "true or false"}
+    if isinstance(field["type"], list):
+        return " or ".join(names.get(name, name) for name in field["type"])
+    if field["type"] == "array":
+        return f"[{kind(field['items'])}...]" if "items" in field else "[...]"
+    if isinstance(field.get("additionalProperties"), dict):
+        return f"{{name: {kind(field['additionalProperties'])}}}"
+    return names.get(field["type"], field["type"])
 
 
 def main() -> None:
@@ -112,9 +158,10 @@ def main() -> None:
     commands = [match["command"] for match in SHOWN.finditer(text)]
     printed = {command: run(command) for command in dict.fromkeys(commands)}
     print(f"{len(printed)} commands ran: {', '.join(printed)}")
-    page = reference_page(outputs())
+    page = reference_page()
     if "--check" not in sys.argv[1:]:
         README.write_text(SHOWN.sub(lambda m: m[1] + printed[m["command"]], text), encoding="utf-8")
+        PORTING.write_text(sessions(PORTING.read_text(encoding="utf-8")), encoding="utf-8")
         (ROOT / "docs" / "reference.md").write_text(page, encoding="utf-8")
         taps = subprocess.run([sys.executable, ROOT / "docs" / "taps.py"], capture_output=True, text=True, check=True)
         (ROOT / "docs" / "taps.md").write_text(taps.stdout, encoding="utf-8")

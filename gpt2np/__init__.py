@@ -42,6 +42,18 @@ _MODULES = (
 )
 
 if TYPE_CHECKING:
+    from . import bpe as bpe
+    from . import errors as errors
+    from . import exercises as exercises
+    from . import generate as generate
+    from . import kernels as kernels
+    from . import parity as parity
+    from . import pictures as pictures
+    from . import reference as reference
+    from . import sampling as sampling
+    from . import testing as testing
+    from . import tokenizer as tokenizer
+    from . import zoo as zoo
     from .cache import KVCache as KVCache
     from .config import GPT2Config as GPT2Config
     from .errors import Gpt2npError as Gpt2npError
@@ -56,18 +68,20 @@ if TYPE_CHECKING:
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC and name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = _PUBLIC.get(name, name)
-    # `from . import kernels` of any module comes through here, too
-    with (
-        needs("numba", "the compiled engine", 'or use engine="numpy", the textbook')
-        if module == "kernels"
-        else nullcontext()
-    ):
-        found = import_module(f".{module}", __name__)
-    return getattr(found, name) if name in _PUBLIC else found
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
+
+    def __getattr__(name: str) -> Any:
+        if name not in _PUBLIC and name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = _PUBLIC.get(name, name)
+        # `from . import kernels` of any module comes through here, too
+        with (
+            needs("numba", "the compiled engine", 'or use engine="numpy", the textbook')
+            if module == "kernels"
+            else nullcontext()
+        ):
+            found = import_module(f".{module}", __name__)
+        return getattr(found, name) if name in _PUBLIC else found
 
 
 def __dir__() -> list[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from io import TextIOWrapper
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -58,6 +60,7 @@ COMMANDS = {
     "parity": ("parity", "Check"),
     "diff": ("diff", "Check"),
     "trace": ("trace", "Check"),
+    "template": ("template", "Check"),
     "info": ("info", "Check"),
     "fingerprint": ("fingerprint", "Check"),
     "generate": ("generate", "Use"),
@@ -92,20 +95,39 @@ def _root(
     pass
 
 
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """A warning of gpt2np's or of what it uses as one line, without a line of code."""
+    from .commands._terminal import note
+
+    note(f"note: {message}")
+
+
 def main() -> None:
     """Run the command line; a Gpt2npError or OSError becomes one line on standard error and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # a locale without the characters of a text or a table shows "?"
             stream.reconfigure(errors="replace")
+    warnings.showwarning = _show_warning
     try:
-        app(prog_name="gpt2np")
+        code = app(prog_name="gpt2np", standalone_mode=False)
     except Gpt2npError as error:
-        print(f"gpt2np: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _leave(str(error))
+    except typer.Abort:  # Ctrl-C, as older versions of Typer tell it
+        raise SystemExit(130) from None
     except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of Typer's
+            if type(error).__name__ == "NoArgsIsHelpError":
+                error.show()  # type: ignore[attr-defined]
+                raise SystemExit(2) from None
+            context = getattr(error, "ctx", None)
+            command = "gpt2np" if context is None else context.command_path
+            _leave(f"{error.format_message().rstrip('.')} ({command} --help)")
         if isinstance(error, OSError) and error.filename is not None:  # a full disk, a read-only folder ...
-            print(f"gpt2np: {escaped(str(error.filename))}: {error.strerror}", file=sys.stderr)
-            raise SystemExit(2) from None
+            _leave(f"{escaped(str(error.filename))}: {error.strerror}")
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _leave(f"cannot write: {error.strerror}")
         print(
             escaped(traceback.format_exc(), keep="\n"), end="", file=sys.stderr
         )  # a bug: Python would say 1, which here is a failed comparison
@@ -116,3 +138,10 @@ def main() -> None:
         if isinstance(end.__context__, BrokenPipeError):
             raise SystemExit(141) from None
         raise
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _leave(message: str) -> NoReturn:
+    """One line on standard error, exit code 2."""
+    print(f"gpt2np: {message}", file=sys.stderr)
+    raise SystemExit(2) from None

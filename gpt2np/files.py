@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -138,6 +139,42 @@ class File:
         with ThreadPoolExecutor(len(starts)) as pool:
             parts = [target[start : start + part] for start in starts]
             list(pool.map(lambda start, view: self.read_into(view, [(offset + start, len(view))]), starts, parts))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A draft to write, beside `path`, that takes its place when all is written: never half of a file is there.
+
+    What is no regular file (/dev/stdout, a pipe) is written itself.
+    """
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield draft
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file in UTF-8, whole or not at all."""
+    with replacing(path) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A draft of a folder, that takes the place of `path` when all is written; what was there goes then."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft.mkdir()
+    try:
+        yield draft
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(draft, path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def read_arrays(path: Path, kind: type[Gpt2npError] = ModelFileError) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import sampling
 from .arguments import flag, real_number, whole_number
@@ -23,6 +23,26 @@ from .tokenizer import HOW_TO_GET_ONE, StreamDecoder
 
 if TYPE_CHECKING:
     import tokenizers
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The options of `generate` by name, for `GPT2.generate`, so that a type checker knows a misspelt one."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    seed: int | None
+    stop: str | Sequence[str]
+    num_beams: int
+    length_penalty: float
+    eos_token_id: int | Sequence[int] | None
+    logprobs: int
+    window: bool | int
+    lookup: bool
+    cache: KVCache | None
+    tokenizer: tokenizers.Tokenizer | None
 
 
 def generate(
@@ -96,7 +116,8 @@ def generate(
         Before any work is done: see the parameters.
     """
     sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    if not isinstance(stop, str | Sequence) or not all(isinstance(s, str) for s in stop):
+    given: Any = stop  # whatever its annotation says
+    if not isinstance(given, str | Sequence) or not all(isinstance(s, str) for s in given):
         raise InputError(f"stop must be a string or a sequence of strings, got {stop!r}")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if "" in stops:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 
 import numpy as np
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import tokenizers
 
     from .decoding import Decoder, Step
+    from .generate import GenerateOptions
     from .onnx.recognise import Recognised
 
 
@@ -319,7 +320,15 @@ class GPT2:
             raise TokenizerError(f"there is no tokenizer beside {self.path or 'a model from arrays'}; {HOW_TO_GET_ONE}")
         return self.tokenizer
 
-    def trace(self, input_ids: Any, **kwargs: Any) -> dict[str, Array]:
+    def trace(
+        self,
+        input_ids: Any,
+        cache: KVCache | None = None,
+        logits: bool | Literal["last"] = True,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        token_type_ids: Array | None = None,
+    ) -> dict[str, Array]:
         """Every intermediate result of one call, {tap name: array}, in the order of computation.
 
         `input_ids` may be a text; all else is as in a call.
@@ -327,7 +336,11 @@ class GPT2:
         taps: dict[str, Array] = {}
         if isinstance(input_ids, str):
             input_ids = self.encode(input_ids)
-        self(input_ids, tap=lambda name, value: taps.__setitem__(name, np.array(value)), **kwargs)
+
+        def tap(name: str, value: Array) -> None:
+            taps[name] = np.array(value)
+
+        self(input_ids, cache, tap, logits, attention_mask, position_ids, token_type_ids)
         return taps
 
     def decoder(
@@ -347,7 +360,9 @@ class GPT2:
             return DraftingCache(self, window, cache, most=self._kernels.ROWS - 1)
         return SeparateCaches(self, window, cache)
 
-    def generate(self, prompt: Any, max_new_tokens: int | None = 64, **options: Any) -> Iterator[Step]:
+    def generate(
+        self, prompt: Any, max_new_tokens: int | None = 64, **options: Unpack[GenerateOptions]
+    ) -> Iterator[Step]:
         """Continue a text or token ids, one step at a time; see `gpt2np.generate.generate` for the options."""
         from .generate import generate
 

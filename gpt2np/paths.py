@@ -14,3 +14,11 @@ def weights_folder() -> Path:
 def embedded_model_path() -> Path:
     """The embedded model's file, weights/mini/model.onnx."""
     return weights_folder() / "mini" / "model.onnx"
+
+
+def shown(path: Path) -> Path:
+    """The path as reports show it: relative to the current folder where it lies in it."""
+    try:
+        return path.absolute().relative_to(Path.cwd())
+    except (OSError, ValueError):
+        return path

@@ -160,6 +160,7 @@ def _nucleus(weights: Array, p: float) -> tuple[Array, Array]:
     wanted = p * whole
     # n weights below (1 - p) / n of the whole are less than 1 - p of it together: the rest holds p. Most often
     # that is so with far fewer than all weights in the place of n; twice as many leave room for rounding.
+    order, held = np.zeros(0, np.intp), np.zeros(0)
     for n in (SEARCHED_TOGETHER, 16 * SEARCHED_TOGETHER, 256 * SEARCHED_TOGETHER, 2 * len(weights)):
         candidates = _where(weights >= (whole - wanted) / n)
         order = candidates[_descending(weights[candidates])]

@@ -3,7 +3,7 @@
     from gpt2np.testing import assert_parity
 
     def test_port(golden_trace):
-        golden = golden_trace("prompt", lambda: gpt2np.load().trace(ids))
+        golden = golden_trace("prompt", lambda: gpt2np.load().trace(ids), stats_only=True)
         assert_parity(my_port(ids), golden, budget="zoo")
 
 The `golden_trace` fixture comes with the pytest plugin (gpt2np/pytest_plugin.py).
@@ -11,19 +11,30 @@ The `golden_trace` fixture comes with the pytest plugin (gpt2np/pytest_plugin.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import ComparisonError, InputError
+from .errors import ComparisonError, Gpt2npError, InputError
 
 if TYPE_CHECKING:
+    from .arrays import Array
     from .parity.metrics import Budget
     from .parity.trace import Trace
 
-__all__ = ["assert_parity"]
+__all__ = ["ParityError", "assert_parity"]
+__tracebackhide__ = True  # pytest shows the test, not what is here
+
+
+class ParityError(AssertionError):
+    """Arrays are apart; `first` is the name of the first one."""
+
+    def __init__(self, message: str, first: str) -> None:
+        super().__init__(message)
+        self.first = first
 
 
 def assert_parity(
@@ -37,7 +48,9 @@ def assert_parity(
     Parameters
     ----------
     actual, expected : array or tensor, mapping of name to one, Output, tuple of arrays, Trace, or a trace's path
-        Names must be the same on both sides; a missing one is a failure.
+        Names must be the same on both sides; a missing one is a failure. Where one side is a trace that holds
+        statistics of its taps, or some of the taps alone, the other side's are taken likewise. `actual` may also be
+        a function: it is called with the inputs that the trace `expected` was recorded on.
     oracle : the same, optional
         Values in float64, to say which side is closer to them: R = rms(actual - oracle) / rms(expected - oracle).
     budget : preset name, (rtol, atol), Budget, or {name or "": any of these}
@@ -45,20 +58,30 @@ def assert_parity(
 
     Raises
     ------
-    AssertionError
-        With a table of what is out of budget: how far, where, and who is closer to the oracle.
+    ParityError
+        An AssertionError, with a table of what is out of budget: how far, where, and who is closer to the oracle.
     ComparisonError
         If there is nothing to compare.
     InputError
         If an argument is none of the above.
     """
-    __tracebackhide__ = True  # pytest shows the test, not this
+    __tracebackhide__ = True
+    try:
+        failed = _compare(actual, expected, oracle, budget)
+    except Gpt2npError as error:
+        raise error.with_traceback(None) from None  # where in gpt2np it was found tells a test's reader nothing
+    if failed is not None:
+        raise failed
+
+
+def _compare(actual: Any, expected: Any, oracle: Any, budget: Any) -> ParityError | None:
+    """What is out of budget, or None; see `assert_parity`."""
     from .parity.compare import Comparison
     from .parity.metrics import measure, rms
     from .parity.report import number
     from .parity.text import comparison_table, table_lines
 
-    a, b = _arrays(actual), _arrays(expected)
+    a, b = _pair(actual, expected)
     c = {} if oracle is None else _arrays(oracle)
     if not any(array.size for array in (*a.values(), *b.values())):
         raise ComparisonError("nothing to compare: both sides are empty")
@@ -75,10 +98,11 @@ def assert_parity(
         results.append(result)
     failed = [r for r in results if not r.ok]
     if not failed:
-        return
+        return None
     lines = [f"parity: {len(failed)} of {len(results)} arrays out of budget; the first is {failed[0].output}"]
     table = comparison_table(failed[:12])
-    lines += [text for text, _ in table_lines(table)] if table is not None else []
+    if table is not None:
+        lines += [text for text, _ in table_lines(table)]
     for r in failed[:12]:
         m = r.metrics
         if m is None:
@@ -93,7 +117,44 @@ def assert_parity(
             lines.append(f"{r.output}: against the oracle R = {number(ratio)}, {closer}")
     if len(failed) > 12:
         lines.append(f"and {len(failed) - 12} more")
-    raise AssertionError("\n".join(lines))
+    return ParityError("\n".join(lines), failed[0].output)
+
+
+def _pair(actual: Any, expected: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Both sides' arrays by name; of what one trace holds as statistics, the other side's statistics."""
+    from .parity.trace import Trace, alike, load
+
+    sides = [load(Path(side)) if isinstance(side, (str, Path)) else side for side in (actual, expected)]
+    if callable(sides[0]) and isinstance(sides[1], Trace):
+        sides[0] = _called(sides[0], sides[1])
+    a, b = (_as_parts(side, other) for side, other in (sides, sides[::-1]))
+    for one, other in ((a, b), (b, a)):
+        for name in one.manifest.get("taps_left_out", ()):
+            other.taps.pop(name, None)
+            other.outputs.pop(name, None)
+    alike(a, b)
+    return {**a.outputs, **a.taps}, {**b.outputs, **b.taps}
+
+
+def _as_parts(side: Any, other: Any) -> Trace:
+    """One side as a trace of its own; what are taps in the other one are taps in it."""
+    from .parity.trace import Trace
+
+    if isinstance(side, Trace):
+        return Trace({}, dict(side.outputs), dict(side.taps), side.manifest)
+    arrays = _arrays(side)
+    taps = {name: v for name, v in arrays.items() if isinstance(other, Trace) and name in other.taps}
+    return Trace({}, {name: v for name, v in arrays.items() if name not in taps}, taps)
+
+
+def _called(function: Any, golden: Trace) -> Any:
+    """What a function gives for a trace's inputs."""
+    from .parity.forms import named
+
+    if not golden.inputs:
+        raise InputError("the trace holds no inputs to call the function with: golden_trace(..., inputs={...})")
+    given = function({name: value.copy() for name, value in golden.inputs.items()})
+    return named(given, list(golden.outputs) or list(golden.taps), "the function")
 
 
 def _arrays(value: Any) -> dict[str, np.ndarray]:
@@ -136,10 +197,74 @@ def _budget(given: Any, name: str) -> Budget:
     raise InputError(f"budget must be one of {', '.join(PRESETS)}, (rtol, atol), a Budget, or a mapping; got {given!r}")
 
 
-def as_trace(value: Any) -> Trace:
-    """Arrays by name as a trace that can be saved."""
-    from .parity.trace import Trace, provenance
+def as_trace(
+    value: Any,
+    taps: Sequence[str] = ("*",),
+    stats_only: bool = False,
+    dtype: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
+) -> Trace:
+    """What a test calls golden, as a trace that can be saved.
 
-    if isinstance(value, Trace):
-        return value
-    return Trace({}, {}, _arrays(value), provenance({}, runner="golden"))
+    Parameters
+    ----------
+    value : as `assert_parity` takes it
+    taps : patterns of names
+        Taps that match none are left out; what is no tap is an output, and stays.
+    stats_only : bool
+        Keep of each tap (docs/taps.md) 16 numbers: rms, largest, and 14 elements. Other arrays stay whole.
+    dtype : str, optional
+        What numbers are stored as, "float16" for half the size. Rounding to it uses half of the zoo's rtol.
+    inputs : arrays by name, optional
+        What `value` was computed from, for `assert_parity(function, golden)`.
+    """
+    from .parity.operations import is_tap
+    from .parity.trace import Trace, provenance, statistics
+
+    if dtype is not None and dtype not in ("float16", "float32", "float64"):
+        raise InputError(f"dtype must be float16, float32 or float64, got {dtype!r}")
+    if not isinstance(value, Trace):
+        arrays = _arrays(value)
+        outputs = {name: array for name, array in arrays.items() if not is_tap(name)}
+        value = Trace(
+            {}, outputs, {n: v for n, v in arrays.items() if n not in outputs}, provenance({}, runner="golden")
+        )
+    if stats_only and value.manifest.get("stats_only"):
+        raise InputError("the trace holds statistics already")
+    kept = {name: v for name, v in value.taps.items() if any(fnmatchcase(name, pattern) for pattern in taps)}
+    left_out = [name for name in value.taps if name not in kept]
+    given = {**value.inputs, **{name: np.asarray(array) for name, array in (inputs or {}).items()}}
+    outputs = value.outputs if dtype is None else {n: _stored(v, dtype) for n, v in value.outputs.items()}
+    if stats_only:
+        kept = {name: statistics(array) for name, array in kept.items()}
+    elif dtype is not None:
+        kept = {name: _stored(array, dtype) for name, array in kept.items()}
+    manifest = {**value.manifest, "stats_only": stats_only or bool(value.manifest.get("stats_only"))}
+    return Trace(given, outputs, kept, {**manifest, "taps": list(taps), "taps_left_out": left_out})
+
+
+def changes(before: Trace | None, after: Trace) -> str:
+    """What a golden trace that is written anew changes, in words; "" where it is the same."""
+    from .parity.metrics import difference
+    from .parity.report import number
+
+    if before is None:
+        return "new"
+    old, new = ({**t.inputs, **t.outputs, **t.taps} for t in (before, after))
+    words = [f"without {name}" for name in old if name not in new] + [f"new {name}" for name in new if name not in old]
+    apart: dict[str, float] = {}
+    for name in [n for n in old if n in new]:
+        if (old[name].shape, old[name].dtype) != (new[name].shape, new[name].dtype):
+            words.append(f"{name} is now {new[name].dtype} {list(new[name].shape)}")
+        elif old[name].tobytes() != new[name].tobytes():
+            apart[name] = float(difference(old[name], new[name]).max(initial=0))
+    if apart:
+        worst = max(apart, key=lambda name: apart[name])
+        words.append(f"{len(apart)} of {len(new)} arrays changed, the most {worst}, by {number(apart[worst])}")
+    if not words and before.manifest.get("taps") != after.manifest.get("taps"):
+        words.append("other patterns of taps")
+    return "; ".join(words[:6]) + (f" and {len(words) - 6} more" if len(words) > 6 else "")
+
+
+def _stored(array: Array, dtype: str) -> Array:
+    return array.astype(dtype) if array.dtype.kind == "f" else array

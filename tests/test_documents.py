@@ -5,11 +5,16 @@ from __future__ import annotations
 import doctest
 import importlib.util
 import re
+import sys
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import typer
 from conftest import ROOT
+
+from gpt2np import cli
 
 WITH_EXAMPLES = sorted(p for p in (ROOT / "gpt2np").rglob("*.py") if ">>> " in p.read_text(encoding="utf-8"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,11 +59,36 @@ def test_files_and_functions_that_contributing_names_exist() -> None:
         assert f"def {name}(" in tests, name
 
 
-def test_the_reference_page_is_that_of_the_code() -> None:
+def the_refresher() -> ModuleType:
     spec = importlib.util.spec_from_file_location("refresh", ROOT / "docs" / "refresh.py")
     assert spec is not None
     assert spec.loader is not None
     refresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(refresh)
+    return refresh
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the page is of a POSIX shell")
+def test_the_sessions_of_the_porters_page_go_as_shown() -> None:
+    """Word for word, but for numbers: these depend on ONNX Runtime's version and on the machine."""
+    refresh = the_refresher()
+    page = refresh.PORTING.read_text(encoding="utf-8")
+    shown, run = (re.sub(r"[\d.,e+-]*\d", "0", text).split() for text in (page, refresh.sessions(page)))
+    assert shown == run
+
+
+def test_the_workflow_for_porters_runs_commands_that_there_are() -> None:
+    yaml = pytest.importorskip("yaml")
+    job = yaml.safe_load((ROOT / "docs" / "parity-workflow.yml").read_text(encoding="utf-8"))["jobs"]["parity"]
+    app = typer.main.get_command(cli.app)
+    commands = [step["run"].split() for step in job["steps"] if step.get("run", "").startswith("gpt2np ")]
+    assert [words[1] for words in commands] == ["warmup", "diff"]
+    for _, name, *arguments in commands:
+        app.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+
+
+def test_the_reference_page_is_that_of_the_code() -> None:
+    refresh = the_refresher()
     page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-    assert page.startswith(refresh.reference_page({})), "python docs/refresh.py"
+    assert page == refresh.reference_page(), "python docs/refresh.py"

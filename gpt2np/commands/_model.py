@@ -31,6 +31,22 @@ TokenizerOption = Annotated[
 EngineOption = Annotated[str, typer.Option(help="numba: compiled kernels; numpy: the textbook.")]
 
 
+def named_model(given: str | None) -> Path:
+    """The path of a model option or argument: a path, a fetched model's name, "mini" or None for the embedded one."""
+    from .. import zoo
+    from ..paths import embedded_model_path, shown
+
+    embedded = given is None or (given == "mini" and not Path(given).exists())
+    return shown(embedded_model_path().parent if embedded else zoo.find(str(given)))
+
+
+def named_party(given: str) -> str:
+    """A party of a comparison, a name of a model replaced by its path."""
+    from ..zoo.manifest import entries
+
+    return str(named_model(given)) if given == "mini" or given in entries() or Path(given).exists() else given
+
+
 def load_model(model: str | None, tokenizer: Path | None, engine: str, dtype: str = "float32") -> GPT2:
     """The model of the option --model with the tokenizer of --tokenizer, or the one beside it.
 
@@ -40,11 +56,9 @@ def load_model(model: str | None, tokenizer: Path | None, engine: str, dtype: st
         If there is no tokenizer, before the model is read.
     """
     from .. import tokenizer as tokenizers
-    from .. import zoo
     from ..model import load
-    from ..paths import embedded_model_path
 
-    path = embedded_model_path() if model is None else zoo.find(model)
+    path = named_model(model)
     found = tokenizers.find_beside(path) if tokenizer is None else tokenizers.load(tokenizer)
     if found is None:
         raise TokenizerError(f"there is no tokenizer beside {path}; {tokenizers.HOW_TO_GET_ONE}")

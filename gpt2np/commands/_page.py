@@ -32,8 +32,8 @@ def write_page(html: Path | None, report: Report, evidence: Evidence | None) -> 
     """Write the page, whole or not at all."""
     if html is None or evidence is None:
         return
+    from ..files import write_text
     from ..pages.report_page import report_page
-    from ..parity.report import write_text
 
     write_text(html, report_page(report, evidence, shlex.join(["gpt2np", *sys.argv[1:]]), repro(report)))
 

@@ -8,12 +8,14 @@ is obeyed as a control sequence or taken for a style; use `style=`.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..escape import escaped
+from ..schema import stamped
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..parity.explain.problem import Clock
-    from ..parity.report import Report
 
 UNWRAPPED = 100_000  # columns; a pipe has no width, and a table that is cut off there is of no use
 
@@ -62,9 +63,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     out.print(table)
 
 
-def print_json(value: Any) -> None:
-    """Print one value as one line of strict JSON (NaN and infinities are refused: give None or a string)."""
-    print(escaped(json.dumps(value, ensure_ascii=False, allow_nan=False)), flush=True)
+def print_json(kind: str, record: dict[str, Any]) -> None:
+    """Print a record as one line of strict JSON (NaN and infinities are refused: give None or a string).
+
+    `kind` is its definition in the schema, see `gpt2np.schema`.
+    """
+    print(escaped(json.dumps(stamped(kind, record), ensure_ascii=False, allow_nan=False)), flush=True)
 
 
 @contextmanager
@@ -116,30 +120,34 @@ def note(message: str) -> None:
         console(stderr=True).print(message, style="dim")
 
 
-def check_writable(*paths: Path | None) -> None:
-    """Raise InputError for a file that cannot be written because of its folder: before the work, not after it."""
-    import os
+def check_writable(*paths: Path | None, quiet: bool = False) -> None:
+    """Raise InputError for a file that cannot be written because of its folder: before the work, not after it.
 
+    A file that is there already will be replaced; that is said, unless `quiet`.
+    """
     from ..errors import InputError
 
     for path in paths:
         if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
             why = "it is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
             raise InputError(f"cannot write {path}: {why}")
+        if path is not None and path.is_file() and not quiet:
+            note(f"{path} is there already and will be replaced")
 
 
-def deliver(report: Report, json: Path | None, junit: Path | None) -> None:
-    """Print a parity report, and write the files that were asked for."""
-    from ..parity.report import write_json, write_junit
-    from ..parity.text import lines_of
+def check_folder(path: Path, own: str) -> None:
+    """Raise InputError for a folder that cannot be written, or holds what is not ours: has no file `own`."""
+    from ..errors import InputError
 
-    out = console()
-    for text, style in lines_of(report):
-        out.print(text, style=style or None)
-    if json is not None:
-        write_json(report, json)
-    if junit is not None:
-        write_junit(report, junit)
+    parent = next(place for place in path.absolute().parents if place.exists())
+    if path.exists() and not path.is_dir():
+        raise InputError(f"cannot write the folder {path}: it is a file")
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write the folder {path}: {parent} is no folder that can be written to")
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / own).is_file():
+            raise InputError(f"cannot write the folder {path}: it is there already, with other files")
+        note(f"{path} is there already and will be replaced")
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

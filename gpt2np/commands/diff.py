@@ -7,9 +7,25 @@ from typing import Annotated
 
 import typer
 
+from ._report import (
+    IdsOption,
+    JsonOption,
+    JunitOption,
+    MarkdownOption,
+    PaddingOption,
+    PresetOption,
+    PromptOption,
+    QuietOption,
+    SearchTimeOption,
+    ToleranceOption,
+    deliver,
+)
+
 
 def diff(
-    a: Annotated[str, typer.Argument(help="a model.onnx, an .npz, or package.module:function")],
+    a: Annotated[
+        str, typer.Argument(help="a model (path, or a name: gpt2-10, mini), an .npz, or package.module:function")
+    ],
     b: Annotated[str, typer.Argument(help="the other one")],
     oracle: Annotated[
         str | None, typer.Option(help="arbiter: a model.onnx or a float64 trace; default: A in float64")
@@ -25,25 +41,19 @@ def diff(
         bool, typer.Option("--digits", help="significant digits of each tap, by random rounding")
     ] = False,
     data: Annotated[list[Path] | None, typer.Option(help="a test_data_set folder, or a folder of them")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="run on this text (needs a tokenizer)")] = None,
-    ids: Annotated[
-        list[str] | None, typer.Option(metavar="1,2,3|FILE", help="run on these token ids (.npy, .npz or text)")
-    ] = None,
+    prompt: PromptOption = None,
+    ids: IdsOption = None,
     random: Annotated[int, typer.Option(min=0, help="run on random prompts")] = 0,
     seed: Annotated[int, typer.Option(help="of the random prompts")] = 0,
-    preset: Annotated[
-        str, typer.Option(help="budget: zoo, onnx, ort-gpt2, strict; auto: zoo, beyond which float64 decides")
-    ] = "auto",
-    rtol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all, or one output")] = None,
-    atol: Annotated[list[str] | None, typer.Option(metavar="[NAME:]V", help="for all, or one output")] = None,
-    padding: Annotated[
-        bool, typer.Option("--padding", help="compare rows of padding, too: nothing defines them")
-    ] = False,
-    search_time: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="processor time to look for the cause")
-    ] = 60.0,
-    json: Annotated[Path | None, typer.Option(help="write every metric and threshold")] = None,
-    junit: Annotated[Path | None, typer.Option(help="write one test case for each output and check")] = None,
+    preset: PresetOption = "auto",
+    rtol: ToleranceOption = None,
+    atol: ToleranceOption = None,
+    padding: PaddingOption = False,
+    search_time: SearchTimeOption = 60.0,
+    json: JsonOption = None,
+    junit: JunitOption = None,
+    markdown: MarkdownOption = None,
+    quiet: QuietOption = False,
     html: Annotated[Path | None, typer.Option(help="write a page to look at, with every tap")] = None,
 ) -> None:
     """Find the first operation in which two models, traces or functions differ.
@@ -66,10 +76,14 @@ def diff(
     from ..parity import cases
     from ..parity import diff as parity_diff
     from ..parity.subject import Subject
+    from ._model import named_party
     from ._page import evidence_for, write_page
-    from ._terminal import check_writable, deliver, search_clock
+    from ._terminal import check_folder, check_writable, search_clock
 
-    check_writable(json, junit, html)
+    check_writable(None if str(json) == "-" else json, junit, markdown, html, quiet=quiet)
+
+    if dump_repro is not None:
+        check_folder(dump_repro, "replay.py")
 
     def inputs(model: Subject) -> list[cases.Case]:
         return cases.gather_cases(model, data or [], prompt or [], random, seed, ids or [])
@@ -77,9 +91,9 @@ def diff(
     evidence = evidence_for(html)
     with search_clock(search_time) as clock:
         report = parity_diff.diff(
-            a, b, inputs, oracle, preset,
+            named_party(a), named_party(b), inputs, oracle, preset,
             rtol or [], atol or [], local, dump_repro, padding, replace or [], digits, clock, evidence,
         )  # fmt: skip
-    deliver(report, json, junit)
+    deliver(report, json, junit, markdown, quiet)
     write_page(html, report, evidence)
     raise typer.Exit(report.exit_code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
+from ..files import replacing
 from ..weights import Array
 from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
 from ._terminal import console, note, progress
@@ -61,18 +61,14 @@ def embed(
         if not line:
             raise InputError(f"line {number} of {file} is empty: it has no tokens")
     found = states_of(load_model(model, tokenizer, engine), lines, taps, pool, batch_size)
-    draft = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     try:
-        with progress(str(file), len(lines), "lines") as advance:
+        with replacing(output) as draft, progress(str(file), len(lines), "lines") as advance:
             _write(draft, output.suffix, _counted(found, advance), taps, pooled=pool is not None)
-        draft.replace(output)
     except KeyboardInterrupt:
         note(f"stopped; {output} is not written")
         raise typer.Exit(130) from None
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror}") from None
-    finally:
-        draft.unlink(missing_ok=True)
     console().print(f"{output}: {', '.join(taps)} of {len(lines):,} lines")
 
 

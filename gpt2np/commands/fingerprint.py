@@ -22,13 +22,12 @@ def fingerprint(
     the hash is the same on every machine with fused multiply-add; without, and in float64, other machines may have
     other last bits. Exit code 1 if ways differ.
     """
-    from .. import zoo
     from ..fingerprint import fingerprints
     from ..model import load
-    from ..paths import embedded_model_path
+    from ._model import named_model
     from ._terminal import console, fail
 
-    path = embedded_model_path() if model is None else zoo.find(model)
+    path = named_model(model)
     wanted = dtype or ["float32", "float64"]
     for name in wanted:
         if name not in ("float32", "float64"):

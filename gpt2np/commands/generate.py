@@ -138,7 +138,7 @@ def generate(
         finally:
             if json:
                 for text, row in zip(texts, made, strict=True):
-                    print_json(_record(text, row, seed, logprobs))
+                    print_json("generate", _record(text, row, seed, logprobs))
             elif logprobs:
                 _print_logprobs(gpt2.tokenizer, made)
     except KeyboardInterrupt:

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 def info(
     model: Annotated[
-        Path | None, typer.Argument(help="model.onnx, or a folder with one in it. Default: the embedded model.")
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="model.onnx, its folder, or a fetched model's name. Default: embedded."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as one line of JSON.")] = False,
     nodes: Annotated[
@@ -30,19 +31,19 @@ def info(
     from ..onnx.read.reader import open_model
     from ..onnx.recognise import recognise
     from ..pages import nodes as ledger
-    from ..paths import embedded_model_path
+    from ._model import named_model
     from ._terminal import check_writable, print_json, print_table
 
     check_writable(graph)
-    file = open_model(model or embedded_model_path())
+    file = open_model(named_model(model))
     found = recognise(file)
     if graph is not None:
+        from ..files import write_text
         from ..pages.graph_page import graph_page
-        from ..parity.report import write_text
 
         write_text(graph, graph_page(str(file.path), found))
     if as_json:
-        print_json({**describe(file, found), **({"nodes": ledger.rows(found)} if nodes else {})})
+        print_json("info", {**describe(file, found), **({"nodes": ledger.rows(found)} if nodes else {})})
     elif nodes:
         print_table(("node", "operator", "role", "tap", "line"), ledger.table(found))
     else:

@@ -35,6 +35,7 @@ def look(
 
     from .. import pictures
     from ..errors import InputError
+    from ..files import write_text
     from ..html import page
     from ._terminal import check_writable, console
 
@@ -50,7 +51,7 @@ def look(
         f"heads and width {c.n_embd}. Every number comes from <code>model.trace</code>; below each picture they stand "
         "as a table. On a narrow screen a picture can be moved sideways.</p>"
     )
-    output.write_text(page(f"gpt2np look: {arguments[-1]}", [introduction, *made]), "utf-8")
+    write_text(output, page(f"gpt2np look: {arguments[-1]}", [introduction, *made]))
     for folder, suffix in ((png, "png"), (svg, "svg")):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

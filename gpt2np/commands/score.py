@@ -67,7 +67,7 @@ def score(
         if scoring.done:
             records.append({"file": str(path), "complete": complete, **_record(scoring), "per_second": rate})
             if json:
-                print_json(records[-1])
+                print_json("score", records[-1])
         if not complete:
             break
     if not json:

@@ -9,7 +9,10 @@ import typer
 
 
 def trace(
-    model: Annotated[Path | None, typer.Argument(help="model.onnx or its folder; default: the embedded model")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="model.onnx, its folder, or a fetched model's name; default: embedded"),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="the .npz to write")] = Path("trace.npz"),
     prompt: Annotated[str | None, typer.Option(help="run on this text (needs a tokenizer)")] = None,
     data: Annotated[Path | None, typer.Option(help="run on the input of this test_data_set folder")] = None,
@@ -42,6 +45,7 @@ def trace(
     from ..parity.cases import gather_cases
     from ..parity.diff import against_float64
     from ..parity.subject import Subject
+    from ._model import named_model
     from ._page import evidence_for, write_page
     from ._terminal import check_writable, console
 
@@ -49,9 +53,14 @@ def trace(
         raise InputError("give one of --prompt, --ids, --data and --random")
     check_writable(output, html)
     evidence = evidence_for(html)
-    subject = Subject(parties.model_path(model))
+    subject = Subject(parties.model_path(named_model(model)))
     cases = gather_cases(
-        subject, [data] if data else [], [prompt] if prompt else [], int(random), seed, [ids] if ids else []
+        subject,
+        [] if data is None else [data],
+        [] if prompt is None else [prompt],
+        int(random),
+        seed,
+        [] if ids is None else [ids],
     )
     party = (
         parties.Ours(subject, engine if dtype == "float32" else "numpy", dtype)

@@ -42,7 +42,7 @@ def verify(
             checks.append(check)
             advance(1)
             if as_json:
-                print_json(asdict(check))
+                print_json("verify_check", asdict(check))
     results = [check.result for check in checks]
     if not as_json:
         colour = {"pass": "green", "FAIL": "red", "skip": "yellow"}

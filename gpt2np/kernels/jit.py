@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]
 config: Any = numba_config  # its fields are made at run time, from NUMBA_... in the environment
 
 FOLDER = Path(__file__).parent
+_said: list[str] = []  # why compiled code cannot be kept, once it was said
 KNOWN_NUMBA = (0, 68)  # the newest version of which it is known what cached code needs: see `_link_runtime`
 
 
@@ -55,9 +56,10 @@ class DiskCache(FunctionCache):
             return None
 
     def save_overload(self, signature: Any, data: Any) -> None:
-        # a full or write-protected disk, or a damaged index there: compile anew the next time
-        with suppress(Exception):
+        try:
             super().save_overload(signature, data)
+        except Exception as error:  # a full or write-protected disk, or a damaged index there
+            say_not_kept(f"cannot write to {self.cache_path}: {getattr(error, 'strerror', None) or error}")
 
     def holds(self, machine: Any) -> bool:
         """Whether there is compiled code for this kind of machine."""
@@ -67,14 +69,28 @@ class DiskCache(FunctionCache):
             return False
 
 
+def say_not_kept(why: str) -> None:
+    """Warn, once in a process, that compiled code cannot be kept: each process will compile it anew."""
+    if not _said:
+        _said.append(why)
+        warnings.warn(
+            f"compiled kernels cannot be kept, so every process compiles them anew, which takes some seconds: {why}. "
+            "Set NUMBA_CACHE_DIR to a folder that can be written to, and fill it once with: gpt2np warmup",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def jit(parallel: bool = False, inline: Any = "never") -> Callable[[Any], Any]:
     """numba.njit with the settings that all kernels share; compiled code is kept on disk where that is possible."""
 
     def decorate(function: Any) -> Any:
         kernel: Any = numba.njit(nogil=True, parallel=parallel, error_model="numpy", inline=inline)(function)
         if not config.DISABLE_JIT:
-            with suppress(RuntimeError):  # no folder to write to: compile anew in every process
+            try:
                 kernel._cache = DiskCache(function)
+            except RuntimeError:
+                say_not_kept("there is no folder to write to")
         return kernel
 
     return decorate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)  # how it was compared, and what is odd about the arrays
     left_out: str = ""  # what of the array was not compared
     noise: int = 0  # numbers beyond the budget that float64 shows to be rounding of both parties
+    seconds: float = 0.0  # how long comparing took
     aligned: Array | None = None  # the actual array in the expected one's shape, where it had another
 
     @property
@@ -113,6 +115,14 @@ def compare_arrays(
     padding: bool = False,
 ) -> None:  # fmt: skip
     """Measure one array against another: shape, rows of padding, the budget, and float64 where the budget is "auto"."""
+    began = time.perf_counter()
+    _compare_arrays(result, a, b, model, case, budgets, padding)
+    result.seconds = time.perf_counter() - began
+
+
+def _compare_arrays(
+    result: Comparison, a: Array, b: Array, model: Subject | None, case: Case | None, budgets: Budgets, padding: bool
+) -> None:
     role, call = result.output, None
     if model is not None and model.found is not None and case is not None:
         role = next((p.role for p in model.found.outputs if p.name == result.output), role)

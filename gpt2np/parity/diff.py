@@ -13,7 +13,7 @@ from ..weights import Array
 from . import trace as traces
 from .budgets import Arbiter, Budgets, parse_budgets
 from .capture import run_case, taps_from
-from .cases import Case, default_cases, pick
+from .cases import Case, case_from_ids, default_cases, pick
 from .compare import Comparison, compare_arrays, parties
 from .digits import show_digits, significant_digits
 from .explain.problem import Clock
@@ -21,7 +21,7 @@ from .files import compare_files
 from .forms import as_array, form_of, named
 from .localise import Seen, TapRow, compare_taps, first_divergence
 from .operations import tap_inputs
-from .parties import Function, Ort, Runner, TraceRunner, model_of, runner_of
+from .parties import Function, Ort, Runner, TraceRunner, model_of, port_of, runner_of
 from .replace import check_replace, put_right, say_whether_cured
 from .report import Pair, Report, Watch, add_once
 from .search import Oracle, investigate, judge
@@ -49,11 +49,12 @@ def diff(
         assert model.problem is not None
         raise model.problem
     budgets.check_names(model.output_names, model)
-    check_replace(replace, model)
     if budgets.default.source.startswith("auto"):
         budgets.arbiter = Arbiter(model)
     runners = two_runners(model, subjects, a, b)
+    check_replace(replace, model, runners[1])
     report = Report(f"A {a}, B {b}", parties(runners, []), str(budgets.default), versions=versions(), watch=watch)
+    report.port = port_of(runners)
     chosen = case_of_trace(model, runners) or cases(model)
     if not chosen:
         chosen = default_cases(model)
@@ -118,10 +119,16 @@ def two_runners(model: Subject, subjects: dict[Path, Subject], a: str, b: str) -
 
 
 def case_of_trace(model: Subject, runners: Sequence[Runner]) -> list[Case]:
-    """The call that a trace, or arrays with their inputs among them, were recorded on."""
+    """The call that a trace, or arrays with their inputs (or token ids alone) among them, were recorded on."""
     for runner in runners:
-        if isinstance(runner, TraceRunner) and set(model.input_names) <= set(runner.trace.inputs):
-            return [Case("trace", {n: runner.trace.inputs[n] for n in model.input_names}, None)]
+        if isinstance(runner, TraceRunner) and runner.trace.inputs:
+            inputs = runner.trace.inputs
+            ids = next(port.name for port in model.recognised.inputs if port.role == "input_ids")
+            if set(model.input_names) <= set(inputs):
+                return [Case("trace", {n: inputs[n] for n in model.input_names}, None)]
+            if runner.trace.plain and ids in inputs:
+                case = case_from_ids(model, "trace", inputs[ids].reshape(-1, inputs[ids].shape[-1]))
+                return [case._replace(feeds=case.feeds | inputs)]
     return []
 
 

@@ -115,7 +115,10 @@ def _raw(path: Path) -> dict[str, Array]:
         offset = entry.get("offset", 0)
         if not isinstance(offset, int) or offset < 0:
             raise TraceError(f"{path}: {name!r} has the offset {offset!r}, which is no number from 0 up")
-        arrays[name] = _cut(file.read_bytes()[offset:], RAW.get(dtype, dtype), shape, path, name, "offset" in entry)
+        with file.open("rb") as opened:
+            opened.seek(offset)
+            data = opened.read(math.prod(shape) * 8 + 1)  # enough for any type, and to see that there is more
+        arrays[name] = _cut(data, RAW.get(dtype, dtype), shape, path, name, "offset" in entry)
     return arrays
 
 

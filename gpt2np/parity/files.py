@@ -24,7 +24,6 @@ def compare_files(report: Report, model: Subject, other: Subject, b_is_other: bo
     if a.found is not None and b.found is not None:
         facts += config_facts(a.config, b.config)
     report.facts += [text for _, text in facts]
-    report.details["facts"] = [{"of": name, "text": text} for name, text in facts]
 
 
 def weight_facts(a: Subject, b: Subject) -> list[tuple[str, str]]:

@@ -72,6 +72,13 @@ def split_tap(tap: str) -> tuple[int | None, str]:
     return None, tap
 
 
+def is_tap(name: str) -> bool:
+    """Whether a name is a tap's, of a model with any number of layers."""
+    head, _, rest = name.partition(".")
+    layer, _, part = rest.partition(".")
+    return name in ("embed", "ln_f", "logits") or (head == "h" and layer.isdecimal() and part in LAYER_PARTS)
+
+
 def tap_names(config: GPT2Config) -> list[str]:
     """Every tap in the order of computation."""
     layers = [f"h.{i}.{part}" for i in range(config.n_layer) for part in LAYER_PARTS]

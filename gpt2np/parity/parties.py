@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from ..call import Call
 from ..errors import ComparisonError, InputError, TraceError
 from ..onnx.read.datasets import DataSet
 from ..optional import needs
+from ..paths import shown
 from ..signature import Feeds
 from ..weights import Array
 from .forms import as_array, form_of, named, nearest
@@ -239,6 +241,10 @@ class TraceRunner:
                 for held in (name, f"input/{name}"):
                     if held in taps:
                         self.trace.inputs[name] = as_array(taps.pop(held), f"{path} holds {held!r}")
+            ids = next(port for port in model.recognised.inputs if port.role == "input_ids")
+            if ids.name not in self.trace.inputs and "input_ids" in taps:  # the role, where the file has another name
+                value = as_array(taps.pop("input_ids"), f"{path} holds 'input_ids'")
+                self.trace.inputs[ids.name] = value.reshape((1,) * (len(ids.shape) - value.ndim) + value.shape)
 
     def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Captured:
         for name, value in feeds.items():
@@ -275,10 +281,16 @@ class Function:
             raise InputError(f"{target!r} is no function but a {type(value).__name__}")
         self.function = value
 
-    def call(self, feeds: Feeds) -> Any:
+    @property
+    def location(self) -> tuple[str, int] | None:
+        """File and line of the function, relative to the current folder; None for what is not written in Python."""
+        code = getattr(inspect.unwrap(self.function), "__code__", None)
+        return None if code is None else (str(shown(Path(code.co_filename))), code.co_firstlineno)
+
+    def call(self, feeds: Feeds, **more: Any) -> Any:
         """What the function returns for these inputs."""
         try:
-            return self.function({name: np.array(value) for name, value in feeds.items()})
+            return self.function({name: np.array(value) for name, value in feeds.items()}, **more)
         except (Exception, SystemExit) as error:  # whatever a user's code raises is its failure, not ours
             raise ComparisonError(f"{self.name} raised {where_raised(error)}") from error
 
@@ -379,3 +391,8 @@ def model_of(text: str) -> Path | None:
             raise InputError(f"{text}: no such model")
         return path
     return None
+
+
+def port_of(runners: Sequence[Runner]) -> tuple[str, int] | None:
+    """File and line of the function under test, where there is one."""
+    return next((runner.location for runner in runners if isinstance(runner, Function)), None)

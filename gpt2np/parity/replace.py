@@ -14,7 +14,7 @@ from .capture import taps_from
 from .forms import named, nearest
 from .localise import TapRow, compare_taps
 from .operations import tap_inputs, tap_names
-from .parties import Function, Ort, Ours, sorted_out
+from .parties import Function, Ort, Ours, Runner, sorted_out
 from .program import Program
 from .report import Pair, Report
 from .search import tap_table
@@ -31,14 +31,16 @@ def run_on(program: Program, call: Call, replace: Mapping[str, Array], names: Se
     return {tap: known[tap] for tap in names}
 
 
-def check_replace(taps: Sequence[str], model: Subject) -> None:
-    """Refuse taps that the file does not have.
+def check_replace(taps: Sequence[str], model: Subject, b: Runner) -> None:
+    """Refuse taps that the file does not have, and a port that cannot go on from one.
 
     Raises
     ------
     InputError
-        With the names that it may have meant.
+        With the names that it may have meant, or what the port needs.
     """
+    if taps and isinstance(b, Function) and "replace" not in inspect.signature(b.function).parameters:
+        raise InputError(f"{b.name} has no parameter `replace`: it is given {{tap: array}}, to go on from there")
     for tap in taps:
         if tap not in model.taps():
             raise InputError(f"--replace {tap}: no such tap; there is {nearest(tap, model.taps())}")
@@ -53,9 +55,7 @@ def put_right(report: Report, model: Subject, pair: Pair, replace: Sequence[str]
         raise InputError(f"{a.name} does not give {', '.join(missing)}, which is to take B's place")
     names = model.taps()
     if isinstance(b, Function):
-        if "replace" not in inspect.signature(b.function).parameters:
-            raise InputError(f"{b.name} has no parameter `replace`: it is given {{tap: array}}, to go on from there")
-        given = named(b.function(dict(case.feeds), replace=values), model.output_names, b.name)
+        given = named(b.call(case.feeds, replace=values), model.output_names, b.name)
         taps = sorted_out(model, case.feeds, given, f"{b.name} returned", False, names).taps
     elif isinstance(b, (Ort, Ours)) and b.model.found is not None:
         taps = run_on(b.model.program, call, values, names)

@@ -1,16 +1,16 @@
-"""What one command found, as plain data; JSON and JUnit of it. text.py makes what people read."""
+"""What one command found, as plain data; JSON and JUnit of it. text.py and markdown.py make what people read."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..escape import escaped
+from ..schema import stamped
 
 if TYPE_CHECKING:
     from ..call import Call
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .parties import Runner
     from .subject import Subject
 
-SCHEMA_VERSION = 1  # of the JSON: raised when a field changes its meaning or goes; new fields do not raise it
+VERDICTS = {0: "pass", 1: "fail", 3: "nothing compared"}
 
 
 @dataclass
@@ -35,6 +35,7 @@ class Check:
     by_position: list[float] = field(default_factory=list)
     party: str = ""  # whose property it is
     worst: float | None = None  # the largest difference that it found
+    seconds: float = 0.0  # how long it took
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -114,6 +115,13 @@ class Report:
     next: str = ""  # what to do next
     versions: dict[str, str] = field(default_factory=dict)
     watch: Watch | None = None
+    port: tuple[str, int] | None = None  # file and line of the function under test
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken until now."""
+        return time.perf_counter() - self.began
 
     @property
     def exit_code(self) -> int:
@@ -124,18 +132,17 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """Strict JSON: infinities as strings."""
-        from .. import __version__
-
-        return plain({
-            "schema_version": SCHEMA_VERSION, "gpt2np": __version__,
+        port = None if self.port is None else {"file": self.port[0], "line": self.port[1]}
+        return plain(stamped("report", {
             "title": self.title, "parties": self.parties, "budget": self.budget, "versions": self.versions,
-            "verdict": {0: "pass", 1: "fail", 3: "nothing compared"}[self.exit_code], "exit_code": self.exit_code,
-            "headline": self.headline, "findings": self.findings, "facts": self.facts, "who": self.who or None,
-            "next": self.next or None, "place": self.place.as_dict() if self.place else None,
+            "verdict": VERDICTS[self.exit_code], "exit_code": self.exit_code, "seconds": round(self.seconds, 3),
+            "port": port, "headline": self.headline, "findings": self.findings, "facts": self.facts,
+            "who": self.who or None, "next": self.next or None,
+            "place": self.place.as_dict() if self.place else None,
             "diagnosis": None,  # in the details, where there is one
             "comparisons": [c.as_dict() for c in self.comparisons], "checks": [c.as_dict() for c in self.checks],
             "not_compared": self.not_compared, **self.details,
-        })  # fmt: skip
+        }))  # fmt: skip
 
 
 def add_once(texts: list[str], *new: str) -> None:
@@ -163,14 +170,19 @@ def number(value: float) -> str:
     return f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e+") if math.isfinite(value) else str(value)
 
 
-def write_json(report: Report, path: Path) -> None:
-    """The report with every metric and threshold, written whole or not at all."""
-    write_text(path, json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n")
+def as_json(report: Report) -> str:
+    """The report with every metric and threshold, as JSON text."""
+    return json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n"
 
 
-def write_junit(report: Report, path: Path) -> None:
-    """One JUnit test case for each output of each pair and input, and for each check."""
+def junit_of(report: Report) -> str:
+    """The report as JUnit XML: one test case for each output of each pair and input, and for each check.
+
+    Names depend on what is compared alone, so that a test keeps its history from run to run.
+    """
     from xml.etree import ElementTree as et
+
+    from .. import __version__
 
     cases = []
     for c in report.comparisons:
@@ -179,15 +191,23 @@ def write_junit(report: Report, path: Path) -> None:
             m = c.metrics
             message = f"max abs {number(m.max_abs)} at {list(m.at)}: {m.actual_at:.9g}, expected {m.expected_at:.9g}"
             message += f"; {m.failing} of {m.elements} outside {c.budget}"
-        cases.append((f"{c.case}.{c.actual}-{c.expected}", c.output, message, False))
-    cases += [("checks", check.name, "" if check.ok else check.text, check.ok is None) for check in report.checks]
-    failures = sum(bool(message) and not skipped for _, _, message, skipped in cases)
-    skips = sum(skipped for *_, skipped in cases)
+        cases.append((f"gpt2np.{c.case}.{c.actual}-{c.expected}", c.output, message, False, c.seconds))
+    for check in report.checks:
+        name = f"{check.name}, {check.party}" if check.party else check.name
+        cases.append(("gpt2np.checks", name, "" if check.ok else check.text, check.ok is None, check.seconds))
+    failures = sum(bool(message) and not skipped for _, _, message, skipped, _ in cases)
     suite = et.Element(
-        "testsuite", name="gpt2np parity", tests=str(len(cases)), failures=str(failures), skipped=str(skips), errors="0"
-    )
-    for group, name, message, skipped in cases:
-        case = et.SubElement(suite, "testcase", classname=group, name=name)
+        "testsuite", name=f"gpt2np: {report.title}", tests=str(len(cases)), failures=str(failures), errors="0",
+        skipped=str(sum(skipped for *_, skipped, _ in cases)), time=f"{report.seconds:.3f}",
+    )  # fmt: skip
+    properties = et.SubElement(suite, "properties")
+    values = {"gpt2np": __version__, "verdict": VERDICTS[report.exit_code], "headline": report.headline}
+    for name, value in {**values, "budget": report.budget, **report.parties, **report.versions}.items():
+        et.SubElement(properties, "property", name=name, value=value)
+    for group, name, message, skipped, seconds in cases:
+        case = et.SubElement(suite, "testcase", classname=group, name=name, time=f"{seconds:.3f}")
+        if report.port is not None:
+            case.attrib |= {"file": report.port[0], "line": str(report.port[1])}
         if skipped:
             et.SubElement(case, "skipped", message=message)
         elif message:
@@ -198,14 +218,4 @@ def write_junit(report: Report, path: Path) -> None:
         element.attrib.update({name: escaped(value) for name, value in element.attrib.items()})
         element.text = element.text and escaped(element.text, keep="\n")
     et.indent(root)
-    write_text(path, et.tostring(root, encoding="unicode", xml_declaration=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    return et.tostring(root, encoding="unicode", xml_declaration=True) + "\n"

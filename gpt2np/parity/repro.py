@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..call import Call
+from ..files import replacing_folder
 from ..onnx.read.datasets import save_set
 from ..weights import Array
 from .operations import OPERATIONS, split_tap, tap_inputs
@@ -75,9 +76,10 @@ def dump(folder: Path, program: Program, call: Call, tap: str, inputs: list[Arra
     )
     model.ir_version = 8
     onnx.checker.check_model(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model.onnx").write_bytes(model.SerializeToString())
-    save_set(folder / "test_data_set_0", feeds, {output: expected})
-    (folder / "replay.py").write_text(REPLAY, encoding="utf-8")
-    if seen is not None:
-        np.save(folder / "seen.npy", seen)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(folder) as draft:
+        (draft / "model.onnx").write_bytes(model.SerializeToString())
+        save_set(draft / "test_data_set_0", feeds, {output: expected})
+        (draft / "replay.py").write_text(REPLAY, encoding="utf-8")
+        if seen is not None:
+            np.save(draft / "seen.npy", seen)

@@ -15,7 +15,7 @@ from .checks import CHECKS, matrix, run_checks
 from .compare import Comparison, compare_case, parties
 from .explain.problem import Clock
 from .metrics import Budget
-from .parties import ENGINES, Ort, Ours, Recorded, Runner, model_path, runner_of
+from .parties import ENGINES, Ort, Ours, Recorded, Runner, model_path, port_of, runner_of
 from .recordings import suspect_record
 from .report import Pair, Report, Watch, add_once
 from .rounding import Rounding, rounds
@@ -53,6 +53,7 @@ def parity(
     others = [runner_of(model, text, options.engine) for text in options.against or ["ort"]]
     runners: list[Runner] = [ours, *others]
     report = Report(str(model.path), parties(runners, cases), str(budgets.default), versions=versions(), watch=watch)
+    report.port = port_of(runners)
     if not model.whole:
         runners = [r for r in others if not isinstance(r, Ours)]
         report.parties.pop(ours.name)

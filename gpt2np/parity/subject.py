@@ -192,9 +192,12 @@ def sort_arrays(
     """
     names, known, roles = model.output_names, tap_names(model.config), aliases(model.recognised)
     arrays = _pairs({str(name): as_array(value, f"{who} {name!r}") for name, value in given.items()}, model.recognised)
+    if "last_hidden_state" in arrays and "last_hidden_state" not in {*names, *roles}:
+        arrays.setdefault("ln_f", arrays.pop("last_hidden_state"))  # a file with a head does not put it out
     made: dict[str, Array] = {}
     found: dict[str, Array] = {}
-    for name, array in sorted(arrays.items(), key=lambda item: item[0] not in names):  # the file's own names first
+    own_first = sorted(arrays.items(), key=lambda item: (item[0] not in names, item[0] in known))
+    for name, array in own_first:
         output = name if name in names else roles.get(name)
         if output is not None:
             made.setdefault(output, array)

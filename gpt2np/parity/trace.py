@@ -1,7 +1,7 @@
 """Golden traces: outputs and taps of one call in one .npz, with a manifest of where they come from.
 
 The arrays lie in the file as `input/NAME`, `output/NAME` and `tap/NAME`; `manifest` is JSON. With statistics
-only, each tap is replaced by its rms, largest value, and a few elements at fixed places.
+only, each tap is replaced by its rms, largest value, and a few elements at fixed places, a row of `statistics` each.
 
 What a port writes with `np.savez("port.npz", **arrays)` under the names of taps and outputs is read as well: a
 trace without a manifest, of which nobody can say what input it was recorded on.
@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import TraceError
-from ..files import json_object
+from ..files import json_object, replacing
 from ..weights import Array
 from .dumps import is_dump, read_dump
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had statistics as arrays of their own
 KIND = "gpt2np trace"
 
 
@@ -66,30 +66,29 @@ def alike(x: Trace, y: Trace) -> None:
 
 
 def save(path: Path, trace: Trace, stats_only: bool = False) -> None:
-    """Write a trace whole or not at all."""
-    taps = {name: statistics(v) for name, v in trace.taps.items()} if stats_only else trace.taps
-    manifest, arrays = described(Trace(trace.inputs, trace.outputs, taps, trace.manifest), stats_only)
+    """Write a trace whole or not at all; with `stats_only`, statistics of its taps in place of them."""
+    done = bool(trace.manifest.get("stats_only"))
+    taps = {n: statistics(v) for n, v in trace.taps.items()} if stats_only and not done else trace.taps
+    manifest, arrays = described(Trace(trace.inputs, trace.outputs, taps, trace.manifest), stats_only or done)
     text = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            np.savez_compressed(file, manifest=text, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as draft, open(draft, "wb") as file:
+        np.savez_compressed(file, manifest=text, **arrays)  # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def described(trace: Trace, stats_only: bool) -> tuple[dict[str, Any], dict[str, Array]]:
     """The manifest, and the arrays by their names in the file."""
-    arrays = {
-        **{f"input/{n}": v for n, v in trace.inputs.items()},
-        **{f"output/{n}": v for n, v in trace.outputs.items()},
-        **{f"tap/{n}": v for n, v in trace.taps.items()},
-    }
+    arrays = {f"input/{n}": v for n, v in trace.inputs.items()}
+    arrays |= {f"output/{n}": v for n, v in trace.outputs.items()}
+    manifest = {**trace.manifest, "kind": KIND, "schema": SCHEMA, "stats_only": stats_only}
+    if stats_only and trace.taps:  # one array: each by itself would cost 300 bytes in the archive
+        arrays["statistics"] = np.stack(list(trace.taps.values()))
+        manifest["rows_of_statistics"] = list(trace.taps)
+    else:
+        arrays |= {f"tap/{n}": v for n, v in trace.taps.items()}
     listed = {name: {"shape": list(v.shape), "dtype": v.dtype.str} for name, v in arrays.items()}
-    return {"kind": KIND, "schema": SCHEMA, "stats_only": stats_only, **trace.manifest, "arrays": listed}, arrays
+    return manifest | {"arrays": listed}, arrays
 
 
 def embedded(trace: Trace) -> dict[str, Any]:
@@ -119,8 +118,8 @@ def load(path: Path, sha256: str | None = None) -> Trace:
     manifest = json_object(text.tobytes(), f"{path}: its manifest", TraceError)
     if manifest.get("kind") != KIND:
         raise TraceError(f"{path}: an .npz file, but no trace of gpt2np: its manifest is another's")
-    if manifest.get("schema") != SCHEMA:
-        raise TraceError(f"{path}: trace schema {manifest.get('schema')}, this version reads {SCHEMA}")
+    if manifest.get("schema") not in (1, SCHEMA):
+        raise TraceError(f"{path}: trace schema {manifest.get('schema')}, this version reads 1 to {SCHEMA}")
     declared = manifest.get("arrays")
     if not isinstance(declared, dict) or not isinstance(manifest.get("stats_only"), bool):
         raise TraceError(f"{path}: its manifest does not say what arrays there are, or whether they are statistics")
@@ -135,7 +134,16 @@ def load(path: Path, sha256: str | None = None) -> Trace:
         raise TraceError(
             f"{path}: recorded from another model file: SHA-256 {manifest.get('model_sha256')}, this one has {sha256}"
         )
+    return _sorted(path, arrays, manifest)
+
+
+def _sorted(path: Path, arrays: dict[str, Array], manifest: dict[str, Any]) -> Trace:
+    """The arrays of a trace as inputs, outputs and taps; statistics are the taps' where there are such."""
     parts: dict[str, dict[str, Array]] = {"input": {}, "output": {}, "tap": {}}
+    rows, names = arrays.pop("statistics", np.zeros((0, 16))), manifest.get("rows_of_statistics", [])
+    if not isinstance(names, list) or rows.ndim != 2 or len(rows) != len(names):
+        raise TraceError(f"{path}: statistics {list(rows.shape)}, of which its manifest names {names}")
+    parts["tap"] = {str(name): row for name, row in zip(names, rows, strict=True)}
     for name, value in arrays.items():
         kind, _, rest = name.partition("/")
         if kind not in parts:

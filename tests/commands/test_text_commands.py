@@ -89,6 +89,9 @@ def test_json_holds_everything(run):
     (line,) = run("generate", "Once", "-n", "9", "--json", "--logprobs", "2", *flags).stdout.splitlines()
     record = json.loads(line)
     assert record == {
+        "kind": "generate",
+        "schema_version": 1,
+        "gpt2np": gpt2np.__version__,
         "prompt": "Once",
         "text": "".join(s.text for s in steps),
         "token_ids": [s.token_id for s in steps],

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -31,8 +30,6 @@ from gpt2np.parity.run import parity
 from gpt2np.parity.subject import Subject
 from gpt2np.parity.text import lines_of
 from gpt2np.testing import assert_parity
-
-pytest_plugins = ["pytester"]
 
 
 @pytest.fixture(scope="session")
@@ -376,30 +373,6 @@ def test_assert_parity_takes_what_a_model_returns() -> None:
         assert_parity(out._replace(last_hidden_state=x + 1), out)
     with pytest.raises(AssertionError, match="missing in actual"):
         assert_parity((x,), (x, p))
-
-
-def test_golden_traces_are_regenerated_on_demand(pytester: pytest.Pytester) -> None:
-    pytester.makepyfile(
-        textwrap.dedent("""
-            import numpy as np
-            from gpt2np.testing import assert_parity
-
-            def test_port(golden_trace):
-                golden = golden_trace("port", lambda: {"ln_f": np.arange(4.0)})
-                assert_parity({"ln_f": np.arange(4.0)}, golden)
-        """)
-    )
-    args = ("-p", "gpt2np.pytest_plugin") if not _plugin_is_installed() else ()
-    assert pytester.runpytest(*args).ret == 1
-    assert pytester.runpytest(*args, "--gpt2np-regenerate").ret == 0
-    assert (pytester.path / "golden" / "port.npz").is_file()
-    assert pytester.runpytest(*args).ret == 0
-
-
-def _plugin_is_installed() -> bool:
-    from importlib.metadata import entry_points
-
-    return any(e.value == "gpt2np.pytest_plugin" for e in entry_points(group="pytest11"))
 
 
 def test_the_plugin_is_light() -> None:

@@ -1,0 +1,200 @@
+"""gpt2np.testing and the pytest plugin: golden traces, small ones, and how a failure is shown."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpt2np
+from gpt2np.errors import InputError
+from gpt2np.parity import trace
+from gpt2np.parity.trace import Trace
+from gpt2np.testing import ParityError, as_trace, assert_parity, changes
+
+pytest_plugins = ["pytester"]
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def model() -> gpt2np.GPT2:
+    return gpt2np.load(engine="numpy")
+
+
+@pytest.fixture(scope="module")
+def taps(model: gpt2np.GPT2) -> dict[str, np.ndarray]:
+    return model.trace([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+def saved(tmp_path: Path, value: Any, **how: Any) -> Trace:
+    trace.save(tmp_path / "golden.npz", as_trace(value, **how))
+    return trace.load(tmp_path / "golden.npz")
+
+
+def file_outputs(model: gpt2np.GPT2, taps: Arrays) -> dict[str, np.ndarray]:
+    """What the embedded model's file puts out: the hidden states, keys and values."""
+    pairs = (np.stack([taps[f"h.{i}.attn.k"], taps[f"h.{i}.attn.v"]]) for i in range(model.config.n_layer))
+    return {"output1": taps["ln_f"], **{f"output{i + 2}": pair for i, pair in enumerate(pairs)}}
+
+
+def test_statistics_of_all_taps_and_the_outputs_are_small(model: gpt2np.GPT2, taps: Arrays, tmp_path: Path) -> None:
+    golden = saved(tmp_path, {**taps, **file_outputs(model, taps)}, stats_only=True, dtype="float16")
+    assert set(golden.taps) == set(taps)
+    assert golden.outputs["output2"].dtype == np.float16
+    assert (tmp_path / "golden.npz").stat().st_size < 60_000
+    assert_parity({**taps, **file_outputs(model, taps)}, golden)
+    assert saved(tmp_path, taps, stats_only=True).taps.keys() == taps.keys()
+    assert (tmp_path / "golden.npz").stat().st_size < 20_000
+
+
+@pytest.mark.parametrize("how", [{}, {"stats_only": True}, {"dtype": "float16"}, {"taps": ["h.2.*"]}], ids=str)
+def test_one_wrong_tap_is_found(taps: Arrays, tmp_path: Path, how: dict[str, Any]) -> None:
+    golden = saved(tmp_path, taps, **how)
+    assert_parity(taps, golden)
+    assert_parity(golden, taps)
+    assert_parity(golden, golden)
+    with pytest.raises(ParityError, match=r"h\.2\.ln_2") as caught:
+        assert_parity({**taps, "h.2.ln_2": taps["h.2.ln_2"] * np.float32(1.01)}, golden)
+    assert caught.value.first == "h.2.ln_2"
+    with pytest.raises(ParityError, match="missing in actual"):
+        assert_parity({name: value for name, value in taps.items() if name != "h.2.ln_2"}, golden)
+
+
+def test_a_function_is_called_with_the_inputs(tmp_path: Path) -> None:
+    """A golden trace of any function, without any model."""
+    inputs = {"x": np.arange(6.0).reshape(2, 3)}
+    golden = saved(tmp_path, (inputs["x"] * 2, inputs["x"] + 1), inputs=inputs)
+    assert_parity(lambda feeds: (feeds["x"] * 2, feeds["x"] + 1), golden)
+    assert_parity(lambda feeds: {"output2": feeds["x"] + 1, "output1": feeds["x"] * 2}, tmp_path / "golden.npz")
+    with pytest.raises(ParityError, match="output2"):
+        assert_parity(lambda feeds: (feeds["x"] * 2, feeds["x"] + 2), golden)
+    with pytest.raises(InputError, match="inputs="):
+        assert_parity(lambda feeds: feeds, saved(tmp_path, {"y": np.zeros(2)}))
+
+
+def test_traces_of_the_first_schema_stay_readable(tmp_path: Path) -> None:
+    row = trace.statistics(np.arange(20.0))
+    manifest = (
+        '{"kind": "gpt2np trace", "schema": 1, "stats_only": true, '
+        '"arrays": {"tap/ln_f": {"shape": [16], "dtype": "<f8"}}}'
+    )
+    text = np.frombuffer(manifest.encode(), np.uint8)
+    np.savez(tmp_path / "old.npz", **{"manifest": text, "tap/ln_f": row})
+    assert_parity({"ln_f": np.arange(20.0)}, trace.load(tmp_path / "old.npz"))
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(InputError, match="float16, float32 or float64"):
+        as_trace({"ln_f": np.zeros(2)}, dtype="int8")
+
+
+def test_what_changed_is_said() -> None:
+    before = as_trace({"ln_f": np.zeros(4), "embed": np.ones(3), "gone": np.ones(1)})
+    assert changes(None, before) == "new"
+    assert changes(before, before) == ""
+    after = as_trace({"ln_f": np.array([0, 0, 0.5, 0]), "embed": np.ones((3, 1)), "more": np.ones(1)})
+    text = changes(before, after)
+    assert "without gone" in text
+    assert "new more" in text
+    assert "embed is now float64 [3, 1]" in text
+    assert "1 of 3 arrays changed, the most ln_f, by 5.00e-1" in text
+
+
+def test_the_example_that_mypy_checks_runs() -> None:
+    from typed_client import use
+
+    assert use()
+
+
+def test_options_of_generate_are_the_same_for_a_type_checker() -> None:
+    import inspect
+
+    from gpt2np.generate import GenerateOptions, generate
+
+    known = {p.name: p.annotation for p in inspect.signature(generate).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert known == {name: held.__forward_arg__ for name, held in GenerateOptions.__annotations__.items()}
+
+
+# ---------------------------------------------------------------------------------------------- the plugin
+
+Run = Callable[..., pytest.RunResult]
+
+TESTS = textwrap.dedent("""
+    import numpy as np
+    import pytest
+    from gpt2np.testing import assert_parity
+
+    VALUE = 1.0
+
+    @pytest.mark.parametrize("i", range(4))
+    def test_port(golden_trace, i):
+        golden = golden_trace("port", lambda: {"ln_f": np.full(4, VALUE), "embed": np.ones(2)})
+        assert_parity({"ln_f": np.full(4, VALUE), "embed": np.ones(2)}, golden)
+""")
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run:
+    from importlib.metadata import entry_points
+
+    installed = any(p.value == "gpt2np.pytest_plugin" for p in entry_points(group="pytest11"))
+    own = () if installed else ("-p", "gpt2np.pytest_plugin")
+    for name in ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_WORKSPACE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(gpt2np.__file__).parents[1])]))
+    return lambda *more: pytester.runpytest(*own, "-p", "no:cacheprovider", *more)
+
+
+def test_golden_traces_are_regenerated_on_demand(pytester: pytest.Pytester, run: Run) -> None:
+    file = pytester.makepyfile(test_port=TESTS)
+    missing = run()
+    assert missing.ret == 1
+    missing.stdout.fnmatch_lines("*no golden trace *port.npz: run pytest --gpt2np-regenerate*")
+    run("--gpt2np-regenerate").stdout.fnmatch_lines("golden/port.npz: new")
+    state = (pytester.path / "golden" / "port.npz").stat()
+    run("--gpt2np-regenerate").stdout.fnmatch_lines("golden/port.npz: unchanged")
+    assert (pytester.path / "golden" / "port.npz").stat() == state
+    assert run().ret == 0
+    file.write_text(TESTS.replace("VALUE = 1.0", "VALUE = 1.5"), encoding="utf-8")
+    assert run().ret == 1
+    regenerated = run("--gpt2np-regenerate")
+    regenerated.stdout.fnmatch_lines("golden/port.npz: 1 of 2 arrays changed, the most ln_f, by 5.00e-1")
+    assert run().ret == 0
+
+
+def test_a_failure_shows_the_test_and_nothing_of_gpt2np(
+    pytester: pytest.Pytester, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytester.makepyfile(test_port=TESTS + "\n\ndef test_bad():\n    assert_parity(np.ones(2), object())\n")
+    assert run("--gpt2np-regenerate", "-k", "not bad").ret == 0
+    file = pytester.path / "test_port.py"
+    file.write_text(file.read_text(encoding="utf-8").replace("np.full(4, VALUE), \"embed\": np.ones(2)}, golden",
+                    "np.full(4, 2.0), \"embed\": np.ones(2)}, golden"), encoding="utf-8")  # fmt: skip
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(pytester.path / "summary.md"))
+    result = run("--junit-xml", "report.xml")
+    assert result.ret == 1
+    out = result.stdout.str()
+    assert "testing.py" not in out
+    assert "pytest_plugin.py" not in out
+    assert "ln_f" in out
+    result.stdout.fnmatch_lines("::error file=test_port.py,line=10,title=test_port.py%3A%3Atest_port?0?::parity*ln_f*")
+    assert "test_port.py::test_port[0]" in (pytester.path / "summary.md").read_text(encoding="utf-8")
+    assert '<property name="gpt2np.first" value="ln_f"' in (pytester.path / "report.xml").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_workers_of_xdist_share_golden_traces(pytester: pytest.Pytester, run: Run) -> None:
+    pytest.importorskip("xdist")
+    pytester.makepyfile(test_port=TESTS)
+    made = pytester.runpytest_subprocess("-n", "2", "-p", "no:cacheprovider", "--gpt2np-regenerate")
+    assert made.ret == 0
+    made.stdout.fnmatch_lines("golden/port.npz: *")
+    assert not list((pytester.path / "golden").glob(".*"))
+    assert run().ret == 0
