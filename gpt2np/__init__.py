@@ -36,6 +36,7 @@ _MODULES = (
     "pictures",
     "reference",
     "sampling",
+    "schema",
     "testing",
     "tokenizer",
     "zoo",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from . import pictures as pictures
     from . import reference as reference
     from . import sampling as sampling
+    from . import schema as schema
     from . import testing as testing
     from . import tokenizer as tokenizer
     from . import zoo as zoo

@@ -27,9 +27,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def generated(folder: Path, session: Any, monkeypatch: pytest.MonkeyPatch, **how: Any) -> list[Any]:
-    """What Optimum's ORTModelForCausalLM generates with sessions of that class, from prompts with left padding."""
-    torch = pytest.importorskip("torch")
+def optimum_model(folder: Path, session: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Optimum's ORTModelForCausalLM over the folder, with sessions of that class."""
     optimum = pytest.importorskip("optimum.onnxruntime.modeling_decoder", reason="needs optimum-onnx")
     made = []
 
@@ -43,6 +42,13 @@ def generated(folder: Path, session: Any, monkeypatch: pytest.MonkeyPatch, **how
     monkeypatch.setattr("optimum.onnxruntime.base.IOBinding", lambda session: None)
     model = optimum.ORTModelForCausalLM.from_pretrained(folder, use_io_binding=False)
     assert made, "Optimum did not make its session of the class under test"
+    return model
+
+
+def generated(folder: Path, session: Any, monkeypatch: pytest.MonkeyPatch, **how: Any) -> list[Any]:
+    """What it generates from prompts with left padding."""
+    torch = pytest.importorskip("torch")
+    model = optimum_model(folder, session, monkeypatch)
     results = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -62,6 +68,28 @@ def test_optimum_generates_the_same_ids(folder, monkeypatch, how):
 
     theirs = generated(folder, onnxruntime.InferenceSession, monkeypatch, **how)
     assert generated(folder, gpt2np.InferenceSession, monkeypatch, **how) == theirs
+
+
+def piped(folder: Path, session: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What Hugging Face's text-generation pipeline writes over that model, greedy in a batch and sampled."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left")
+    model = optimum_model(folder, session, monkeypatch)
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    greedy = pipe(["w5 w6 w7", "w9"], max_new_tokens=8, do_sample=False, batch_size=2)
+    torch.manual_seed(3)
+    return [greedy, pipe("w5 w6 w7", max_new_tokens=8, do_sample=True, top_k=10)]
+
+
+def test_the_text_generation_pipeline_writes_the_same(folder, monkeypatch):
+    import onnxruntime
+
+    theirs = piped(folder, onnxruntime.InferenceSession, monkeypatch)
+    assert piped(folder, gpt2np.InferenceSession, monkeypatch) == theirs
 
 
 def test_polygraphy_finds_no_difference(monkeypatch):

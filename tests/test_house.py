@@ -28,7 +28,6 @@ LONG_FUNCTIONS = {
     "gpt2np/onnx/recognise/recognise.py read_graph": "the steps of recognising, one after the other",
     "gpt2np/onnx/recognise/search.py _of_loop": "to be cut",
     "gpt2np/parity/explain/attention_mistakes.py c_attn": "to be cut",
-    "gpt2np/parity/localise.py _row": "to be cut",
     "gpt2np/parity/metrics.py measure": "to be cut",
 }
 

@@ -55,13 +55,9 @@ def trace(
     evidence = evidence_for(html)
     subject = Subject(parties.model_path(named_model(model)))
     cases = gather_cases(
-        subject,
-        [] if data is None else [data],
-        [] if prompt is None else [prompt],
-        int(random),
-        seed,
+        subject, [] if data is None else [data], [] if prompt is None else [prompt], int(random), seed,
         [] if ids is None else [ids],
-    )
+    )  # fmt: skip
     party = (
         parties.Ours(subject, engine if dtype == "float32" else "numpy", dtype)
         if runner == "ours"
@@ -71,9 +67,8 @@ def trace(
     traces.save(output, made, stats_only)
     if evidence is not None:
         write_page(html, against_float64(subject, party, cases[0], made, evidence), evidence)
-    out = console()
     what = f"{len(made.taps)} taps and {len(made.outputs)} outputs of {party.name} on {cases[0].name}"
-    out.print(f"{output}: {what}, {output.stat().st_size:,} bytes")
+    console().print(f"{output}: {what}, {output.stat().st_size:,} bytes")
     missing = made.manifest["taps_missing"]
     if missing:
-        out.print(f"not in this graph: {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}")
+        console().print(f"not in this graph: {', '.join(missing[:8])}{' ...' if len(missing) > 8 else ''}")
