@@ -186,7 +186,10 @@ figure.picture td.number { text-align: right; }
 figure.picture thead th { position: sticky; top: 0; border-bottom: 1px solid currentColor; }
 figure.picture thead th { background: var(--color-background-primary, Canvas); }
 .vega-embed .vega-actions a { color: #000; }
-@media print { figure.picture summary, figure.picture .vega-embed details { display: none; } }
+@media print {
+  figure.picture summary, figure.picture .vega-embed details { display: none; }
+  figure.picture .chart.vega-embed svg.marks { max-width: 100%; height: auto; }
+}
 """
 
 STYLE = f"""

@@ -5,6 +5,7 @@ Those of one tap begin empty: report.js fills them with the tap that is chosen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,9 +28,9 @@ FLIPS = "same", "within the budget", "B flips", "A flips", "both flip"
 FLOOR = "float32's own error, up to the budget"
 
 
-def rounded(value: float) -> float:
-    """Three significant digits."""
-    return float(f"{value:.2e}")
+def rounded(value: float) -> float | str:
+    """Three significant digits; in words what JSON has no number for, and a logarithmic axis no place."""
+    return float(f"{value:.2e}") if math.isfinite(value) else "not finite"
 
 
 def drift_rows(rows: Sequence[TapRow], a: str, b: str) -> list[dict[str, Any]]:
@@ -54,6 +55,11 @@ def compared_rows(comparisons: Sequence[Comparison], a: str, b: str) -> list[dic
     ]  # fmt: skip
 
 
+def has_mark(row: dict[str, Any]) -> bool:
+    """Whether a logarithmic axis has a place for it."""
+    return isinstance(row["rms"], float) and row["rms"] > 0
+
+
 def drift(rows: list[dict[str, Any]], first: str | None) -> Picture:
     """Every kind of error from tap to tap in the order of computation; the first divergence is marked."""
     taps = list(dict.fromkeys(row["tap"] for row in rows))
@@ -71,7 +77,7 @@ def drift(rows: list[dict[str, Any]], first: str | None) -> Picture:
     )
     shaped = alt.Shape("error:N", title=None, legend=legend, scale=shapes)
     layers = [
-        *([band] if any(row["error"] == FLOOR for row in rows) else []),
+        *([band] if any(row["error"] == FLOOR and has_mark(row) for row in rows) else []),
         lines.mark_line(strokeWidth=1, opacity=0.6),
         lines.mark_point(size=26, opacity=0.9).encode(shape=shaped),
         alt.Chart(ROWS).transform_filter("datum.tap == tap").mark_rule(strokeDash=[2, 3], opacity=0.5).encode(x=x),
@@ -79,8 +85,8 @@ def drift(rows: list[dict[str, Any]], first: str | None) -> Picture:
     ]
     caption = (
         f"Grey: {FLOOR}, {LOCAL_FACTOR:g} times as much. A local error is what an operation itself adds, each party's "
-        "own inputs given; the others hold what came in, too. An error of 0 has no mark. Click a mark, or choose a "
-        "tap below, to look into it."
+        "own inputs given; the others hold what came in, too. An error that is 0 or not finite has no mark. "
+        "Click a mark, or choose a tap below, to look into it."
     )
     chosen = alt.param(name="tap", value=first or taps[0])
     chart = alt.layer(*layers).add_params(chosen).properties(width="container", height=300)
@@ -98,7 +104,7 @@ def marked(tap: str, x: alt.X, right: bool) -> list[alt.Chart]:
 def heat() -> Picture:
     """The error of one tap by position and head, or by position and block of channels."""
     base = alt.Chart(ROWS).encode(
-        alt.X("column:N", sort=None, title=None, axis=alt.Axis(orient="top", labelAngle=-45)),
+        alt.X("column:N", sort=None, title=None, axis=alt.Axis(orient="top", labelAngle=-90)),
         alt.Y("position:N", sort=None, title="position"),
         tooltip=["position:N", "column:N", "error:N"],
     )

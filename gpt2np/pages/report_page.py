@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -56,6 +57,7 @@ def report_page(report: Report, evidence: Evidence, command: str, repro: str = "
 
 
 EQUAL = "All taps are equal, bit by bit."
+BROKEN = "No error of a tap is a finite number."
 NO_TAPS = "No taps were compared: no party gave an array from inside the model."
 NO_CHECKS = "No checks without a reference were made; gpt2np parity --checks all makes them."
 
@@ -126,7 +128,9 @@ def taps_part(report: Report, witness: Witness) -> list[str | Picture]:
     where = f" on {escape(witness.case.name)}" if witness.case is not None else ""
     return [
         f"<h2>Taps{where}</h2>",
-        drawings.drift(rows, first) if any(row["rms"] > 0 for row in rows) else f"<p>{EQUAL}</p>",
+        drawings.drift(rows, first)
+        if any(drawings.has_mark(row) and row["error"] != drawings.FLOOR for row in rows)
+        else f"<p>{EQUAL if all(row['rms'] == 0 for row in rows if row['error'] != drawings.FLOOR) else BROKEN}</p>",
         '<h3 id="one-tap">One tap</h3><p class="choose"><label>tap <select id="tap"></select></label> '
         f'<label>error <select id="kind">{options}</select></label></p><dl id="tap-facts" aria-live="polite"></dl>',
         drawings.heat(), drawings.ulps(),
@@ -160,7 +164,7 @@ def tap_data(report: Report, witness: Witness, first: str | None) -> dict[str, A
         taps[tap] = {
             "part": split_tap(tap)[1], "shape": summary.shape, "columns": summary.columns,
             "inputs": tap_inputs(tap, config) if config is not None else (), "nodes": nodes.get(tap, []),
-            "scale": row.scale if row is not None else 1.0,
+            "scale": row.scale if row is not None and math.isfinite(row.scale) else 1.0,
             "positions": next(iter(grids.values()))[0] if grids else [],
             "errors": {kind: [_cell(c) for line in grid for c in line] for kind, (_, grid) in grids.items()},
             "ulps": summary.ulps.tolist(),
@@ -180,13 +184,13 @@ def _worst(rows: Sequence[TapRow]) -> str | None:
 
 
 def _cell(value: float | None) -> float | None:
-    return value if value is None else NOT_FINITE if value in (float("inf"),) else float(f"{value:.1e}")
+    return value if value is None else float(f"{value:.1e}") if math.isfinite(value) else NOT_FINITE
 
 
 def _number(value: float | None) -> float | str | None:
     if value is None:
         return None
-    return float(f"{value:.8g}") if abs(value) < float("inf") else str(value)
+    return float(f"{value:.8g}") if math.isfinite(value) else str(value)
 
 
 def _in_words(row: TapRow, witness: Witness) -> str:

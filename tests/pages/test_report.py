@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -267,7 +268,11 @@ def test_text_is_text_whatever_is_in_it(tmp_path: Path, tab: Page):
     report.checks = [Check(f"batch {NASTY}", False, NASTY, party=NASTY, worst=1.0)]
     evidence = Evidence()
     evidence.begin(NASTY, "B", {})
-    evidence.see(seen("ln_f", (1, 5, 24)))
+    broken = seen("ln_f", (1, 5, 24))
+    broken.b[0, 3, 7] = np.nan
+    evidence.see(broken)
+    none = [float("inf")] * 9
+    report.rows[f"{NASTY} - B"] = [TapRow("ln_f", (1, 5, 24), *none[:3], (0, 3, 7), *none[:7], 1e-3, math.inf)]
     assert chosen(report, evidence) is evidence.pairs[0]
     (tmp_path / "n.html").write_text(report_page(report, evidence, NASTY, NASTY), "utf-8")
     found = tab.open(tmp_path / "n.html").run(
@@ -275,6 +280,8 @@ def test_text_is_text_whatever_is_in_it(tmp_path: Path, tab: Page):
         "        document.querySelectorAll('figure').length, document.querySelector('#matrix').dataset.drawn]"
     )
     assert found == [NASTY, found[2], found[2], "yes"]
+    assert "∞" in tab.run("return document.querySelector('#heat svg').textContent")
+    assert tab.run("return document.querySelector('#worst tbody').rows[0].cells[4].textContent") == "inf"
 
 
 @needs_chromium

@@ -108,6 +108,7 @@ class Page:
 
     def printed(self, path: Path) -> None:
         """The page as PDF."""
+        self.call("Emulation.setEmulatedMedia", media="")
         path.write_bytes(base64.b64decode(self.call("Page.printToPDF", printBackground=False)["data"]))
 
 
