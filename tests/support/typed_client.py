@@ -27,9 +27,9 @@ def use() -> str:
 
 def misuse(model: gpt2np.GPT2) -> None:
     """What a porter misspells."""
-    gpt2np.laod()  # type: ignore[attr-defined]
-    gpt2np.load(engin="numpy")  # type: ignore[call-arg]
-    model.trace([1], attention_maks=None)  # type: ignore[call-arg]
-    model.generate("Once", temprature=0.5)  # type: ignore[call-arg]
+    gpt2np.loads()  # type: ignore[attr-defined]
+    gpt2np.load(engines="numpy")  # type: ignore[call-arg]
+    model.trace([1], attention_masks=None)  # type: ignore[call-arg]
+    model.generate("Once", temperatures=0.5)  # type: ignore[call-arg]
     model.generate("Once", temperature="hot")  # type: ignore[arg-type]
-    assert_parity(1, 1, bugdet="zoo")  # type: ignore[call-arg]
+    assert_parity(1, 1, budgets="zoo")  # type: ignore[call-arg]
