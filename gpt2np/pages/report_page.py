@@ -45,6 +45,9 @@ def report_page(report: Report, evidence: Evidence, command: str, repro: str = "
         parts.append("<h2>Outputs</h2>" + table_html(table))
     parts += taps_part(report, witness) if witness is not None else without_arrays(report, evidence)
     parts += tokens_part(report, witness) if witness is not None else []
+    others = [f"{w.a} and {w.b}" for w in evidence.pairs if w.taps and w is not witness]
+    if others:
+        parts.append(f"<p>Compared tap by tap, too, and not drawn: {escape(', '.join(others))}.</p>")
     checks = [check for check in report.checks if check.name != "taps"]
     parts.append("<h2>Checks</h2>")
     parts.append(drawings.matrix(checks) if checks else f"<p>{escape(NO_CHECKS)}</p>")

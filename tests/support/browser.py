@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,15 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed (Debian's package: chromium)")
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe",
          "--no-first-run", "--host-resolver-rules=MAP * ~NOTFOUND")  # fmt: skip
+
+# The protocol is spoken on file descriptors 3 and 4.
+LAUNCH = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
+for fd, number in zip(ends, (3, 4)):
+    os.dup2(fd, number)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -117,15 +127,9 @@ def chromium() -> Iterator[Page]:
     """A tab of a Chromium of its own, which ends with it."""
     assert CHROMIUM is not None
     (theirs_in, to), (back, theirs_out) = os.pipe(), os.pipe()
-
-    def wire() -> None:  # the protocol speaks on file descriptors 3 and 4
-        spare = os.dup(theirs_in), os.dup(theirs_out)
-        os.dup2(spare[0], 3)
-        os.dup2(spare[1], 4)
-
-    command = [CHROMIUM, *FLAGS, "about:blank"]
+    command = [sys.executable, "-c", LAUNCH, str(theirs_in), str(theirs_out), CHROMIUM, *FLAGS, "about:blank"]
     quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, preexec_fn=wire, close_fds=False, stdout=quiet, stderr=quiet) as process:
+    with subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), stdout=quiet, stderr=quiet) as process:
         os.close(theirs_in)
         os.close(theirs_out)
         try:
