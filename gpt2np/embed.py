@@ -63,14 +63,20 @@ def embed(
     >>> states["last_hidden_state"].shape == (len(states["input_ids"]), model.config.n_embd)
     True
     """
-    if pool not in (None, "last", "mean"):
-        raise InputError(f'pool must be "last", "mean" or None, got {pool!r}')
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    check_taps(model, taps, pool, batch_size)
     rows = prompt_ids(texts, model.config.vocab_size, model.tokenizer if tokenizer is None else tokenizer)
     for i, ids in enumerate(rows, 1):
         if len(ids) > model.config.n_ctx:
             raise ContextOverflowError(f"text {i} of {len(rows)} has {len(ids)} tokens, n_ctx is {model.config.n_ctx}")
+    return _batches(model, rows, tuple(taps), pool, batch_size)
+
+
+def check_taps(model: GPT2, taps: Sequence[str], pool: str | None, batch_size: int) -> None:
+    """InputError if the options of `embed` are not what it takes."""
+    if pool not in (None, "last", "mean"):
+        raise InputError(f'pool must be "last", "mean" or None, got {pool!r}')
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     shapes = {name: value.shape for name, value in model.trace([0]).items()}
     shapes[LAST_HIDDEN_STATE] = shapes["ln_f"]
     for tap in taps:
@@ -78,7 +84,6 @@ def embed(
             raise InputError(f"there is no tap {tap!r}; there are {', '.join(shapes)}")
         if pool and len(shapes[tap]) != 3:
             raise InputError(f"{tap} has no vector for each position, so it cannot be pooled")
-    return _batches(model, rows, tuple(taps), pool, batch_size)
 
 
 def _batches(

@@ -1,9 +1,9 @@
 """SHA-256 of what a model computes, for each way of computing it: they must all be one and the same.
 
-The results of three fixed texts are computed by one call each, in chunks, token by token, in batches, after a cache
-was cut back, and on every number of threads. For one text, all of these have the same bits; so have other machines
-with fused multiply-add, in float32. Two things are the machine's own: in float64 exp and erf come from the system's
-mathematical library, and where there is no fused multiply-add, sums round twice.
+The results of three fixed texts, and what they say of each next token, are computed by one call each, in chunks, token
+by token, in batches, after a cache was cut back, and on every number of threads. For one text, all of these have the
+same bits; so have other machines with fused multiply-add, in float32. Two things are the machine's own: in float64
+exp, erf and tanh come from the system's mathematical library, and where nothing is fused, sums round twice.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from .arrays import Array
 from .cache import KVCache
 from .model import GPT2
+from .score import log_probabilities
 
 LONGEST = 64  # tokens of a text: more than one chain of every kernel, and few enough for a second
 
@@ -34,6 +35,7 @@ class Result(NamedTuple):
     hidden: Array  # (T, C)
     logits: Array  # (T, V)
     past: Array  # (L, 2, H, T, D)
+    logs: Array  # (T - 1,), log-probabilities of all tokens but the first, float64
 
 
 Way = Callable[[GPT2, list[Array]], list[Result]]
@@ -46,6 +48,11 @@ def texts(model: GPT2) -> list[Array]:
     return [np.arange(T) * (31 * np.arange(T) + 7 + 12 * i) % model.config.vocab_size for i, T in enumerate(lengths)]
 
 
+def _result(model: GPT2, ids: Array, hidden: Array, logits: Array, past: Array) -> Result:
+    logs, _ = log_probabilities(model, logits[None, :-1].copy(), ids[None, 1:])
+    return Result(hidden, logits, past, logs[0])
+
+
 def _in_pieces(model: GPT2, ids: Array, ends: list[int], cache: KVCache | None = None) -> Result:
     """One text in calls that end before these positions; a cache that is given holds the first ones already."""
     start = 0 if cache is None else cache.length
@@ -55,7 +62,9 @@ def _in_pieces(model: GPT2, ids: Array, ends: list[int], cache: KVCache | None =
         parts.append(model(ids[None, start:end], cache=cache))
         start = end
     logits = [part.logits[0] for part in parts if part.logits is not None]
-    return Result(
+    return _result(
+        model,
+        ids,
         np.concatenate([part.last_hidden_state[0] for part in parts]),
         np.concatenate(logits),
         np.stack([layer[:, 0] for layer in parts[-1].past]),
@@ -81,7 +90,8 @@ def _batch(model: GPT2, given: list[Array]) -> list[Result]:
         others = [ids, (ids + 1) % model.config.vocab_size, ids[::-1]]
         out = model(np.stack([others[1], ids, others[2]]))
         assert out.logits is not None
-        found.append(Result(out.last_hidden_state[1], out.logits[1], np.stack([layer[:, 1] for layer in out.past])))
+        past = np.stack([layer[:, 1] for layer in out.past])
+        found.append(_result(model, ids, out.last_hidden_state[1], out.logits[1], past))
     return found
 
 
@@ -94,11 +104,12 @@ def _ragged(model: GPT2, given: list[Array]) -> list[Result]:
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
     out = model(ids, attention_mask=mask, position_ids=positions)
     assert out.logits is not None
-    places = [(row, slice(S - len(text), S)) for row, text in enumerate(given)]
-    return [
-        Result(out.last_hidden_state[b, at], out.logits[b, at], np.stack([layer[:, b, :, at] for layer in out.past]))
-        for b, at in places
-    ]
+    found = []
+    for b, text in enumerate(given):
+        at = slice(S - len(text), S)
+        past = np.stack([layer[:, b, :, at] for layer in out.past])
+        found.append(_result(model, text, out.last_hidden_state[b, at], out.logits[b, at], past))
+    return found
 
 
 def _prefix(model: GPT2, given: list[Array]) -> list[Result]:
@@ -114,7 +125,7 @@ def _prefix(model: GPT2, given: list[Array]) -> list[Result]:
         assert begun.logits is not None
         first = begun.last_hidden_state[0, :half], begun.logits[0, :half]
         hidden, logits = (np.concatenate(pair) for pair in zip(first, rest[:2], strict=True))
-        found.append(Result(hidden, logits, rest.past))
+        found.append(_result(model, ids, hidden, logits, rest.past))
     return found
 
 

@@ -162,6 +162,29 @@ def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]
     return found
 
 
+def check_cut(n_ctx: int, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Window and stride in tokens, as `TextScoring` takes them; InputError if they are out of range."""
+    window = n_ctx if window is None else window
+    if not 2 <= window <= n_ctx:
+        raise InputError(f"window must be in 2..{n_ctx} (n_ctx), got {window}")
+    stride = window // 2 if stride is None else stride
+    if not 1 <= stride <= window:
+        raise InputError(f"stride must be in 1..{window} (window), got {stride}")
+    return window, stride
+
+
+def check_text(ids: Sequence[int]) -> None:
+    """InputError for a text in which there is nothing to score."""
+    if len(ids) < 2:
+        raise InputError(f"a text needs two tokens, of which the second is scored; this one has {len(ids)}")
+
+
+def score_windows(model: GPT2, ids: Sequence[int], group: Sequence[tuple[int, int, int]]) -> list[float]:
+    """The log-likelihood of each of some windows of a text, which are run together: an exact sum over its tokens."""
+    rows = [(ids[begin:end], first - begin) for begin, first, end in group]
+    return [math.fsum(logs) for logs, _ in predictions(model, rows)]
+
+
 class TextScoring:
     """Scores one text, batch after batch of windows.
 
@@ -205,19 +228,12 @@ class TextScoring:
         tokenizer: tokenizers.Tokenizer | None = None,
         progress: Progress | None = None,
     ) -> None:
-        n_ctx = model.config.n_ctx
-        self.window = n_ctx if window is None else window
-        if not 2 <= self.window <= n_ctx:
-            raise InputError(f"window must be in 2..{n_ctx} (n_ctx), got {self.window}")
-        self.stride = self.window // 2 if stride is None else stride
-        if not 1 <= self.stride <= self.window:
-            raise InputError(f"stride must be in 1..{self.window} (window), got {self.stride}")
+        self.window, self.stride = check_cut(model.config.n_ctx, window, stride)
         self._model = model
-        self._batch_size = _positive(batch_size)
+        self._batch_size = check_batch_size(batch_size)
         self._tokenizer = _tokenizer(model, tokenizer)
         self._ids = encode_for(model.config.vocab_size, self._tokenizer, text)
-        if len(self._ids) < 2:
-            raise InputError(f"a text needs two tokens, of which the second is scored; this one has {len(self._ids)}")
+        check_text(self._ids)
         self._windows = windows(len(self._ids), self.window, self.stride)
         self._progress = progress or Progress(None)
         self._key = self._progress.key(model, self._ids[: self.window], text, self.window, self.stride)
@@ -238,8 +254,7 @@ class TextScoring:
         try:
             while (start := len(self._done)) < len(self._windows):
                 group = self._windows[start : start + self._batch_size]
-                rows = [(self._ids[begin:end], first - begin) for begin, first, end in group]
-                self._done += [math.fsum(logs) for logs, _ in predictions(self._model, rows)]
+                self._done += score_windows(self._model, self._ids, group)
                 self._progress.put(self._key, self._done)
                 yield sum(end - first for _, first, end in group)
         finally:
@@ -290,7 +305,7 @@ class LastWordScoring:
         progress: Progress | None = None,
     ) -> None:
         self._model = model
-        self._batch_size = _positive(batch_size)
+        self._batch_size = check_batch_size(batch_size)
         tokenizer = _tokenizer(model, tokenizer)
         if not passages:
             raise InputError("there is no passage")
@@ -298,10 +313,7 @@ class LastWordScoring:
         V = model.config.vocab_size
         for i, passage in enumerate(passages, 1):
             place = f"passage {i} of {len(passages)}"
-            *_, word = passage.split() or [""]
-            given = passage.rstrip().removesuffix(word).rstrip()
-            if not given:
-                raise InputError(f"{place} has no words before its last one: {passage[:60]!r}")
+            given, word = last_word(passage, place)
             target = encode_for(V, tokenizer, f" {word}")
             if len(target) >= model.config.n_ctx:
                 raise InputError(f"the last word of {place} has {len(target)} tokens, n_ctx is {model.config.n_ctx}")
@@ -334,11 +346,25 @@ class LastWordScoring:
             self._progress.put(self._key, self._done, now=True)
 
     @property
+    def outcomes(self) -> list[tuple[float, bool]]:
+        """Of each passage that is done its last word's log-likelihood, and whether it was guessed; shortest first."""
+        return self._done
+
+    @property
     def result(self) -> LastWords:
         """The score of the passages that are done, which are the shortest ones while there are others."""
         return LastWords(
             len(self._done), sum(right for _, right in self._done), math.fsum(log for log, _ in self._done)
         )
+
+
+def last_word(passage: str, place: str) -> tuple[str, str]:
+    """What is given of a passage, and its last word; InputError, which `place` begins, if it has a single word."""
+    *_, word = passage.split() or [""]
+    given = passage.rstrip().removesuffix(word).rstrip()
+    if not given:
+        raise InputError(f"{place} has no words before its last one: {passage[:60]!r}")
+    return given, word
 
 
 def read_passages(text: str) -> list[str]:
@@ -387,17 +413,31 @@ def predictions(model: GPT2, rows: Sequence[tuple[Sequence[int], int]]) -> list[
         part = slice(begin, begin + step)
         logits = model(inputs[:, part], cache=cache).logits  # (B, step, V)
         assert logits is not None
-        largest = logits.max(axis=-1)
-        chosen = np.take_along_axis(logits, targets[:, part, None], axis=-1)[..., 0]
-        best[:, part] = chosen == largest
-        exps = np.exp(np.subtract(logits, largest[..., None], out=logits), out=logits)
-        logs[:, part] = chosen.astype(np.float64) - largest - np.log(exps.sum(axis=-1, dtype=np.float64))
+        logs[:, part], best[:, part] = log_probabilities(model, logits, targets[:, part])
     return [
         (logs[i, first - 1 : len(ids) - 1], best[i, first - 1 : len(ids) - 1]) for i, (ids, first) in enumerate(rows)
     ]
 
 
-def _positive(batch_size: int) -> int:
+def log_probabilities(model: GPT2, scores: Array, targets: Array) -> tuple[Array, Array]:
+    """What scores (B, T, V), which may be written to, say of the tokens `targets` (B, T).
+
+    Returns
+    -------
+    log-probabilities float64 (B, T), bool (B, T): whether no token has a higher score
+    """
+    if model.engine == "numba":
+        from . import kernels
+
+        return kernels.log_probabilities(scores, targets)
+    largest = scores.max(axis=-1)
+    chosen = np.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
+    exps = np.exp(np.subtract(scores, largest[..., None], out=scores), out=scores)
+    return chosen.astype(np.float64) - largest - np.log(exps.sum(axis=-1, dtype=np.float64)), chosen == largest
+
+
+def check_batch_size(batch_size: int) -> int:
+    """The same; InputError if it is not at least 1."""
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     return batch_size

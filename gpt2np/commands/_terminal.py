@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from ..cluster.store import Shard
     from ..parity.explain.problem import Clock
 
+MINUTE = 60.0  # seconds
 UNWRAPPED = 100_000  # columns; a pipe has no width, and a table that is cut off there is of no use
 
 
@@ -89,6 +92,33 @@ def progress(description: str, total: float | None, unit: str = "") -> Iterator[
     with Progress(*columns, Rate(), TimeRemainingColumn(), console=out, disable=not out.is_terminal) as bar:
         task = bar.add_task(escaped(description), total=total)
         yield lambda amount: bar.advance(task, amount)
+
+
+@contextmanager
+def shard_progress(description: str, shards: Sequence[Shard], unit: str) -> Iterator[Callable[[int], None]]:
+    """Progress over shards on standard error: how many are done, the rate, the time left; yields `advance(size)`.
+
+    A terminal shows a bar; into a file goes a line each minute.
+    """
+    total, done, began = sum(shard.size for shard in shards), [0, 0], time.monotonic()
+    told = [began]
+    terminal = console(stderr=True).is_terminal
+    with progress(f"{description}, {len(shards):,} shards", total, unit) as bar:
+
+        def advance(size: int) -> None:
+            bar(size)
+            done[0] += 1
+            done[1] += size
+            now = time.monotonic()
+            if not terminal and now > told[0] + MINUTE:
+                told[0] = now
+                rate = done[1] / (now - began)
+                note(
+                    f"{description}: {done[0]:,} of {len(shards):,} shards, {rate:,.0f} {unit}/s, "
+                    f"{(total - done[1]) / rate / MINUTE:,.0f} minutes left"
+                )
+
+        yield advance
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -14,7 +14,8 @@ from ..errors import InputError
 from ..files import replacing
 from ..weights import Array
 from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
-from ._terminal import console, note, progress
+from ._shards import ClusterOption, ResultsOption, WorkersOption, open_shards, wanted
+from ._terminal import console, note, print_json, progress
 
 
 def embed(
@@ -31,6 +32,10 @@ def embed(
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     engine: EngineOption = "numba",
+    workers: WorkersOption = None,
+    cluster: ClusterOption = None,
+    results: ResultsOption = None,
+    json: Annotated[bool, typer.Option("--json", help="Print a summary as one line of JSON.")] = False,
 ) -> None:
     """Write the model's last hidden state, or any tap, for each line of a text.
 
@@ -47,8 +52,10 @@ def embed(
     - `gpt2np embed lines.txt -o vectors.npy --pool mean -m gpt2-10`
 
     - `gpt2np embed lines.txt -o attention.npz --tap h.0.attn.probs --tap h.1.attn.probs`
+
+    - `gpt2np embed lines.txt -o vectors.npy --pool last --workers 4` (the same bits: docs/scale.md)
     """
-    from ..embed import LAST_HIDDEN_STATE
+    from ..embed import LAST_HIDDEN_STATE, check_taps
     from ..embed import embed as states_of
 
     taps = tuple(dict.fromkeys(tap or [LAST_HIDDEN_STATE]))
@@ -56,20 +63,44 @@ def embed(
         raise InputError(f"the output must be an .npz or .npy file, got {output}")
     if output.suffix == ".npy" and len(taps) > 1:
         raise InputError("an .npy file holds one array: give one --tap, or write an .npz file")
-    lines = [line.removesuffix("\r") for line in read_text(file).removesuffix("\n").split("\n")]
-    for number, line in enumerate(lines, 1):
-        if not line:
-            raise InputError(f"line {number} of {file} is empty: it has no tokens")
-    found = states_of(load_model(model, tokenizer, engine), lines, taps, pool, batch_size)
+    done: dict[str, Any] = {"output": str(output), "taps": list(taps)}
+    gpt2 = load_model(model, tokenizer, engine)
+    if wanted(workers, cluster, results):
+        from ..cluster import text
+        from ..cluster.models import describe
+
+        check_taps(gpt2, taps, pool, batch_size)
+        with open_shards(workers, cluster, results, "lines") as shards:
+            options = {"taps": taps, "pool": pool}
+            pieces = text.line_shards("embedded", file, describe(gpt2, tokenizer), options, batch_size)
+            shards.compute(text.embed_lines, pieces, "embedding")
+            done |= {"lines": sum(shard.size for shard in pieces), **shards.summary()}
+            _save(output, text.embedded(pieces, shards.store), taps, pooled=pool is not None)
+    else:
+        lines = [line.removesuffix("\r") for line in read_text(file).removesuffix("\n").split("\n")]
+        for number, line in enumerate(lines, 1):
+            if not line:
+                raise InputError(f"line {number} of {file} is empty: it has no tokens")
+        found = states_of(gpt2, lines, taps, pool, batch_size)
+        with progress(str(file), len(lines), "lines") as advance:
+            _save(output, _counted(found, advance), taps, pooled=pool is not None)
+        done["lines"] = len(lines)
+    if json:
+        print_json(done)
+    else:
+        console().print(f"{output}: {', '.join(taps)} of {done['lines']:,} lines")
+
+
+def _save(output: Path, found: Iterator[dict[str, Array]], taps: Sequence[str], pooled: bool) -> None:
+    """Write the file, as a whole or not at all."""
     try:
-        with replacing(output) as draft, progress(str(file), len(lines), "lines") as advance:
-            _write(draft, output.suffix, _counted(found, advance), taps, pooled=pool is not None)
+        with replacing(output) as draft:
+            _write(draft, output.suffix, found, taps, pooled)
     except KeyboardInterrupt:
         note(f"stopped; {output} is not written")
         raise typer.Exit(130) from None
     except OSError as error:
         raise InputError(f"cannot write {output}: {error.strerror}") from None
-    console().print(f"{output}: {', '.join(taps)} of {len(lines):,} lines")
 
 
 def _counted(found: Iterator[dict[str, Array]], advance: Callable[[float], None]) -> Iterator[dict[str, Array]]:
@@ -105,5 +136,6 @@ def _stack(rows: list[Array]) -> Array:
 
 
 def _add(archive: zipfile.ZipFile, name: str, value: Array) -> None:
-    with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+    entry_of_no_date = zipfile.ZipInfo(f"{name}.npy")  # so that the same arrays make the same file
+    with archive.open(entry_of_no_date, "w", force_zip64=True) as entry:
         np.lib.format.write_array(entry, value)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import InputError
 from ._report import (
     IdsOption,
     JsonOption,
@@ -20,21 +22,30 @@ from ._report import (
     ToleranceOption,
     deliver,
 )
+from ._shards import ClusterOption, ResultsOption, Shards, WorkersOption, open_shards, wanted
+
+if TYPE_CHECKING:
+    from ..parity.capture import Options
+
+AgainstOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PARTY",
+        help="ort (default), ort-off, ort-1t, onnxref, numpy, numba, float64, another model.onnx, a trace.npz, "
+        "or package.module:function; repeat for several",
+    ),
+]
+ChecksOption = Annotated[
+    str, typer.Option(help="of outputs, taps, cache, chunk, prefix, batch, order, causal, determinism, finite; or all")
+]
 
 
 def parity(
     model: Annotated[
-        str | None,
-        typer.Argument(help="model.onnx, its folder, or a fetched model's name; default: embedded"),
-    ] = None,
-    against: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="PARTY",
-            help="ort (default), ort-off, ort-1t, onnxref, numpy, numba, float64, another model.onnx, a trace.npz, "
-            "or package.module:function; repeat for several",
-        ),
+        typer.Argument(help="model.onnx, its folder, or a fetched model's name, or several; default: embedded"),
     ] = None,
+    against: AgainstOption = None,
     data: Annotated[
         list[Path] | None, typer.Option(help="a test_data_set folder or a folder of them; default: beside MODEL")
     ] = None,
@@ -46,10 +57,7 @@ def parity(
     preset: PresetOption = "auto",
     rtol: ToleranceOption = None,
     atol: ToleranceOption = None,
-    checks: Annotated[
-        str,
-        typer.Option(help="of outputs, taps, cache, chunk, prefix, batch, order, causal, determinism, finite; or all"),
-    ] = "outputs",
+    checks: ChecksOption = "outputs",
     noise_floor: Annotated[
         bool, typer.Option("--noise-floor", help="take the budget from ONNX Runtime's difference from itself")
     ] = False,
@@ -63,6 +71,9 @@ def parity(
         Path | None, typer.Option(help="write a page to look at, with every tap, which are then compared")
     ] = None,
     save_trace: Annotated[Path | None, typer.Option(help="write ours, all taps of the first input, as .npz")] = None,
+    workers: WorkersOption = None,
+    cluster: ClusterOption = None,
+    results: ResultsOption = None,
 ) -> None:
     """Compare a model's outputs: ours, ONNX Runtime's and the recorded ones.
 
@@ -75,6 +86,7 @@ def parity(
     - `gpt2np parity model.onnx --checks all`
     - `gpt2np parity model.onnx --against mypackage.port:forward --random 3`
     - `gpt2np parity model.onnx --noise-floor --junit parity.xml --json parity.json`
+    - `gpt2np parity models/*.onnx --random 10000 --workers 4` (one report for each 50 prompts: docs/scale.md)
     """
     from ..parity import capture, parties, run
     from ._model import named_model
@@ -83,13 +95,46 @@ def parity(
 
     check_writable(None if str(json) == "-" else json, junit, markdown, html, save_trace, quiet=quiet)
     names = tuple(dict.fromkeys([*run.parse_checks(checks), *(["taps"] if html is not None else [])]))
+    models = [parties.model_path(named_model(one)) for one in model or [None]]
     options = capture.Options(
-        parties.model_path(named_model(model)), against or [], data or [], prompt or [], random, ids or [], seed,
+        models[0], against or [], data or [], prompt or [], random, ids or [], seed,
         engine, preset, rtol or [], atol or [], names, noise_floor, padding,
     )  # fmt: skip
+    if len(models) > 1 or wanted(workers, cluster, results):
+        if any((junit, markdown, html, save_trace)):
+            raise InputError("--junit, --markdown, --html and --save-trace are of one model in one process")
+        with open_shards(workers, cluster, results, "prompts") as shards:
+            raise typer.Exit(_sweep(shards, options, models, search_time, json, quiet))
     evidence = evidence_for(html)
     with search_clock(search_time) as clock:
         report = run.parity(options, save_trace, clock, evidence)
     deliver(report, json, junit, markdown, quiet)
     write_page(html, report, evidence)
     raise typer.Exit(report.exit_code)
+
+
+def _sweep(
+    shards: Shards, options: Options, models: list[Path], search_time: float, json: Path | None, quiet: bool
+) -> int:
+    """Compare by shards, and tell what came out of them all; returns the exit code."""
+    from ..cluster import sweep
+    from ..files import write_text
+    from ._terminal import console, print_json, print_table
+
+    pieces = sweep.report_shards(options, models, search_time)
+    shards.compute(sweep.compare, pieces, "comparing")
+    whole, lines = sweep.merged(pieces, shards.store)
+    whole["cluster"] = shards.summary()
+    if str(json) == "-":
+        print_json(whole)
+    elif json is not None:
+        write_text(json, dumps(whole, indent=1, allow_nan=False) + "\n")
+    if str(json) != "-" and not quiet:
+        out = console()
+        out.print(f"verdict: {sweep.VERDICTS[whole['exit_code']]}\n")
+        head = ("model", ">inputs", ">comparisons", ">failing", ">numbers", ">outside", "verdict")
+        print_table(head, sweep.rows(whole))
+        for line in lines:
+            out.print(line)
+        shards.tell()
+    return int(whole["exit_code"])

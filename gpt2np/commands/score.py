@@ -5,13 +5,27 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..score import LastWordScoring, Progress, TextScoring, read_passages
+from ..errors import InputError
+from ..score import (
+    LastWords,
+    LastWordScoring,
+    Progress,
+    Score,
+    TextScoring,
+    check_batch_size,
+    check_cut,
+    read_passages,
+)
 from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
+from ._shards import ClusterOption, ResultsOption, Shards, WorkersOption, open_shards, wanted
 from ._terminal import note, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from ..model import GPT2
 
 
 def score(
@@ -29,6 +43,9 @@ def score(
     tokenizer: TokenizerOption = None,
     engine: EngineOption = "numba",
     dtype: Annotated[str, typer.Option(help="float32, or float64 for exact sums.")] = "float32",
+    workers: WorkersOption = None,
+    cluster: ClusterOption = None,
+    results: ResultsOption = None,
 ) -> None:
     """Log-likelihood and perplexity of texts; accuracy of last words.
 
@@ -49,7 +66,22 @@ def score(
     - `gpt2np score wikitext2_raw_test.txt -m gpt2-lm-head-10 --stride 512 --resume progress.json`
 
     - `gpt2np score lambada_test.jsonl --json`
+
+    - `gpt2np score corpus/*.txt --workers 4` (the same bits by any number of workers: docs/scale.md)
     """
+    if wanted(workers, cluster, results):
+        if resume is not None:
+            raise InputError("--resume is for one process; --results keeps what --workers and --cluster compute")
+        with open_shards(workers, cluster, results, "tokens") as shards:
+            _score_shards(
+                shards,
+                files,
+                load_model(model, tokenizer, engine, dtype),
+                tokenizer,
+                (window, stride, batch_size),
+                json,
+            )
+        return
     kept = Progress(resume)
     texts = [read_text(path) for path in files]
     gpt2 = load_model(model, tokenizer, engine, dtype)
@@ -65,7 +97,9 @@ def score(
         rate = _run(path, scoring)
         complete = scoring.done == scoring.total
         if scoring.done:
-            records.append({"file": str(path), "complete": complete, **_record(scoring), "per_second": rate})
+            records.append(
+                {"file": str(path), "complete": complete, **_record(scoring.result, _cut(scoring)), "per_second": rate}
+            )
             if json:
                 print_json("score", records[-1])
         if not complete:
@@ -91,15 +125,51 @@ def _run(path: Path, scoring: TextScoring | LastWordScoring) -> float | None:
     return round(new / (time.perf_counter() - began), 1) if new else None
 
 
-def _record(scoring: TextScoring | LastWordScoring) -> dict[str, Any]:
-    cut = {}
-    if isinstance(scoring, LastWordScoring):
+def _score_shards(
+    shards: Shards, files: list[Path], gpt2: GPT2, tokenizer: Path | None, how: tuple[int | None, int | None, int],
+    json: bool,
+) -> None:  # fmt: skip
+    """Score files by shards: texts are tokenized first, then windows and passages are scored together."""
+    from ..cluster import text
+    from ..cluster.models import describe
+
+    window, stride = check_cut(gpt2.config.n_ctx, *how[:2])
+    batch_size = check_batch_size(how[2])
+    described = describe(gpt2, tokenizer)
+    texts = {path: text.token_shard(path, described) for path in files if path.suffix != ".jsonl"}
+    cut = {p: text.line_shards("passages", p, described, {}, batch_size) for p in files if p not in texts}
+    shards.compute(text.tokenize, list(texts.values()), "tokenizing", "texts")
+    for path, tokens in texts.items():
+        cut[path] = text.window_shards(tokens, shards.store, window, stride, batch_size)
+    shards.compute(text.score, [shard for path in files for shard in cut[path]], "scoring")
+    records: list[dict[str, Any]] = []
+    for path in files:
+        result = (
+            text.text_score(texts[path], cut[path], shards.store) if path in texts
+            else text.passages_score(cut[path], shards.store)
+        )  # fmt: skip
+        sizes = {"window": window, "stride": stride} if path in texts else {}
+        records.append({"file": str(path), "complete": True, **_record(result, sizes), "per_second": None})
+        if json:
+            print_json(records[-1])
+    if json:
+        print_json(shards.summary())
+    else:
+        _print(records)
+        shards.tell()
+
+
+def _cut(scoring: TextScoring | LastWordScoring) -> dict[str, int]:
+    return {"window": scoring.window, "stride": scoring.stride} if isinstance(scoring, TextScoring) else {}
+
+
+def _record(result: Score | LastWords, cut: dict[str, int]) -> dict[str, Any]:
+    if isinstance(result, LastWords):
         names = ["passages", "correct", "accuracy", "log_likelihood", "perplexity"]
     else:
         names = ["tokens", "scored", "words", "bytes", "log_likelihood", "log_likelihood_per_token"]
         names += ["perplexity", "perplexity_per_word", "perplexity_per_byte", "bits_per_byte"]
-        cut = {"window": scoring.window, "stride": scoring.stride}
-    values = {name: getattr(scoring.result, name) for name in names}
+    values = {name: getattr(result, name) for name in names}
     return cut | {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 

@@ -15,7 +15,7 @@ from ..arrays import Array, empty_aligned
 from ..masks import Mask, ScoresReachMask
 from ..reference import Tap, no_tap, split_heads
 from ..weights import MLP, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear
-from . import loops, threads
+from . import loops, threads, vectors
 from .jit import DiskCache, config
 from .loops import PIECE_QUERIES, PIECE_ROWS, TERMS, VisibleKeys
 from .panels import pack_matrix
@@ -282,6 +282,20 @@ def logits(hidden: Array, lm_head: Any, lm_head_bias: Array, tap: Tap = no_tap) 
     return scores
 
 
+def log_probabilities(scores: Array, targets: Array) -> tuple[Array, Array]:
+    """What scores (B, T, V) say of the tokens `targets` (B, T).
+
+    Returns
+    -------
+    log-probabilities float64 (B, T), bool (B, T): whether no token has a higher score
+    """
+    logs, best = np.empty(targets.size), np.empty(targets.size, bool)
+    with pool():
+        lanes = np.empty(LANES, scores.dtype), np.empty(LANES)
+        vectors.log_probabilities(_rows(scores), np.require(targets.reshape(-1), np.int64), *lanes, logs, best)
+    return logs.reshape(targets.shape), best.reshape(targets.shape)
+
+
 def warmup(dtype: Any = np.float32) -> None:
     """Compile every kernel for one dtype, or load it from disk, by running a model of zeros.
 
@@ -308,4 +322,4 @@ def warmup(dtype: Any = np.float32) -> None:
         ids = np.zeros((1, tokens), np.int64)
         for tap in (no_tap, lambda name, value: None):
             hidden = transformer(ids, ids, w, [zeros(2, 1, H, tokens, C // H)], 0, None, tap if tokens == 1 else no_tap)
-            logits(hidden[:, -1:], w.lm_head, w.lm_head_bias)
+            log_probabilities(logits(hidden[:, -1:], w.lm_head, w.lm_head_bias), ids[:, -1:])

@@ -172,10 +172,74 @@ def _erfc32(x):
     return np.float32(2.0) - y if x < np.float32(0.0) else y
 
 
+@jit()
+def _tanh32(x):
+    """The hyperbolic tangent of a float32, from the formulas and the polynomial of Cephes' tanhf; within 2 ulp."""
+    a = abs(x)
+    square = x * x
+    p = np.float32(-5.70498872745e-3)
+    p = fma(p, square, np.float32(2.06390887954e-2))
+    p = fma(p, square, np.float32(-5.37397155531e-2))
+    p = fma(p, square, np.float32(1.33314422036e-1))
+    p = fma(p, square, np.float32(-3.33332819422e-1))
+    near = fma(p * square, x, x)
+    far = np.float32(1.0) - np.float32(2.0) / (_exp32(a + a) + np.float32(1.0))
+    far = -far if x < np.float32(0.0) else far
+    return near if a < np.float32(0.625) else far
+
+
+@jit()
+def log(x):
+    """The natural logarithm of a float64 that is positive and not subnormal; within 1 ulp, on every machine.
+
+    x = 2 ** k * (1 + f) with 1 + f between sqrt(1/2) and sqrt(2), and log(1 + f) by the polynomial of fdlibm's e_log.c.
+    The logarithms of systems' libraries differ in last bits.
+    """
+    bits = np.int64(np.float64(x).view(np.int64) + np.int64(0x3FF0000000000000 - 0x3FE6A09E667F3BCD))
+    k = np.float64((bits >> np.int64(52)) - np.int64(1023))
+    bits = (bits & np.int64(0x000FFFFFFFFFFFFF)) + np.int64(0x3FE6A09E667F3BCD)
+    f = np.int64(bits).view(np.float64) - 1.0
+    s = f / (2.0 + f)
+    z = s * s
+    w = z * z
+    even = w * (3.999999999940941908e-01 + w * (2.222219843214978396e-01 + w * 1.531383769920937332e-01))
+    odd = z * (
+        6.666666666666735130e-01
+        + w * (2.857142874366239149e-01 + w * (1.818357216161805012e-01 + w * 1.479819860511658591e-01))
+    )
+    half = 0.5 * f * f
+    return k * 6.93147180369123816490e-01 - ((half - (s * (half + (even + odd)) + k * 1.90821492927058770002e-10)) - f)
+
+
 exp = by_dtype(_exp32, math.exp if not config.DISABLE_JIT else np.exp)
 erfc = by_dtype(_erfc32, math.erfc)
+tanh = by_dtype(_tanh32, math.tanh)
 
 ACTIVATION_CODES = {"none": 0, "gelu_tanh": 1, "gelu_erf": 2, "gelu_quick": 3, "relu": 4, "silu": 5, "tanh": 6}
+
+
+@jit()
+def log_probabilities(scores, targets, lanes, sums, logs, best):
+    """For each row of scores (R, V): the log-softmax at its target, and whether no score is higher; sums in float64."""
+    for r in range(len(scores)):
+        row, target = scores[r], scores[r, targets[r]]
+        top = highest(row, lanes)
+        sums[:] = 0
+        whole = row.size - row.size % LANES
+        for start in range(0, whole, LANES):
+            part = row[start : start + LANES]
+            for i in range(LANES):
+                sums[i] += np.float64(exp(part[i] - top))
+        for i in range(row.size - whole):
+            sums[i] += np.float64(exp(row[whole + i] - top))
+        width = LANES
+        while width > 1:
+            width //= 2
+            for i in range(width):
+                sums[i] += sums[i + width]
+        # a NaN among the scores, or an infinity, leaves no sum to take a logarithm of
+        logs[r] = np.float64(target) - np.float64(top) - log(sums[0]) if sums[0] >= 1 else np.nan
+        best[r] = target == top
 
 
 @jit()
@@ -205,4 +269,4 @@ def activate_in_place(v, activation):
             v[i] = number(0) if v[i] < number(0) else v[i]
     elif activation == 6:
         for i in range(v.size):
-            v[i] = number(math.tanh(np.float64(v[i])))
+            v[i] = tanh(v[i])

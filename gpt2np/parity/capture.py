@@ -36,6 +36,7 @@ class Options:
     checks: tuple[str, ...] = ("outputs",)
     noise_floor: bool = False
     padding: bool = False  # whether rows of padding are compared, too
+    skip: int = 0  # random prompts at the beginning that others compare
 
 
 def run_case(

@@ -119,9 +119,13 @@ def random_cases(model: Subject, count: int, seed: int, longest: int = 48, full:
 
 
 def gather_cases(
-    model: Subject, data: Sequence[Path], prompts: Sequence[str], count: int, seed: int, ids: Sequence[str] = ()
-) -> list[Case]:
-    """The inputs to compare on: data sets (by default those beside the model), prompts, random tokens."""
+    model: Subject, data: Sequence[Path], prompts: Sequence[str], count: int, seed: int, ids: Sequence[str] = (),
+    skip: int = 0,
+) -> list[Case]:  # fmt: skip
+    """The inputs to compare on: data sets (by default those beside the model), prompts, random tokens.
+
+    Of the `count` random prompts the first `skip` are left out.
+    """
     folders = expand(data) if data else [] if prompts or count or ids else find_sets(model.path)
     cases = cases_from_data([load_set(folder, model.input_names, model.output_names) for folder in folders])
     for i, prompt in enumerate(prompts):
@@ -130,7 +134,7 @@ def gather_cases(
         cases.append(case_from_ids(model, f"ids_{i}", given_ids(text, model)))
     if not cases and not data and not count:
         return default_cases(model, seed) if model.found is not None else []
-    return cases + (random_cases(model, count, seed) if count else [])
+    return cases + (random_cases(model, count, seed)[skip:] if count else [])
 
 
 def given_ids(text: str, model: Subject) -> Array:

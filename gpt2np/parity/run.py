@@ -48,7 +48,7 @@ def parity(
     if model.found is not None and model.found.search is not None:
         return search_parity(model, model.found.search, options, parity)
     budgets.check_names(model.output_names, model)
-    cases = gather_cases(model, options.data, options.prompts, options.random, options.seed, options.ids)
+    cases = gather_cases(model, options.data, options.prompts, options.random, options.seed, options.ids, options.skip)
     ours = Ours(model, options.engine)
     others = [runner_of(model, text, options.engine) for text in options.against or ["ort"]]
     runners: list[Runner] = [ours, *others]

@@ -137,6 +137,32 @@ def test_activations(name, dtype):
     np.testing.assert_allclose(got[finite], expected[finite], rtol=60 * EPS[dtype], atol=8 * EPS[dtype])
 
 
+def test_logarithm_and_tanh_to_the_last_place():
+    x = np.exp(rng.uniform(-3, 12, 2000))
+    exact = np.log(x.astype(np.longdouble)) if np.finfo(np.longdouble).eps < 1e-18 else np.log(x)
+    got = np.array([vectors.log(value) for value in x])
+    assert np.abs((got - exact) / np.spacing(np.abs(got))).max() < 1.5
+    assert [vectors.log(2.0**k) for k in (0, 1, 4)] == [0, math.log(2), math.log(16)]
+    x = np.concatenate([rng.uniform(-10, 10, 5000), 10.0 ** rng.uniform(-30, 0, 500)]).astype(np.float32)
+    exact = np.tanh(x.astype(np.float64))
+    assert (np.abs(kernels.tanh(x) - exact) / np.spacing(np.abs(exact).astype(np.float32))).max() < 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_probabilities(dtype):
+    scores, targets = draw(2, 3, 200, dtype=dtype) * dtype(9), rng.integers(0, 200, (2, 3))
+    targets[0, 0] = scores[0, 0].argmax()
+    logs, best = kernels.log_probabilities(scores, targets)
+    exact = scores.astype(np.float64)
+    exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
+    np.testing.assert_allclose(logs, np.take_along_axis(exact, targets[..., None], -1)[..., 0], rtol=1e-6)
+    assert (best == (targets == scores.argmax(-1))).all()
+    scores[0, 0, 7], scores[0, 1, 7], scores[0, 2, targets[0, 2]] = np.nan, np.inf, -np.inf
+    logs, _ = kernels.log_probabilities(scores, targets)
+    assert np.isnan(logs[0, :2]).all()
+    assert logs[0, 2] == -np.inf
+
+
 def test_embed():
     wte, wpe = draw(70, 9), draw(11, 9)
     ids, positions = rng.integers(0, 70, (2, 5)), rng.integers(0, 11, (2, 5))
@@ -394,9 +420,9 @@ def in_a_new_process(code, **environment):
 
 @pytest.mark.jit
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_gets_the_same_bits():
+def test_children_forked_while_threads_run_get_the_same_bits():
     code = """
-        import os, warnings
+        import os, signal, threading, warnings
         from gpt2np.kernels import threads
         from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
         warnings.simplefilter("ignore")
@@ -404,11 +430,25 @@ def test_a_forked_child_gets_the_same_bits():
         model = tiny_model()
         ids = random_ids(model.config, 2, 15)
         expected = model(ids).logits
-        child = os.fork()
-        same = (model(ids).logits == expected).all()
-        if not child:
-            os._exit(0 if same else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0 and same
+        busy = True
+
+        def run():
+            while busy:
+                assert (model(ids).logits == expected).all()
+
+        runners = [threading.Thread(target=run) for _ in range(2)]
+        for runner in runners:
+            runner.start()
+        for _ in range(60):
+            child = os.fork()
+            if not child:
+                signal.alarm(60)  # rather than to wait for ever
+                os._exit(0 if (model(ids).logits == expected).all() else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        busy = False
+        for runner in runners:
+            runner.join()
+        assert (model(ids).logits == expected).all()
         print("same")
     """
     assert in_a_new_process(code) == "same\n"

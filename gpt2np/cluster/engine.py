@@ -1,0 +1,210 @@
+"""Shards computed by this process, by several processes, or by a Dask cluster: `open_engine`, then `compute`.
+
+Dask carries names alone: a shard's description, the name of the function that computes it, and the results' folder.
+What is computed stands in that folder, so nothing is lost with a worker or with the scheduler: what is missing
+afterwards is computed in another round.
+"""
+
+# mypy: allow-untyped-calls
+# (Dask's functions have no types)
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from itertools import islice
+from typing import Any, NamedTuple
+
+from ..errors import InputError
+from ..optional import needs
+from .store import Shard, Store
+
+AHEAD = 1000  # shards that the scheduler knows of at once: enough for every worker, and few for it
+WAIT = 60.0  # seconds to wait for a scheduler that does not answer
+ROUNDS = 10  # in a row in which nothing was computed, before the run is given up
+
+Work = Callable[[Shard, Store], bytes]
+Seen = Callable[[Shard, bool], None]
+
+
+class Engine(NamedTuple):
+    """Who computes shards; as made without arguments, this process does."""
+
+    target: Any = None  # what Dask's Client connects to
+    workers: int = 0  # that were there at the beginning
+    dashboard: str = ""  # the address of Dask's pages
+
+
+THIS_PROCESS = Engine()
+
+
+class _Lost(Exception):
+    """A worker or the scheduler is gone, and what it computed must be computed by others."""
+
+
+@contextmanager
+def open_engine(workers: int | None = None, address: str | None = None) -> Iterator[Engine]:
+    """Start `workers` processes on this machine, or use the Dask scheduler at `address`; neither: this process.
+
+    Raises
+    ------
+    InputError
+        If both are given, `workers` is less than 1, or no scheduler answers at the address.
+    MissingPackageError
+        If Dask is not installed.
+    """
+    if workers is not None and address is not None:
+        raise InputError("give --workers for this machine or --cluster for a scheduler's workers, not both")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers must be at least 1, got {workers}")
+    if workers is None and address is None:
+        yield THIS_PROCESS
+        return
+    with needs("'gpt2np[cluster]'", "work by several processes", "or leave out --workers and --cluster"):
+        import distributed
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what matters of it is told here
+    if workers is None:
+        try:
+            with _client(address) as client:
+                yield Engine(address, len(client.scheduler_info(n_workers=-1)["workers"]), _dashboard(client))
+        except _Lost as error:
+            raise InputError(f"no Dask scheduler answers at {address}: {error}") from None
+        return
+    with distributed.LocalCluster(
+        n_workers=0, dashboard_address=":0", silence_logs=logging.CRITICAL,
+        scheduler_kwargs={"allowed_failures": 100},  # a worker that is killed is no fault of its shard's
+    ) as cluster, _workers(cluster.scheduler_address, workers):  # fmt: skip
+        yield Engine(cluster.scheduler_address, workers, _dashboard(cluster))
+
+
+@contextmanager
+def _workers(address: str, count: int) -> Iterator[None]:
+    """Worker processes, each of which is started anew when it ends.
+
+    Dask's own nanny gives up where a worker is killed while it starts.
+    """
+    command = f"-m distributed.cli.dask_worker {address} --nthreads 1 --no-nanny --no-dashboard --memory-limit 0"
+    threads = str(max(1, (os.cpu_count() or 1) // count))  # for the kernels; Dask itself has one
+    environment = {"NUMBA_NUM_THREADS": threads, **os.environ}
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+
+    def start() -> subprocess.Popen[bytes]:
+        # a session of its own: Ctrl-C is for this process
+        arguments = [sys.executable, *command.split()]
+        return subprocess.Popen(arguments, env=environment, start_new_session=True, **quiet)
+
+    processes, stop = [start() for _ in range(count)], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(1.0):
+            for i, process in enumerate(processes):
+                if process.poll() is not None:
+                    processes[i] = start()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def compute(
+    work: Work, shards: Sequence[Shard], store: Store, engine: Engine = THIS_PROCESS, seen: Seen = lambda *_: None
+) -> None:
+    """Compute those shards that the store has no sound result of.
+
+    Parameters
+    ----------
+    work : function (shard, store) -> result, known by its name in its module
+    seen : function (shard, computed)
+        Called for each shard once its result is there, which was computed now or found.
+
+    Raises
+    ------
+    Gpt2npError
+        What a worker raised; or if workers or the scheduler are lost again and again.
+    """
+    left, lost = {}, 0
+    for shard in shards:
+        if store.read(shard.name) is None:
+            left[shard.name] = shard
+        else:
+            seen(shard, False)
+    while left:
+        try:
+            for shard in _round(work, list(left.values()), store, engine):
+                seen(left.pop(shard.name), True)
+                lost = 0
+        except _Lost as error:
+            lost += 1
+            if lost == ROUNDS:
+                raise InputError(f"{len(left):,} of {len(shards):,} shards could not be computed: {error}") from None
+    if engine.target is not None and any(store.read(shard.name) is None for shard in shards):
+        raise InputError(f"results are missing in {store.folder} as this machine sees it: do all workers see it?")
+    store.remove_drafts(shards)
+
+
+def make(work: Work, shard: Shard, store: Store) -> None:
+    """Compute a shard and keep its result, unless it has come meanwhile: what a worker does."""
+    store.check()
+    if store.read(shard.name) is None:
+        store.write(shard.name, work(shard, store))
+
+
+def _round(work: Work, shards: Sequence[Shard], store: Store, engine: Engine) -> Iterator[Shard]:
+    """Compute shards in any order; yields each that is done."""
+    if engine.target is None:
+        for shard in shards:
+            make(work, shard, store)
+            yield shard
+        return
+    from distributed import KilledWorker, as_completed
+
+    with _client(engine.target) as client:
+        names: dict[str, Shard] = {}
+
+        def submit(shard: Shard) -> Any:
+            future = client.submit(make, work, shard, store, pure=False)
+            names[future.key] = shard
+            return future
+
+        waiting = iter(shards)
+        running = as_completed([submit(shard) for shard in islice(waiting, AHEAD)], loop=client.loop)
+        for future in running:
+            if future.status == "error" and not isinstance(error := future.exception(), KilledWorker):
+                raise error
+            if future.status != "finished":
+                raise _Lost(f"a worker or the scheduler was lost ({future.status})")
+            yield names.pop(future.key)
+            for shard in islice(waiting, 1):
+                running.add(submit(shard))
+
+
+def _dashboard(of: Any) -> str:
+    """The address of Dask's pages, where what draws them is installed."""
+    return str(of.dashboard_link) if find_spec("bokeh") else ""
+
+
+@contextmanager
+def _client(target: Any) -> Iterator[Any]:
+    """A connection to a scheduler."""
+    from distributed import Client
+
+    try:
+        client = Client(target, timeout=WAIT, set_as_default=False)
+    except (OSError, ValueError) as error:  # ValueError: no address
+        raise _Lost(str(error)) from None
+    with client:
+        yield client

@@ -1,0 +1,72 @@
+"""The model of a shard: described by what it is and by what it computes, and opened once in each process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Iterable
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .. import tokenizer as tokenizers
+from ..errors import InputError
+from ..files import File
+from ..fingerprint import WAYS, digest, texts
+from ..model import GPT2, load
+from ..onnx.read.reader import open_model
+from .store import Shard
+
+Described = tuple[dict[str, Any], dict[str, Any]]  # what a shard is of its model: `content` and `where`
+
+
+@cache
+def program() -> str:
+    """The version of gpt2np, and a hash of its source: what results depend on, whatever a version number says."""
+    folder = Path(__file__).parents[1]
+    return f"{__version__} {hash_of_files(sorted(folder.rglob('*.py')))}"
+
+
+def hash_of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 of the SHA-256s of some files."""
+    return hashlib.sha256("".join(File(path).sha256() for path in paths).encode()).hexdigest()
+
+
+def describe(model: GPT2, tokenizer: Path | None) -> Described:
+    """What a model is, for shards that are computed with it; `tokenizer` is the path that its tokenizer is from.
+
+    The fingerprint stands for the program that computes and for the machine: a worker that computes other bits
+    than the machine that cut the work, because its program is another one or it cannot fuse, is refused.
+    """
+    assert model.path is not None
+    content = {
+        "model": hash_of_files(open_model(model.path).files),
+        "tokenizer": hash_of_files(tokenizers.locate(tokenizer or model.path.parent) or ()),
+        "program": program(),
+        "engine": model.engine,
+        "dtype": model.dtype.name,
+        "fingerprint": digest(WAYS["prompt"](model, texts(model))),
+    }
+    return content, {"model": str(model.path.resolve()), "tokenizer": str(tokenizer.resolve()) if tokenizer else None}
+
+
+def open_described(shard: Shard) -> GPT2:
+    """The model of a shard, which must be the one that `describe` saw; the last one is kept."""
+    about = {name: shard.content[name] for name in ("model", "tokenizer", "program", "engine", "dtype", "fingerprint")}
+    return _open(json.dumps(about), shard.where["model"], shard.where["tokenizer"])
+
+
+@lru_cache(maxsize=1)
+def _open(about: str, path: str, tokenizer: str | None) -> GPT2:
+    wanted = json.loads(about)
+    model = load(path, wanted["engine"], wanted["dtype"])
+    if tokenizer is not None:
+        model.tokenizer = tokenizers.load(tokenizer)
+    found, _ = describe(model, Path(tokenizer) if tokenizer else None)
+    for name, value in wanted.items():
+        if found[name] != value:
+            what = "computes other bits with" if name == "fingerprint" else f"has another {name} at"
+            raise InputError(f"{socket.gethostname()} {what} {path} than the machine that cut the work")
+    return model

@@ -1,0 +1,116 @@
+"""Parity of many models on many prompts, cut into shards, each of which makes a report of its own."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import Gpt2npError
+from ..onnx.read.reader import open_model
+from ..parity.budgets import parse_budgets
+from ..parity.capture import Options
+from ..parity.explain.problem import Clock
+from ..parity.report import SCHEMA_VERSION, plain
+from ..parity.run import check_options, parity
+from ..parity.text import lines_of
+from ..parity.trace import versions
+from .models import hash_of_files, program
+from .store import Shard, Store
+from .text import result
+
+PROMPTS = 50  # of a shard
+VERDICTS = {1: "FAIL", 2: "ERROR", 3: "NOTHING COMPARED", 0: "PASS"}  # the worst first
+
+
+def report_shards(options: Options, models: Sequence[Path], search_time: float) -> list[Shard]:
+    """Each model on all that was asked for; random prompts PROMPTS to a shard.
+
+    Raises
+    ------
+    Gpt2npError
+        If an option is wrong or a file is missing.
+    """
+    parse_budgets(options.preset, options.rtol, options.atol)
+    check_options(options)
+    shards = []
+    for model in models:
+        content = _content(options, model) | {"search_time": search_time}
+        parts = [(first, min(first + PROMPTS, options.random)) for first in range(0, options.random, PROMPTS)]
+        for first, last in parts or [(0, 0)]:
+            part = replace(options, model=model.resolve(), data=[path.resolve() for path in options.data])
+            part.skip, part.random = first, last
+            if first:  # what is not random is compared with the first of the random prompts
+                part.data, part.prompts, part.ids = [], [], []
+            where = {"options": json.dumps(asdict(part), default=str), "shown": str(model)}
+            shards.append(Shard("report", content | {"first": first, "last": last}, where, max(1, last - first)))
+    return shards
+
+
+def _content(options: Options, model: Path) -> dict[str, Any]:
+    """All that a report depends on, but for the range of random prompts."""
+    given = {k: v for k, v in asdict(options).items() if k not in ("model", "data", "random", "skip")}
+    named = [Path(text) for text in (*options.against, *options.ids)]
+    files = [file for path in (*options.data, *named) for file in _files_of(path)]
+    if not (options.data or options.prompts or options.ids or options.random):  # the data sets beside the model
+        files += [file for folder in sorted(model.parent.glob("test_data_set_*")) for file in _files_of(folder)]
+    content = {"model": hash_of_files(open_model(model).files), "files": hash_of_files(files), "program": program()}
+    if any(":" in text for text in options.against):
+        content["now"] = str(time.time_ns())  # what a function computes has no hash: it is never taken over
+    return content | {"options": given, "versions": versions()}
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
+
+
+def compare(shard: Shard, store: Store) -> bytes:
+    """One report, as JSON and as people read it."""
+    given = json.loads(shard.where["options"])
+    given |= {"model": Path(given["model"]), "data": [Path(p) for p in given["data"]], "checks": tuple(given["checks"])}
+    try:
+        report = parity(Options(**given), None, Clock(shard.content["search_time"]))
+        made: dict[str, Any] = {"report": report.as_dict(), "lines": [text for text, _ in lines_of(report)]}
+    except Gpt2npError as error:  # of this model; the others go on
+        made = {"report": {"exit_code": 2, "comparisons": [], "error": str(error)}, "lines": [f"error: {error}"]}
+    return json.dumps(plain(made), allow_nan=False).encode()
+
+
+def merged(shards: Sequence[Shard], store: Store) -> tuple[dict[str, Any], list[str]]:
+    """One report of all shards, as JSON; and the first failing one of each model, as people read it."""
+    models: dict[str, dict[str, Any]] = {}
+    reports, lines = [], []
+    for shard in shards:
+        made = json.loads(result(store, shard.name))
+        report, shown = made["report"], shard.where["shown"]
+        reports.append(report)
+        new = {"model": shown, "exit_code": 0, "inputs": 0, "comparisons": 0, "failing": 0, "numbers": 0, "outside": 0}
+        row = models.setdefault(shown, new)
+        if report["exit_code"] and not row["exit_code"]:
+            lines += ["", f"{shown}: the first report that is no pass", "", *made["lines"]]
+        row["exit_code"] = worst([row["exit_code"], report["exit_code"]])
+        compared = report["comparisons"]
+        row["inputs"] += len({c["case"] for c in compared})
+        row["comparisons"] += len(compared)
+        row["failing"] += sum(not c["ok"] for c in compared)
+        row["numbers"] += sum(c["metrics"]["elements"] for c in compared if c["metrics"])
+        row["outside"] += sum(c["metrics"]["failing"] for c in compared if c["metrics"])
+    code = worst([row["exit_code"] for row in models.values()])
+    verdict = {0: "pass", 1: "fail", 2: "error", 3: "nothing compared"}[code]
+    whole = {"schema_version": SCHEMA_VERSION, "verdict": verdict, "exit_code": code, "models": list(models.values())}
+    return whole | {"reports": reports}, lines
+
+
+def worst(codes: Sequence[int]) -> int:
+    """The exit code of several."""
+    return next(code for code in VERDICTS if code in codes)
+
+
+def rows(whole: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The merged report's table, model by model."""
+    for row in whole["models"]:
+        numbers = (f"{row[name]:,}" for name in ("inputs", "comparisons", "failing", "numbers", "outside"))
+        yield row["model"], *numbers, VERDICTS[row["exit_code"]]

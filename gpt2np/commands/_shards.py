@@ -1,0 +1,121 @@
+"""What the commands share that can work by several processes: options, progress, and a summary."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from ._terminal import note, shard_progress
+
+if TYPE_CHECKING:
+    from ..cluster.engine import Engine, Work
+    from ..cluster.store import Shard, Store
+
+WorkersOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Work by N processes on this machine (needs gpt2np[cluster]).")
+]
+ClusterOption = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="Work by the workers of a Dask scheduler: tcp://host:8786.")
+]
+ResultsOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where results of --workers and --cluster are kept, each under the hash of what it depends on; what is "
+        "there is not computed again. All machines must see it. [default: gpt2np-results]",
+    ),
+]
+
+
+@dataclass
+class Shards:
+    """Computes shards with progress for people, and counts."""
+
+    engine: Engine
+    store: Store
+    unit: str
+    began: float = field(default_factory=time.perf_counter)
+    counts: dict[str, int] = field(default_factory=lambda: {"shards": 0, "computed": 0, "size": 0})
+
+    def compute(self, work: Work, shards: Sequence[Shard], what: str, unit: str = "") -> None:
+        """Compute those shards whose results are not there yet."""
+        from ..cluster.engine import compute
+
+        self.counts["shards"] += len(shards)
+        with shard_progress(what, shards, unit or self.unit) as advance:
+
+            def seen(shard: Shard, computed: bool) -> None:
+                self.counts["computed"] += computed
+                if computed and not unit:
+                    self.counts["size"] += shard.size
+                advance(shard.size)
+
+            try:
+                compute(work, shards, self.store, self.engine, seen)
+            except KeyboardInterrupt:
+                note(f"stopped; the same command goes on from what is in {self.store.folder}")
+                raise typer.Exit(130) from None
+
+    def tell(self) -> None:
+        """The summary for people."""
+        s = self.summary()
+        note(
+            f"{s['shards']:,} shards, {s['computed']:,} computed and {s['found']:,} found in {s['results']}; "
+            f"{s['seconds']:,.1f} s, {s['per_second']:,.0f} {s['unit']}/s"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What was done, for --json."""
+        seconds = time.perf_counter() - self.began
+        return {
+            "shards": self.counts["shards"],
+            "computed": self.counts["computed"],
+            "found": self.counts["shards"] - self.counts["computed"],
+            "workers": self.engine.workers,
+            "seconds": round(seconds, 3),
+            "unit": self.unit,
+            "per_second": round(self.counts["size"] / seconds, 1),
+            "results": str(self.store.folder),
+            "dashboard": self.engine.dashboard or None,
+        }
+
+
+def wanted(workers: int | None, cluster: str | None, results: Path | None) -> bool:
+    """Whether the work is to be cut into shards."""
+    return workers is not None or cluster is not None or results is not None
+
+
+@contextmanager
+def open_shards(workers: int | None, cluster: str | None, results: Path | None, unit: str) -> Iterator[Shards]:
+    """The processes and the folder of --workers, --cluster and --results.
+
+    Raises
+    ------
+    InputError, MissingPackageError
+        If these cannot be had.
+    """
+    from ..cluster.engine import open_engine
+    from ..cluster.store import Store
+
+    with ExitStack() as stack:
+        if wanted(workers, cluster, results):
+            folder = (results or Path("gpt2np-results")).resolve()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot keep results in {folder}: {error.strerror}") from None
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engine = stack.enter_context(open_engine(workers, cluster))
+        if engine.target is not None:
+            pages = engine.dashboard or "none (pip install bokeh)"
+            note(f"{engine.workers or 'no'} workers; dashboard: {pages}; results: {folder}")
+        yield Shards(engine, Store(folder), unit)

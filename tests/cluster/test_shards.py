@@ -1,0 +1,315 @@
+"""Work cut into shards: the same bits as one process, whoever computes them and whatever happens on the way."""
+
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from gpt2np.cli import app
+from gpt2np.cluster import engine, text
+from gpt2np.cluster.models import describe, open_described
+from gpt2np.cluster.store import Shard, Store
+from gpt2np.errors import Gpt2npError, InputError, MissingPackageError
+from gpt2np.model import load
+from gpt2np.score import TextScoring
+from toy_model import write_toy
+
+ROOT = Path(__file__).parents[2]
+TEXT = "Once upon a time there was a king, and the king had a daughter. " * 30
+LINES = [f"The king said {word} to the queen" for word in ["one", "two", "three", "four", "five", "six", "seven"]]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture
+def run(toy):
+    """A command on the toy model by the textbook's engine; its JSON lines."""
+
+    def run(*arguments, code=0, model=("-m", str(toy), "--engine", "numpy")):
+        done = CliRunner().invoke(app, [*map(str, arguments), *model])
+        if isinstance(done.exception, Gpt2npError):
+            raise done.exception
+        assert done.exit_code == code, done.output
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+    return run
+
+
+@pytest.fixture
+def cut(tmp_path, toy, monkeypatch):
+    """A text's windows, four to a shard; the store; and what one process says of the text."""
+    monkeypatch.setattr(text, "WINDOWS", 4)
+    file, store = tmp_path / "text.txt", Store(tmp_path / "results")
+    file.write_text(TEXT)
+    store.folder.mkdir()
+    model = load(toy / "model.onnx", "numpy")
+    tokens = text.token_shard(file, describe(model, None))
+    engine.compute(text.tokenize, [tokens], store)
+    scoring = TextScoring(model, TEXT, 40, 10, batch_size=1)
+    for _ in scoring:
+        pass
+    return tokens, text.window_shards(tokens, store, 40, 10, batch_size=1), store, scoring.result
+
+
+def test_shards_give_the_bits_of_one_process(cut):
+    tokens, shards, store, expected = cut
+    assert len(shards) > 10
+    engine.compute(text.score, shards, store)
+    assert text.text_score(tokens, shards, store) == expected
+
+
+def test_sums_of_sums_are_not_the_sum(cut):
+    """Why there is one exact sum over all windows: sums of each worker's sums depend on who computed what."""
+    _, shards, store, expected = cut
+    engine.compute(text.score, shards, store)
+    parts = [np.frombuffer(store.read(shard.name), "<f8") for shard in shards]
+    workers = [[float(np.concatenate(parts[i::n]).sum()) for i in range(n)] for n in range(1, len(parts))]
+    assert len({sum(sums) for sums in workers}) > 1
+    assert math.fsum([math.fsum([2.0**53, 1]), 1]) != math.fsum([2.0**53, 1, 1])  # nor do exact sums help
+    backwards = math.fsum(np.concatenate(parts[::-1]))
+    assert backwards == math.fsum(np.concatenate(parts)) == expected.log_likelihood
+
+
+def test_what_is_there_is_not_computed_again_and_what_is_damaged_is(cut):
+    tokens, shards, store, expected = cut
+    engine.compute(text.score, shards, store)
+    computed = []
+
+    def seen(shard, new):
+        computed.append(shard.name) if new else None
+
+    engine.compute(text.score, shards, store, seen=seen)
+    assert computed == []
+    damaged = store.folder / shards[3].name
+    content = bytearray(damaged.read_bytes())
+    content[5] ^= 1
+    damaged.write_bytes(content)
+    (store.folder / shards[4].name).write_bytes(b"")
+    (store.folder / shards[5].name).unlink()
+    with pytest.raises(InputError, match="removed or damaged"):
+        text.text_score(tokens, shards, store)
+    engine.compute(text.score, shards, store, seen=seen)
+    assert computed == [shard.name for shard in shards[3:6]]
+    assert text.text_score(tokens, shards, store) == expected
+
+
+def test_a_name_changes_with_all_that_the_result_depends_on(cut, tmp_path, toy):
+    tokens, shards, store, _ = cut
+    names = {shard.name for shard in shards}
+    assert len(names) == len(shards)
+    for window, stride in ((41, 10), (40, 9)):
+        assert not names & {s.name for s in text.window_shards(tokens, store, window, stride, 1)}
+    assert names == {s.name for s in text.window_shards(tokens, store, 40, 10, batch_size=8)}
+    (tmp_path / "text.txt").write_text(TEXT + "x")
+    assert (
+        text.token_shard(tmp_path / "text.txt", describe(load(toy / "model.onnx", "numpy"), None)).name != tokens.name
+    )
+    moved = write_toy(tmp_path / "moved")
+    (tmp_path / "copy.txt").write_text(TEXT)
+    elsewhere = text.token_shard(tmp_path / "copy.txt", describe(load(moved / "model.onnx", "numpy"), None))
+    assert elsewhere.name == tokens.name
+    with pytest.raises(InputError, match="has changed since the work was cut"):
+        text.tokenize(tokens, store)
+
+
+def test_another_model_or_program_at_the_place_is_refused(cut, tmp_path):
+    tokens, _, _, _ = cut
+    other = write_toy(tmp_path / "other", n_ctx=59)
+    with pytest.raises(InputError, match="has another model at"):
+        open_described(Shard("tokens", tokens.content, tokens.where | {"model": str(other / "model.onnx")}))
+    with pytest.raises(InputError, match="computes other bits with"):
+        open_described(Shard("tokens", tokens.content | {"fingerprint": "0"}, tokens.where))
+
+
+def test_a_full_disk_is_an_error_and_nothing_is_half_written(cut):
+    tokens, shards, store, expected = cut
+    engine.compute(text.score, shards[:3], store)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*windows-\w+: File too large"):
+            engine.compute(text.score, shards, store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert {p.name for p in store.folder.iterdir()} == {tokens.name, *(shard.name for shard in shards[:3])}
+    engine.compute(text.score, shards, store)
+    assert text.text_score(tokens, shards, store) == expected
+
+
+def test_what_killed_workers_leave_is_removed(cut):
+    _, shards, store, _ = cut
+    mine, foreign = store.folder / f"{shards[0].name}.host.1.tmp", store.folder / "windows-0.host.1.tmp"
+    mine.write_bytes(b"half")
+    foreign.write_bytes(b"half")
+    engine.compute(text.score, shards, store)
+    assert not mine.exists()
+    assert foreign.exists()  # another run may be at work in the same folder
+
+
+# ------------------------------------------------------------------------------------------ the commands
+
+
+def test_score_by_shards(run, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in LINES))
+    files = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    alone = run("score", *files, "--json", "--batch-size", 1)
+    *found, summary = run("score", *files, "--json", "--batch-size", 1, "--results", tmp_path / "r")
+    for one, other in zip(alone, found, strict=True):
+        assert one | {"per_second": None} == other
+    assert summary["computed"] == summary["shards"] > 2
+    *again, summary = run("score", *files, "--json", "--batch-size", 1, "--results", tmp_path / "r")
+    assert again == found
+    assert summary["computed"] == 0
+    assert summary["found"] == summary["shards"]
+
+
+@pytest.mark.parametrize("options", [[], ["--pool", "last"], ["--tap", "h.0.attn.probs", "--tap", "ln_f"]])
+def test_embed_by_shards(run, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(text, "LINES", 3)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(LINES) + "\r\n")
+    run("embed", lines, "-o", tmp_path / "one.npz", "--batch-size", 1, *options)
+    [done] = run(
+        "embed", lines, "-o", tmp_path / "two.npz", "--batch-size", 1, *options, "--results", tmp_path / "r", "--json"
+    )
+    assert (done["lines"], done["shards"]) == (7, 3)
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    lines.write_text("\n".join([*LINES, "and", "more"]) + "\r\n")
+    [done] = run("embed", lines, "-o", tmp_path / "two.npz", *options, "--results", tmp_path / "r", "--json")
+    assert (done["found"], done["computed"]) == (2, 1)  # a longer file keeps its shards
+
+
+def test_parity_by_shards(tmp_path, monkeypatch, toy):
+    monkeypatch.setattr("gpt2np.cluster.sweep.PROMPTS", 2)
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"no model")
+    options = [
+        "--random",
+        "5",
+        "--engine",
+        "numpy",
+        "--json",
+        str(tmp_path / "p.json"),
+        "--results",
+        str(tmp_path / "r"),
+    ]
+    done = CliRunner().invoke(app, ["parity", str(toy), *options])
+    assert done.exit_code == 0, done.output
+    assert "verdict: PASS" in done.output
+    found = json.loads((tmp_path / "p.json").read_text())
+    assert found["cluster"]["computed"] == 3
+    assert CliRunner().invoke(app, ["parity", str(toy), "--random", "5", *options[2:]]).exit_code == 0
+    assert json.loads((tmp_path / "p.json").read_text())["cluster"]["computed"] == 0
+    one = CliRunner().invoke(app, ["parity", str(toy), *options[:6]])
+    assert one.exit_code == 0
+    whole = json.loads((tmp_path / "p.json").read_text())
+    assert [c for report in found["reports"] for c in report["comparisons"]] == whole["comparisons"]
+    assert found["models"][0]["inputs"] == 5
+    assert isinstance(CliRunner().invoke(app, ["parity", str(toy), str(bad)]).exception, Gpt2npError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--workers", "2", "--cluster", "tcp://127.0.0.1:1"], "not both"),
+        (["--workers", "0"], "--workers must be at least 1, got 0"),
+        (["--results", "r", "--resume", "p"], "--resume is for one process"),
+        (["--results", "text.txt"], "cannot keep results in .*: File exists"),
+        (["--results", "r", "--window", "61"], r"window must be in 2\.\.60"),
+        (["--results", "r", "--batch-size", "0"], "batch_size"),
+    ],
+)
+def test_wrong_options(run, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    with pytest.raises(InputError, match=message):
+        run("score", "text.txt", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "x", "a text needs two tokens"),
+        ("a.jsonl", '{"text": "one two"}\nnothing', "from line 1 on: line 2 is not a JSON object"),
+        ("a.jsonl", '{"text": "one"}', "has no words before its last one"),
+        ("a.jsonl", "", "is empty"),
+        ("missing.txt", None, "cannot read"),
+        ("missing.jsonl", None, "cannot read"),
+    ],
+)
+def test_texts_that_cannot_be_scored(run, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        run("score", tmp_path / name, "--results", tmp_path / "r")
+
+
+def test_without_dask_one_process_does_it_and_workers_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'gpt2np\[cluster\]'"), engine.open_engine(2):
+        pass
+    with engine.open_engine() as alone:
+        assert alone == engine.THIS_PROCESS
+
+
+# -------------------------------------------------------------------------------------- several processes
+
+
+def python(*arguments):
+    where = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
+    environment = {**os.environ, "PYTHONPATH": where}
+    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+
+
+def test_two_workers_give_the_bits_of_one_process(run, tmp_path, toy):
+    file = tmp_path / "a.txt"
+    file.write_text(TEXT)
+    [alone] = run("score", file, "--json")
+    options = ["--workers", 2, "--results", tmp_path / "r", "-m", toy, "--engine", "numpy", "--json"]
+    done = python("-m", "gpt2np", "score", file, *options)
+    assert done.returncode == 0, done.stderr
+    found, summary = map(json.loads, done.stdout.splitlines())
+    assert found == alone | {"per_second": None}
+    assert summary["workers"] == 2
+    assert summary["computed"] == summary["shards"]
+    assert done.stderr.startswith("2 workers; dashboard: ")
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    [found, summary] = run("score", file, "--json", "--results", tmp_path / "r")  # by one process, from what is there
+    assert found == alone | {"per_second": None}
+    assert summary["computed"] == 0
+
+
+def test_no_scheduler_at_the_address(monkeypatch):
+    monkeypatch.setattr(engine, "WAIT", 0.1)
+    for address in ("tcp://127.0.0.1:1", "no address"):
+        with (
+            pytest.raises(InputError, match=f"no Dask scheduler answers at {address}"),
+            engine.open_engine(None, address),
+        ):
+            pass
+
+
+def test_killed_workers_lose_nothing():
+    done = python(ROOT / "tests" / "support" / "kill_campaign.py", "--kills", 3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ok: 40 shards" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_restarted_scheduler_loses_nothing():
+    done = python(ROOT / "tests" / "support" / "kill_campaign.py", "--kills", 2, "--scheduler")
+    assert done.returncode == 0, done.stdout + done.stderr
