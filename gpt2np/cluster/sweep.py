@@ -14,7 +14,7 @@ from ..onnx.read.reader import open_model
 from ..parity.budgets import parse_budgets
 from ..parity.capture import Options
 from ..parity.explain.problem import Clock
-from ..parity.report import SCHEMA_VERSION, plain
+from ..parity.report import plain
 from ..parity.run import check_options, parity
 from ..parity.text import lines_of
 from ..parity.trace import versions
@@ -100,7 +100,7 @@ def merged(shards: Sequence[Shard], store: Store) -> tuple[dict[str, Any], list[
         row["outside"] += sum(c["metrics"]["failing"] for c in compared if c["metrics"])
     code = worst([row["exit_code"] for row in models.values()])
     verdict = {0: "pass", 1: "fail", 2: "error", 3: "nothing compared"}[code]
-    whole = {"schema_version": SCHEMA_VERSION, "verdict": verdict, "exit_code": code, "models": list(models.values())}
+    whole = {"verdict": verdict, "exit_code": code, "models": list(models.values())}
     return whole | {"reports": reports}, lines
 
 

@@ -74,7 +74,7 @@ def embed(
             options = {"taps": taps, "pool": pool}
             pieces = text.line_shards("embedded", file, describe(gpt2, tokenizer), options, batch_size)
             shards.compute(text.embed_lines, pieces, "embedding")
-            done |= {"lines": sum(shard.size for shard in pieces), **shards.summary()}
+            done |= {"lines": sum(shard.size for shard in pieces), "cluster": shards.summary()}
             _save(output, text.embedded(pieces, shards.store), taps, pooled=pool is not None)
     else:
         lines = [line.removesuffix("\r") for line in read_text(file).removesuffix("\n").split("\n")]
@@ -86,7 +86,7 @@ def embed(
             _save(output, _counted(found, advance), taps, pooled=pool is not None)
         done["lines"] = len(lines)
     if json:
-        print_json(done)
+        print_json("embed", done)
     else:
         console().print(f"{output}: {', '.join(taps)} of {done['lines']:,} lines")
 

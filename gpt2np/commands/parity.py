@@ -95,7 +95,8 @@ def parity(
 
     check_writable(None if str(json) == "-" else json, junit, markdown, html, save_trace, quiet=quiet)
     names = tuple(dict.fromkeys([*run.parse_checks(checks), *(["taps"] if html is not None else [])]))
-    models = [parties.model_path(named_model(one)) for one in model or [None]]
+    given: list[str | None] = list(model) if model else [None]
+    models = [parties.model_path(named_model(one)) for one in given]
     options = capture.Options(
         models[0], against or [], data or [], prompt or [], random, ids or [], seed,
         engine, preset, rtol or [], atol or [], names, noise_floor, padding,
@@ -119,6 +120,7 @@ def _sweep(
     """Compare by shards, and tell what came out of them all; returns the exit code."""
     from ..cluster import sweep
     from ..files import write_text
+    from ..schema import stamped
     from ._terminal import console, print_json, print_table
 
     pieces = sweep.report_shards(options, models, search_time)
@@ -126,9 +128,9 @@ def _sweep(
     whole, lines = sweep.merged(pieces, shards.store)
     whole["cluster"] = shards.summary()
     if str(json) == "-":
-        print_json(whole)
+        print_json("sweep", whole)
     elif json is not None:
-        write_text(json, dumps(whole, indent=1, allow_nan=False) + "\n")
+        write_text(json, dumps(stamped("sweep", whole), indent=1, allow_nan=False) + "\n")
     if str(json) != "-" and not quiet:
         out = console()
         out.print(f"verdict: {sweep.VERDICTS[whole['exit_code']]}\n")

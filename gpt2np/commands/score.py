@@ -151,9 +151,9 @@ def _score_shards(
         sizes = {"window": window, "stride": stride} if path in texts else {}
         records.append({"file": str(path), "complete": True, **_record(result, sizes), "per_second": None})
         if json:
-            print_json(records[-1])
+            print_json("score", records[-1])
     if json:
-        print_json(shards.summary())
+        print_json("shards", shards.summary())
     else:
         _print(records)
         shards.tell()

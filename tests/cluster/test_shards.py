@@ -186,11 +186,11 @@ def test_embed_by_shards(run, tmp_path, monkeypatch, options):
     [done] = run(
         "embed", lines, "-o", tmp_path / "two.npz", "--batch-size", 1, *options, "--results", tmp_path / "r", "--json"
     )
-    assert (done["lines"], done["shards"]) == (7, 3)
+    assert (done["lines"], done["cluster"]["shards"]) == (7, 3)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     lines.write_text("\n".join([*LINES, "and", "more"]) + "\r\n")
     [done] = run("embed", lines, "-o", tmp_path / "two.npz", *options, "--results", tmp_path / "r", "--json")
-    assert (done["found"], done["computed"]) == (2, 1)  # a longer file keeps its shards
+    assert (done["cluster"]["found"], done["cluster"]["computed"]) == (2, 1)  # a longer file keeps its shards
 
 
 def test_parity_by_shards(tmp_path, monkeypatch, toy):
