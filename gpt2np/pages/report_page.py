@@ -123,7 +123,8 @@ def taps_part(report: Report, witness: Witness) -> list[str | Picture]:
     first = next((row.tap for row in held if row.diverges), None)
     if not held:
         first = next((c.output for c in inside if not c.ok), None)
-    data = tap_data(report, witness, first or _worst(held))
+    named = report.diagnosis.tap if report.diagnosis is not None else None  # by the recorded outputs, it may be
+    data = tap_data(report, witness, first or (named if named in witness.taps else _worst(held)))
     kinds = {"total": f"{b} - {a}" if a and b else "distance from float64"}
     kinds |= {kind: f"local error of {a if kind[-1] == 'A' else b}" for t in data["taps"].values()
               for kind in t["errors"] if kind != "total"}  # fmt: skip

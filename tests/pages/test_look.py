@@ -64,6 +64,13 @@ def test_the_last_row_of_the_logit_lens_is_the_models_answer(reading, made):
     assert [row["says next"] for row in top] == [pictures.show(reading.model, int(i)) for i in best]
 
 
+def test_the_logit_lens_names_what_comes_next_in_rank(reading, made):
+    row = [row for row in made["logit_lens"].rows if row["after"] == "h.5"][-1]
+    best = np.argsort(-reading.taps["logits"][0, -1])[:4]
+    names = [row["says next"], *(text.rpartition(" ")[0] for text in row["then"].split(", "))]
+    assert [name for name in names if name] == [pictures.show(reading.model, int(i)) for i in best]
+
+
 def test_the_groups_of_the_next_token_carry_what_is_left_of_the_probability(reading, made):
     rows = made["next_token"].rows
     scores = reading.taps["logits"][0, -1].astype(np.float64)
