@@ -57,8 +57,14 @@ class DiskCache(FunctionCache):
 
     def save_overload(self, signature: Any, data: Any) -> None:
         try:
-            super().save_overload(signature, data)
-        except Exception as error:  # a full or write-protected disk, or a damaged index there
+            try:
+                super().save_overload(signature, data)
+            except OSError:
+                raise
+            except Exception:  # a damaged index: begin it anew
+                self._cache_file.flush()
+                super().save_overload(signature, data)
+        except Exception as error:  # a full or write-protected disk
             say_not_kept(f"cannot write to {self.cache_path}: {getattr(error, 'strerror', None) or error}")
 
     def holds(self, machine: Any) -> bool:

@@ -242,12 +242,14 @@ def test_a_locale_without_the_characters_and_a_narrow_terminal(here: Path) -> No
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 def test_ctrl_c_ends_quietly(here: Path) -> None:
+    port("import pathlib, time\ndef forward(feeds):\n    pathlib.Path('at_work').touch()\n    time.sleep(600)\n")
     process = subprocess.Popen(
-        [sys.executable, "-m", "gpt2np", "parity", "small", "--random", "5000", "--engine", "numpy"],
+        [sys.executable, "-m", "gpt2np", "diff", "small", "port.py:forward", "--ids", "1,2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    time.sleep(4)  # it is at work by then; a slower machine is still starting, which is the same
+    while not Path("at_work").exists():
+        assert process.poll() is None, process.stderr
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode in (130, -signal.SIGINT), err
-    assert "Traceback" not in err or process.returncode == -signal.SIGINT
+    _, err = process.communicate()
+    assert (process.returncode, err) == (130, "")

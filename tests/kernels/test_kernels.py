@@ -521,6 +521,7 @@ def test_a_folder_that_cannot_be_written_to_or_holds_rubbish_does_no_harm(tmp_pa
     index.write_bytes(b"rubbish")
     assert not again._cache.holds(machine)
     assert again(2) == 4
+    assert again._cache.holds(machine)
 
     blocked = jit.jit()(double)
     folder = index.parent
