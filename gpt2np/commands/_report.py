@@ -39,7 +39,7 @@ def deliver(report: Report, json: Path | None, junit: Path | None, markdown: Pat
     from ..files import write_text
     from ..parity.markdown import markdown_of
     from ..parity.report import as_json, junit_of
-    from ..parity.text import lines_of
+    from ..parity.text import WIDTH, lines_of
     from ._terminal import console
 
     made = ((json if str(json) != "-" else None, as_json), (junit, junit_of), (markdown, markdown_of))
@@ -53,7 +53,7 @@ def deliver(report: Report, json: Path | None, junit: Path | None, markdown: Pat
         sys.stdout.write(as_json(report))
     elif not quiet:
         out = console()
-        for text, style in lines_of(report):
+        for text, style in lines_of(report, min(out.width, WIDTH) if out.is_terminal else WIDTH):
             out.print(text, style=style or None)
     if github.in_actions() and report.exit_code and str(json) != "-":
         file, line = report.port or (None, None)

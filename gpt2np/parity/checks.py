@@ -12,16 +12,19 @@ finite       no NaN and no infinity anywhere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
 
+from ..call import Call
 from ..errors import ComparisonError, Gpt2npError
 from ..weights import Array
 from .cases import Case, case_from_ids
-from .metrics import Budget, difference
+from .compare import Comparison
+from .metrics import Budget, difference, measure
 from .parties import Ours, Runner
+from .places import kept_output
 from .report import Check, Table, number
 from .subject import Subject
 
@@ -73,6 +76,39 @@ def matrix(checks: Sequence[Check]) -> Table | None:
     styles = ["red" if any("FAIL" in c for c in row) else "" for row in rows]
     notes = ["each party against itself, with the largest difference; an empty cell was not made, and is said above"]
     return Table("invariances", ("check", *parties), rows, styles, notes)
+
+
+def past_kept(
+    model: Subject, call: Call, outputs: Mapping[str, Array], comparisons: Sequence[Comparison], party: str
+) -> Check | None:
+    """Whether `present[:past]` is the past that was fed in; None where there was none, or nothing to compare."""
+    if call.past is None or not call.start:
+        return None
+    budgets = {c.output: c.budget for c in comparisons}
+    wrong, worst, compared = [], 0.0, 0
+    for port in model.recognised.outputs:
+        value = outputs.get(port.name)
+        if value is None or port.layer is None or not port.role.startswith("present") or port.name not in budgets:
+            continue
+        keys, values = (np.asarray(x) for x in call.past[port.layer])
+        fed = {"present_key": keys, "present_value": values}.get(port.role, np.stack([keys, values]))
+        shape = (*fed.shape[:-2], call.start + call.input_ids.shape[1], fed.shape[-1])
+        if value.shape != shape:
+            continue  # the comparison says so
+        seen = kept_output(port.role, shape, call)
+        seen = seen if seen is None else seen[..., : call.start, :]
+        found = measure(value[..., : call.start, :], fed, budgets[port.name], seen)
+        compared += 1
+        worst = max(worst, found.max_abs)
+        if not found.ok:
+            wrong.append(f"{port.name} ({found.failing:,} of {found.elements:,} numbers differ)")
+    if not compared:
+        return None
+    text = "present[:past] holds the past that was fed in"
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        text = f"present[:past] is not the past that was fed in: {', '.join(wrong[:3])}{more}"
+    return Check("past kept", not wrong, text, party=party, worst=worst)
 
 
 def prompt_of(model: Subject, cases: Sequence[Case], seed: int) -> Array:

@@ -14,7 +14,6 @@ from .report import Report
 from .subject import Subject
 
 NARROW = {"float16": np.float16}
-SHARED_NAMES = 64  # facts of one kind from so many weights on are one sentence
 
 
 def compare_files(report: Report, model: Subject, other: Subject, b_is_other: bool) -> None:

@@ -11,7 +11,6 @@ import numpy as np
 from ..errors import ComparisonError
 from ..weights import Array
 
-FLOAT_BITS = {"float64": 64, "float32": 32, "float16": 16}
 NARROW_TORCH = ("torch.bfloat16", "torch.float8_e4m3fn", "torch.float8_e5m2")  # NumPy has no such types
 
 

@@ -43,7 +43,7 @@ def suspect_record(
         *_batch(model, failing, right, record, call),
         *_token(model, call, record),
     ):
-        guess = Guess(cause, tap, text, removed=1.0, explains=True)
+        guess = Guess(cause, tap, text, removed=1.0, explains=True, stated=True)
         return Diagnosis(tap, RECORD, f"the recorded data of {case.name} is suspect: {text}", [], [guess], case.name)
     found = misplaced(failing.values(), right, record, RECORD, call)
     if found is not None:

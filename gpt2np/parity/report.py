@@ -53,6 +53,7 @@ class Table:
     rows: Sequence[tuple[str, ...]]
     styles: Sequence[str] = ()  # of the rows; none: all plain
     notes: Sequence[str] = ()  # sentences below it: the legend, what is left out
+    implied: Sequence[str] = ()  # heads of columns that may go where it is too wide, the first one first
 
 
 @dataclass

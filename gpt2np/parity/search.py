@@ -13,6 +13,7 @@ from ..errors import Gpt2npError
 from ..weights import Array
 from .capture import around, taps_from
 from .cases import Case
+from .checks import past_kept
 from .compare import Comparison
 from .explain.diagnose import Diagnosis, from_outputs, from_taps, misplaced, nonfinite
 from .explain.problem import Clock, Guess
@@ -59,6 +60,9 @@ def investigate(
     case, call, a, b = pair
     failing = {c.output: c for c in comparisons if not c.ok}
     given = moved_axes(failing.values(), outputs, b.name, call) if failing else None
+    if failing:
+        past = past_kept(model, call, outputs[1], comparisons, b.name)
+        report.checks += [past] if past is not None else []
     if report.watch is not None:
         report.watch.begin(a.name, b.name, outputs[0], model, case)
     try:
@@ -107,8 +111,8 @@ def investigate(
 def judge(report: Report, rows: Sequence[TapRow], row: TapRow | None, party: str, asked: bool) -> None:
     """The taps as a check of their own, where they were asked for or one diverges."""
     worst = max(rows, key=lambda r: max(r.over_a, r.over_b))
-    text = f"{len(rows)} taps of {party}; largest local error {number(max(worst.over_a, worst.over_b))} of its budget"
-    text += f", at {worst.tap}"
+    times = number(max(worst.over_a, worst.over_b))
+    text = f"{len(rows)} taps of {party}; largest local error {times} times its budget, at {worst.tap}"
     if asked or row is not None:
         text += "" if row is None else f"; first at {row.tap}"
         report.checks.append(Check("taps", row is None, text, party=party, worst=max(worst.over_a, worst.over_b)))
@@ -129,13 +133,15 @@ def moved_axes(
     for c in shaped:
         readings.setdefault(c.problem.partition(": ")[2], []).append(c.output)
     guesses = [
-        Guess(
-            "output_order", names[0], f"the order of axes of {' and '.join(names)}: {how}", removed=1.0, explains=True
-        )
+        Guess("output_order", names[0], axes_in_words(names, how), removed=1.0, explains=True, stated=True)
         for how, names in readings.items()
     ] + (found.guesses if found is not None else [])
     text = f"{party} computes it rightly and puts it in the wrong place or shape"
     return Diagnosis(guesses[0].tap, party, text, [], guesses)
+
+
+def axes_in_words(names: Sequence[str], how: str) -> str:
+    return f"the order of axes of {' and '.join(names)}: {how}"
 
 
 def locate(report: Report, model: Subject, rows: Sequence[TapRow], row: TapRow) -> None:
@@ -179,12 +185,17 @@ def settle(report: Report, diagnosis: Diagnosis, case: str) -> None:
     seen = place is None or len(place.suspects) < 2 or (best is not None and best.explains)
     where = diagnosis.tap if seen or place is None else f"between {place.first} and {place.last}"
     report.headline = f"first divergence {where}"
-    if best is not None and best.likely:
-        report.headline += f"; most likely {best.cause}: {best.text}"
+    if best is not None and best.cause in ("one_part", "one_number"):
+        report.headline += f"; {best.cause}: {best.text}; none of the usual mistakes explains it"
+    elif best is not None and best.likely:
+        report.headline += f"; most likely {best.cause}: {best.sentence(diagnosis.who)}"
     elif best is not None:
-        report.headline += f"; {best.cause} explains part of it ({best.removed:.0%}): {best.text}"
+        part = f"explains part of it ({best.removed:.0%})"
+        report.headline += f"; {best.cause} {part}: {best.sentence(diagnosis.who)}"
     else:
         report.headline += "; none of the usual mistakes explains it"
+    if best is not None and best.explains and report.next.startswith("return "):
+        report.next = f"put that right in {diagnosis.who}, and compare again"
 
 
 def from_the_record(
@@ -197,7 +208,7 @@ def from_the_record(
     good, bad = agreeing(model, call, recorded)
     if bad:
         set_place(report, model, good, bad)
-        report.next = ""  # a record cannot be asked for more
+        report.next = "with the original at hand, gpt2np diff ORIGINAL.onnx THIS.onnx reads what differs from both"
     return found
 
 
@@ -214,6 +225,11 @@ def spare_weights(model: Subject) -> dict[str, Array]:
 
 
 # ------------------------------------------------------------------------------------------------ tables
+
+
+def ratio(value: float) -> str:
+    """A number without a unit: "1.02", "6.2e-7"."""
+    return f"{value:.3g}" if 1e-3 <= value < 1e4 else number(value)
 
 
 def tap_table(rows: Sequence[TapRow], case: str, a: str, b: str, every: bool = False) -> Table:
@@ -239,11 +255,11 @@ def tap_table(rows: Sequence[TapRow], case: str, a: str, b: str, every: bool = F
         mark = "FIRST" if row is first else "over" if row.diverges else ""
         lines.append((
             row.tap, cell(row.total), cell(row.local_a), cell(row.local_b), cell(row.inherited),
-            cell(row.gain, "{:.3g}".format), cell(row.r, "{:.3g}".format), closer, mark,
+            cell(row.gain, ratio), cell(row.r, ratio), closer, mark,
         ))  # fmt: skip
         styles.append("red" if row.diverges else "")
     head = ("tap", ">total", ">local A", ">local B", ">inherited", ">gain", ">R", "closer", "")
     notes = [LEGEND]
     if len(shown) < len(rows):
         notes.append(f"{len(rows) - len(shown)} more taps in --json, and with diff --local")
-    return Table(f"taps on {case}, rms errors; A is {a}, B is {b}", head, lines, styles, notes)
+    return Table(f"taps on {case}, rms errors; A is {a}, B is {b}", head, lines, styles, notes, ("closer", "gain"))

@@ -1,4 +1,4 @@
-"""A report as people read it: the verdict first, then the tables, within 100 columns."""
+"""A report as people read it: the verdict first, then the tables, in 60 to 100 columns."""
 
 from __future__ import annotations
 
@@ -9,37 +9,49 @@ from typing import NamedTuple
 from .compare import Comparison
 from .report import Check, Report, Table, number
 
-WIDTH = 100
+WIDTH = 100  # columns, where nobody asks for fewer
 LABEL = 10  # columns of the words before a sentence: "where", "why" ...
 Line = tuple[str, str]  # text, style
 
 
-def wrap(text: str, indent: str = "") -> list[str]:
-    """Text in lines of at most WIDTH columns."""
-    return textwrap.wrap(text, WIDTH, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False) or [""]
+def wrap(text: str, indent: str = "", width: int = WIDTH) -> list[str]:
+    """Text in lines of at most `width` columns."""
+    return textwrap.wrap(text, width, subsequent_indent=indent, break_long_words=True, break_on_hyphens=False) or [""]
 
 
-def labelled(label: str, text: str, style: str = "") -> list[Line]:
+def labelled(label: str, text: str, style: str = "", width: int = WIDTH) -> list[Line]:
     """ "where     h.0.mlp.gelu ...", the following lines indented alike."""
     return [
-        (line, style) for line in wrap(f"{label:<{LABEL}}" + (" " if len(label) >= LABEL else "") + text, " " * LABEL)
+        (line, style)
+        for line in wrap(f"{label:<{LABEL}}" + (" " if len(label) >= LABEL else "") + text, " " * LABEL, width)
     ]
 
 
-def table_lines(table: Table) -> list[Line]:
-    """A table whose columns are as wide as their cells; where that is too wide, names get lines of their own."""
+def table_lines(table: Table, width: int = WIDTH) -> list[Line]:
+    """A table whose columns are as wide as their cells.
+
+    Where that is too wide, columns that others imply go; where it still is, names get lines of their own.
+    """
     heads = [h.removeprefix(">") for h in table.head]
     right = [h.startswith(">") for h in table.head]
     cells = [heads, *map(list, table.rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(heads))]
-    apart = sum(widths) + 2 * (len(widths) - 1) > WIDTH
+    shown = list(range(len(heads)))
+
+    def too_wide() -> bool:
+        return sum(widths[i] for i in shown) + 2 * (len(shown) - 1) > width
+
+    for name in table.implied:
+        if too_wide():
+            shown.remove(heads.index(name))
+    apart = too_wide()
 
     def joined(row: Sequence[str]) -> str:
-        columns = range(1, len(row)) if apart else range(len(row))
+        columns = shown[1:] if apart else shown
         parts = [row[i].rjust(widths[i]) if right[i] else row[i].ljust(widths[i]) for i in columns]
         return ("    " if apart else "") + "  ".join(parts).rstrip()
 
-    lines: list[Line] = [(line, "bold") for line in wrap(table.title)] if table.title else []
+    lines: list[Line] = [(line, "bold") for line in wrap(table.title, "", width)] if table.title else []
     if table.rows:
         lines.append((joined(heads), "bold"))
     styles = list(table.styles) or [""] * len(table.rows)
@@ -48,7 +60,7 @@ def table_lines(table: Table) -> list[Line]:
             lines.append((row[0], style))
         lines.append((joined(row), style))
     for note in table.notes:
-        lines += [(line, "dim") for line in wrap(note, "  ")]
+        lines += [(line, "dim") for line in wrap(note, "  ", width)]
     return lines
 
 
@@ -114,10 +126,10 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table | None:
         notes.append("too wide: noise of the signal's own size would pass this budget, so the row compares nothing")
     if any(c.noise for c in comparisons):
         notes.append("outside: numbers beyond the budget; those of rows marked ok are rounding by the float64 run")
-    return Table("", head, rows, styles, notes)
+    return Table("", head, rows, styles, notes, ("rms", "at"))
 
 
-def logit_lines(comparisons: Sequence[Comparison]) -> list[Line]:
+def logit_lines(comparisons: Sequence[Comparison], width: int = WIDTH) -> list[Line]:
     """For logits: do the parties choose the same tokens? Said where they fail or do not always."""
     lines: list[Line] = []
     groups: dict[tuple[str, str, str], list[Comparison]] = {}
@@ -135,7 +147,7 @@ def logit_lines(comparisons: Sequence[Comparison]) -> list[Line]:
         kl = number(max(t.kl_max for t in tops))
         text = f"{output}, {actual} - {expected}: top-1 differs at {changed} of {positions} positions"
         text += f" ({real} beyond the budget), top-{tops[0].k} overlap {overlap:.1%}, KL at most {kl} nats"
-        lines += [(line, "red" if real else "") for line in wrap(text, "  ")]
+        lines += [(line, "red" if real else "") for line in wrap(text, "  ", width)]
     return lines
 
 
@@ -151,19 +163,19 @@ def failed_names(report: Report) -> list[str]:
 class Sentence(NamedTuple):
     """One thing that is said of a report, unwrapped; an empty label goes on with what the one before began."""
 
-    label: str  # verdict, what, where, why, fact, causes, who, next, note
+    label: str  # verdict, what, where, inside, why, fact, causes, who, next, note
     text: str
     style: str = ""
 
 
-def verdict_lines(report: Report) -> list[Line]:
+def verdict_lines(report: Report, width: int = WIDTH) -> list[Line]:
     """The sentences as they are printed."""
     lines: list[Line] = []
     for label, text, style in sentences(report):
         if label == "verdict":
-            lines += [(line, style) for line in wrap(f"verdict: {text}", "  ")]
+            lines += [(line, style) for line in wrap(f"verdict: {text}", "  ", width)]
         else:
-            lines += labelled(label, text, style)
+            lines += labelled(label, text, style, width)
     return lines
 
 
@@ -192,8 +204,11 @@ def sentences(report: Report) -> list[Sentence]:
     if report.diagnosis is not None or report.place is not None:
         first, _, cause = report.headline.partition("; ")
         where = "" if report.place is None else report.place.text.removeprefix(first.removeprefix("first divergence "))
-        where = first + (where if where.startswith((":", " ")) or not where else f": {where}")
-        said += [Sentence("where", where), Sentence("why", cause)]
+        by_cause = where.startswith("between") and " between " not in first  # no output shows one operation
+        where = f"; the outputs say {where}" if by_cause else where
+        where = first + (where if where.startswith((":", " ", ";")) or not where else f": {where}")
+        inside = report.diagnosis.where if report.diagnosis is not None else ""
+        said += [Sentence("where", where), Sentence("inside", inside), Sentence("why", cause)]
     said += [Sentence("fact", fact) for fact in report.facts[:6]]
     if len(report.facts) > 6:
         said.append(Sentence("", f"and {len(report.facts) - 6} more facts in --json"))
@@ -236,36 +251,37 @@ def causes(report: Report) -> list[Sentence]:
 # ------------------------------------------------------------------------------------------------ report
 
 
-def lines_of(report: Report) -> list[Line]:
-    """The whole report, ready to print."""
-    lines = [*verdict_lines(report), ("", "")]
+def lines_of(report: Report, width: int = WIDTH) -> list[Line]:
+    """The whole report, ready to print on so many columns; 60 are the least that it can do with."""
+    width = max(width, 60)
+    lines = [*verdict_lines(report, width), ("", "")]
     missing = left_out(report)
     nothing = "nothing was left out" if any(c.metrics for c in report.comparisons) or report.checks else "anything"
     for text in (f"compared: {compared(report)}", f"not compared: {'; '.join(missing) or nothing}"):
-        lines += [(line, "") for line in wrap(text, "  ")]
+        lines += [(line, "") for line in wrap(text, "  ", width)]
     lines.append(("", ""))
-    lines += [(line, "bold") for line in wrap(report.title)]
-    width = max(LABEL, *(len(name) + 2 for name in report.parties), 0)
+    lines += [(line, "bold") for line in wrap(report.title, "", width)]
+    names = max(LABEL, *(len(name) + 2 for name in report.parties), 0)
     for name, what in [*report.parties.items(), ("budget", report.budget)]:
-        lines += [(line, "") for line in wrap(f"{name:<{width}}{what}", " " * min(width, LABEL))]
+        lines += [(line, "") for line in wrap(f"{name:<{names}}{what}", " " * min(names, LABEL), width)]
     table = comparison_table(report.comparisons)
     if table:
-        lines += [("", ""), *table_lines(table)]
-    logits = logit_lines(report.comparisons)
+        lines += [("", ""), *table_lines(table, width)]
+    logits = logit_lines(report.comparisons, width)
     if logits:
         lines += [("", ""), *logits]
-    lines += problem_lines(report.comparisons)
+    lines += problem_lines(report.comparisons, width)
     in_a_table = any(table.title == "invariances" for table in report.tables)
     listed = [c for c in report.checks if not (in_a_table and c.party and c.ok) or c.name == "taps"]
     listed = [c for c in listed if c.ok is not None]
     if listed:
-        lines += [("", ""), *check_lines(listed)]
+        lines += [("", ""), *check_lines(listed, width)]
     for further in report.tables:
-        lines += [("", ""), *table_lines(further)]
+        lines += [("", ""), *table_lines(further, width)]
     return lines
 
 
-def problem_lines(comparisons: Iterable[Comparison]) -> list[Line]:
+def problem_lines(comparisons: Iterable[Comparison], width: int = WIDTH) -> list[Line]:
     """What could not be measured, each message once however many inputs it comes from; the first stands above."""
     cases: dict[tuple[str, str], list[str]] = {}
     for c in comparisons:
@@ -275,18 +291,18 @@ def problem_lines(comparisons: Iterable[Comparison]) -> list[Line]:
     lines: list[Line] = [("", "")] if cases else []
     for (pair, problem), held in cases.items():
         where = held[0] if len(held) == 1 else f"{len(held)} inputs"
-        lines += [(line, "red") for line in wrap(f"{where}: {pair}: {problem}", "  ")]
+        lines += [(line, "red") for line in wrap(f"{where}: {pair}: {problem}", "  ", width)]
     return lines
 
 
-def check_lines(checks: Sequence[Check]) -> list[Line]:
+def check_lines(checks: Sequence[Check], width: int = WIDTH) -> list[Line]:
     lines: list[Line] = []
-    width = max(len(c.name) for c in checks)
+    names = max(len(c.name) for c in checks)
     for check in checks:
         word = {True: "ok", False: "FAIL", None: "not made"}[check.ok]
         style = {True: "", False: "red", None: "yellow"}[check.ok]
-        text = f"{check.name:<{width}}  {word:<8}  {check.text}"
-        lines += [(line, style) for line in wrap(text, " " * (width + 12))]
+        text = f"{check.name:<{names}}  {word:<8}  {check.text}"
+        lines += [(line, style) for line in wrap(text, " " * (names + 12), width)]
     return lines
 
 

@@ -98,7 +98,7 @@ def compare_wiring(report: Report, model: Subject, other: Subject, case: Case) -
         row = TapRow(first, value.shape, 0, None, None, (), None, None, None, 0, 0, 2, None, None)
         diagnosis = from_taps(model.program, call, row, name, {**given, first: value})
         if "B makes it of" in words and not any(g.explains for g in diagnosis.guesses):
-            guess = Guess("other_input", first, words.replace("it", first, 1), removed=1.0, explains=True)
+            guess = Guess("other_input", first, words.replace("it", first, 1), removed=1.0, explains=True, stated=True)
             guess.evidence = "read in the graph"
             diagnosis.guesses.insert(0, guess)
         settle(report, diagnosis, case.name)

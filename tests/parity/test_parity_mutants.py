@@ -12,6 +12,7 @@ import pytest
 
 import judge
 from cache_ports import CACHE_BUGS
+from gpt2np.parity.text import lines_of, sentences
 from mutants import MUTANTS
 from port_bugs import PORTS
 
@@ -63,6 +64,24 @@ def test_the_place_and_the_cause_are_named(
     assert verdict.place.startswith(case.place), verdict
     assert set(verdict.causes) & set(case.causes), verdict
     assert not verdict.likely or verdict.likely in case.causes, verdict
+
+
+def test_where_inside_an_array_it_is_wrong_is_printed(cases: dict[tuple[str, str], judge.Case], tmp_path: Path) -> None:
+    report = cases["taps", "position 5 of out"].run(tmp_path).report
+    said = {s.label: s.text for s in sentences(report)}
+    assert said["inside"] == "h.1.attn.out is wrong in position 5 alone"
+    assert "none of the usual mistakes explains it" in said["why"]
+    for width in (60, 80, 100):
+        assert max(len(line) for line, _ in lines_of(report, width)) <= width
+
+
+@pytest.mark.parametrize(("name", "kept"), [("past rows reversed", False), ("positions from 0", True)])
+def test_presents_are_held_against_the_past_that_was_fed_in(
+    name: str, kept: bool, cases: dict[tuple[str, str], judge.Case], tmp_path: Path
+) -> None:
+    check = next(c for c in cases["cache", name].run(tmp_path).report.checks if c.name == "past kept")
+    assert check.ok == kept
+    assert ("is not the past" in check.text) != kept
 
 
 @pytest.mark.parametrize("kind", ["lm", "past"])

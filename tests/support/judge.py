@@ -34,6 +34,10 @@ class Verdict(NamedTuple):
     causes: list[str]
     likely: str  # the cause that is called most likely, or ""
     text: str
+    report: Any = None
+
+    def __repr__(self) -> str:
+        return f"{self.place}: {self.causes}; {self.text}"
 
 
 class Case(NamedTuple):
@@ -59,7 +63,7 @@ def verdict_of(report: Any) -> Verdict:
     guesses = found.get("guesses", [])
     likely = guesses[0]["cause"] if guesses and guesses[0].get("likely", "most likely" in report.headline) else ""
     return Verdict(
-        report.exit_code == 1, found.get("tap", ""), [g["cause"] for g in guesses[:2]], likely, report.headline
+        report.exit_code == 1, found.get("tap", ""), [g["cause"] for g in guesses[:2]], likely, report.headline, report
     )
 
 

@@ -11,7 +11,6 @@ Two kinds of evidence are told apart:
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +44,7 @@ class Diagnosis:
     suspects: list[str] = field(default_factory=list)  # operations that it may be
     guesses: list[Guess] = field(default_factory=list)
     case: str = ""  # the input that it was found on
-    where: str = ""  # where inside the array the error is: "only position 5"; "" where it is everywhere
+    where: str = ""  # "h.0.attn.out is wrong in position 5 alone"; "" where it is wrong everywhere
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -73,7 +72,7 @@ def from_taps(
     guesses = rank(problem)
     best = guesses[0] if guesses and (guesses[0].likely or guesses[0].removed > 0.9) else None
     tap = row.tap if best is None else best.named or best.tap
-    where = "" if best is not None and best.explains else place_in(problem, row.tap)
+    where = place_in(problem, row.tap)
     return Diagnosis(tap, party, f"{party} computes {tap} differently", suspects, guesses, where=where)
 
 
@@ -81,9 +80,11 @@ def place_in(problem: Problem, tap: str) -> str:
     """Where inside an observed array the error is, in words."""
     value, expected = problem.observed[tap], problem.values[tap]
     floor = 1e-5 * max(_rms(expected), 1e-30)
-    return describe(
-        problem.defined(tap, value - expected), floor, OPERATIONS[split_tap(tap)[1]].shape, problem.call.start
-    )
+    axes = OPERATIONS[split_tap(tap)[1]].shape
+    words = describe(problem.defined(tap, value - expected), floor, axes, problem.call.start)
+    if words.startswith("only "):
+        words = f"{words.removeprefix('only ')} alone"
+    return f"{tap} is wrong in {words}" if words else ""
 
 
 def misplaced(
@@ -97,7 +98,9 @@ def misplaced(
         for text, value in placements(c.output, right, call):
             if value.shape == given[c.output].shape and measure(given[c.output], value, c.budget).ok:
                 text = f"{c.output} holds {text}"
-                guesses.append(Guess("output_order", c.output, text, removed=1.0, explains=True, likely=True))
+                guesses.append(
+                    Guess("output_order", c.output, text, removed=1.0, explains=True, likely=True, stated=True)
+                )
                 break
         else:
             return None
@@ -138,13 +141,6 @@ def placements(name: str, right: Mapping[str, Array], call: Call) -> Iterator[tu
     yield "zeros: it was never written", np.zeros_like(value)
 
 
-def unplaced(message: str) -> Diagnosis:
-    """A file in which no GPT-2 can be made out: the node that the error names is the first suspect."""
-    place = re.search(r"h\.(\d+)[./](ln_1|ln_2|attn|mlp)", message)
-    tap = f"h.{place[1]}.{place[2]}" if place else "ln_f" if "ln_f" in message else "unknown"
-    return Diagnosis(tap, "the file", f"gpt2np cannot place it: {message}")
-
-
 def missing_inputs(tap: str, program: Program, given: Mapping[str, Array]) -> list[str]:
     """Operations between what is given and a tap, which may as well be the culprit."""
     found: list[str] = []
@@ -182,9 +178,11 @@ def nonfinite(program: Program, call: Call, names: Sequence[str]) -> Diagnosis |
     for name, where, number in nonfinite_weights(program, names):
         tap = tap_of_element(program, call, name, where)
         text = f"{name}{list(where)} is {number}"
-        guesses.append(Guess("nan_in_weight", tap, text, removed=1.0 if tap == first else 0.5, evidence="in the file"))
+        removed = 1.0 if tap == first else 0.5
+        guesses.append(Guess("nan_in_weight", tap, text, removed=removed, evidence="in the file", stated=True))
     if not guesses:
-        guesses = [Guess("overflow", first, "finite weights and inputs, but not a finite result", removed=1.0)]
+        text = "finite weights and inputs, but not a finite result"
+        guesses = [Guess("overflow", first, text, removed=1.0, stated=True)]
     guesses.sort(key=lambda g: -g.removed)
     guesses[0].likely = guesses[0].removed == 1.0
     return Diagnosis(first, "the file", f"{first} is the first tap that is not finite", [first], guesses)
@@ -235,7 +233,7 @@ def from_outputs(
         tap = suspects[0]
     text = f"{who} differs from {'what made the recorded data' if who == 'the file' else 'the model'}"
     text += f" between {suspects[0]} and {suspects[-1]}" if len(suspects) > 1 else f" at {suspects[0]}"
-    where = "" if guesses and guesses[0].explains else place_in(problem, wrong[0])
+    where = place_in(problem, wrong[0])
     return Diagnosis(tap, who, text, suspects, guesses, where=where)
 
 

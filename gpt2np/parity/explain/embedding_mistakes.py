@@ -143,10 +143,10 @@ def _rows_seen(problem: Problem, wpe: Array, rows: Array, table: Callable[[str, 
             new[row], what = wpe[nearest], f"row {nearest}"
         else:
             return
-        wrong.append(f"row {row} were {what}")
+        wrong.append(f"row {row} of wpe were {what}")
     if wrong:
         text = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more rows were others" if len(wrong) > 3 else "")
-        yield table("position_rows", f"of wpe, {text}", new)
+        yield table("position_rows", text, new)
 
 
 def _rows_guessed(problem: Problem, wpe: Array, table: Callable[[str, str, Array], Guess]) -> Iterator[Guess]:

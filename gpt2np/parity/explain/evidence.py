@@ -72,8 +72,8 @@ def shape_of_the_error(problem: Problem) -> Iterator[Guess]:
         words = describe(error, floor, OPERATIONS[split_tap(tap)[1]].shape, problem.call.start)
         if words and problem.local:
             number = words.startswith("one number")
-            yield Guess("one_number" if number else "one_part", tap, f"{words} of {tap} were wrong", removed=0.49,
-                        evidence="the rest agrees", fitted=2)  # fmt: skip
+            yield Guess("one_number" if number else "one_part", tap, f"the rest of {tap} agrees", removed=0.49,
+                        fitted=2, stated=True)  # fmt: skip
         sizes = np.linalg.svd(error.reshape(-1, error.shape[-1]), compute_uv=False) ** 2
         along = abs(float((error * expected).mean())) / (size * rms)
         noise.append((size / rms, along < 0.1 and sizes[0] < 0.5 * sizes.sum() and inside(error, floor) is None))

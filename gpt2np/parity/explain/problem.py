@@ -88,6 +88,7 @@ class Guess:
     likely: bool = False  # it may be called the cause: see `name_likely`
     evidence: str = ""  # what the file or the arrays themselves show for it
     element: tuple[str, tuple[int, ...], float] = ("", (), 0.0)  # a wrong element: weight, index, correction
+    stated: bool = False  # the text is a sentence of its own, no clause after "as if"
     named: str = ""  # the tap to name, where it is an input of `tap` that arrives changed
 
     @property
@@ -109,6 +110,8 @@ class Guess:
 
     def sentence(self, who: str, model: str = "the model") -> str:
         """ "WHO behaves as if ...; the model has ...": in the same words whichever of the two is at fault."""
+        if self.stated:
+            return self.text
         who, model = ("what was recorded", "the file") if who == "the file" else (who, model)
         return f"{who} behaves as if {self.text}" + (f"; {model} has {self.now}" if self.now else "")
 

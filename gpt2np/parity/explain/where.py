@@ -9,7 +9,6 @@ from ...weights import Array
 # What an index along each axis of a tap's shape is called; see `operations.OPERATIONS`.
 AXES = {"B": "batch row", "T": "position", "H": "head", "S": "key", "D": "column", "C": "column", "HD": "column",
         "F": "column", "V": "token", "2": "half", "L": "layer"}  # fmt: skip
-SHARE = 1e-4  # of the error's energy that may lie outside the part that is named
 
 
 def parts(error: Array, floor: float) -> list[Array]:
