@@ -182,11 +182,16 @@ def settle(report: Report, diagnosis: Diagnosis, case: str) -> None:
     report.details["diagnosis"] = diagnosis.as_dict()
     best = diagnosis.guesses[0] if diagnosis.guesses else None
     place = report.place
-    seen = place is None or len(place.suspects) < 2 or (best is not None and best.explains)
+    named = best is not None and (best.explains or best.likely)
+    seen = place is None or len(place.suspects) < 2 or named
     where = diagnosis.tap if seen or place is None else f"between {place.first} and {place.last}"
     report.headline = f"first divergence {where}"
     if best is not None and best.cause in ("one_part", "one_number"):
         report.headline += f"; {best.cause}: {best.text}; none of the usual mistakes explains it"
+    elif best is not None and best.stated and best.explains:
+        report.headline += f"; {best.cause}: {best.text}"
+    elif best is not None and best.evidence and not best.explains and not best.likely:
+        report.headline += f"; {best.cause} shows: {best.sentence(diagnosis.who)} ({best.evidence})"
     elif best is not None and best.likely:
         report.headline += f"; most likely {best.cause}: {best.sentence(diagnosis.who)}"
     elif best is not None:
@@ -194,7 +199,7 @@ def settle(report: Report, diagnosis: Diagnosis, case: str) -> None:
         report.headline += f"; {best.cause} {part}: {best.sentence(diagnosis.who)}"
     else:
         report.headline += "; none of the usual mistakes explains it"
-    if best is not None and best.explains and report.next.startswith("return "):
+    if named and report.next.startswith("return "):
         report.next = f"put that right in {diagnosis.who}, and compare again"
 
 

@@ -288,7 +288,7 @@ def test_a_crash_is_never_taken_for_a_failed_comparison(
 ) -> None:
     from gpt2np import cli
 
-    def fails(prog_name: str) -> None:
+    def fails(**options: object) -> None:
         raise error
 
     monkeypatch.setattr(cli, "app", fails)

@@ -13,7 +13,7 @@ import pytest
 import judge
 from cache_ports import CACHE_BUGS
 from gpt2np.parity.text import lines_of, sentences
-from mutants import MUTANTS
+from mutants import MUTANTS, mask_value
 from port_bugs import PORTS
 
 QUICK = {
@@ -121,3 +121,16 @@ def test_two_models_are_told_apart_operation_by_operation(name: str, tmp_path: P
     verdict = judge.diff(source, tmp_path / "bad", {"input1": ids})
     assert verdict.place == MUTANTS[name].tap
     assert set(verdict.causes) & set(MUTANTS[name].causes)
+
+
+def test_masks_with_other_constants_in_other_layers_are_the_same(tmp_path: Path) -> None:
+    import onnx
+
+    source = judge.write_small(tmp_path, "base", 2)
+    model = onnx.load(source / "model.onnx")
+    assert mask_value(1, -65504.0)(model)
+    (tmp_path / "other").mkdir()
+    onnx.save(model, tmp_path / "other" / "model.onnx")
+    verdict = judge.diff(source, tmp_path / "other", {"input1": np.arange(12).reshape(1, 1, 12)})
+    assert not verdict.failed, verdict
+    assert verdict.report.exit_code == 0

@@ -131,12 +131,19 @@ def layer_dropped(proto: Proto, names: Names) -> None:
                 node.input[i] = names["h.0.resid_post"]
 
 
+def norm_without_mean(proto: Proto, names: Names) -> None:
+    """RMS norm: what is to be normalised keeps its mean."""
+    node = next(n for n in proto.graph.node if n.op_type == "Sub" and n.input[0] == names["h.1.resid_mid"])
+    node.CopyFrom(helper.make_node("Identity", [names["h.1.resid_mid"]], list(node.output)))
+
+
 WIRING: dict[str, tuple[Callable[[Proto, Names], None], set[str]]] = {
     "residual lost": (residual_lost, {"h.1.resid_mid"}),
     "residual doubled": (residual_doubled, {"h.1.resid_mid"}),
     "residual after the norm": (residual_after_norm, {"h.1.resid_mid"}),
     "norm skipped": (norm_skipped, {"h.1.ln_2", "h.1.mlp.c_fc"}),
     "MLP reads another": (mlp_reads_another, {"h.1.ln_2", "h.1.mlp.c_fc"}),
+    "RMS norm": (norm_without_mean, {"h.1.ln_2"}),
     "layer dropped": (layer_dropped, {"h.1.ln_1", "h.2.ln_1", "h.1.attn.q"}),
 }
 

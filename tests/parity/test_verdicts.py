@@ -371,3 +371,44 @@ def test_a_trace_beside_a_function_gives_the_inputs(right: tuple[Path, Case, Arr
     report = diff(golden, f"{tmp_path / 'golden_port.py'}:forward", lambda m: [])
     assert report.exit_code == 0, said(report)
     assert [c.output for c in report.comparisons] == ["output1"]
+
+
+class Tensor:
+    """What of a torch.Tensor that needs a gradient is asked for, bfloat16 or not; torch itself is not needed."""
+
+    def __init__(self, value: np.ndarray, dtype: str = "torch.float32", tracked: bool = True) -> None:
+        self.value, self.dtype, self.tracked = value, dtype, tracked
+
+    def detach(self) -> Tensor:
+        return Tensor(self.value, self.dtype, False)
+
+    def cpu(self) -> Tensor:
+        return self
+
+    def float(self) -> Tensor:
+        return Tensor(self.value.astype(np.float32), "torch.float32", self.tracked)
+
+    def resolve_conj(self) -> Tensor:
+        return self
+
+    def numpy(self) -> np.ndarray:
+        if self.tracked:
+            raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+        if self.dtype == "torch.bfloat16":
+            raise TypeError("Got unsupported ScalarType BFloat16")
+        return self.value
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_tensors_are_read_without_torch(dtype: str) -> None:
+    value = np.array([[0.5, -2.0, 384.0]], np.float32)
+    found = as_array(Tensor(value, dtype), "port gives 'logits'")
+    assert found.dtype == np.float32
+    assert np.array_equal(found, value)
+
+
+def test_tensors_of_torch_are_read() -> None:
+    torch = pytest.importorskip("torch")
+    value = np.array([[0.5, -2.0, 384.0]], np.float32)
+    for tensor in (torch.tensor(value, requires_grad=True), torch.tensor(value).bfloat16()):
+        assert np.array_equal(as_array(tensor, "port gives 'logits'"), value)

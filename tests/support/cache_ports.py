@@ -18,6 +18,7 @@ class CacheBug(NamedTuple):
     causes: tuple[str, ...]
     change: Callable[[Port, dict[str, Any]], None] | None = None  # before the run: the call's own arguments
     after: Callable[[list[Array], list[Array]], list[Array]] | None = None  # presents, past -> presents given out
+    padded: bool = False  # whether the first sequence begins with two positions of padding
 
 
 def on_past(change: Callable[[list[Array]], list[Array]]) -> Callable[[Port, dict[str, Any]], None]:
@@ -36,6 +37,14 @@ def step(name: str, wrong: Callable[..., Array]) -> Callable[[Port, dict[str, An
 
 def new_positions(port: Port, call: dict[str, Any]) -> None:
     call["positions"] = np.broadcast_to(np.arange(call["ids"].shape[1]), call["ids"].shape)
+
+
+def without_mask(port: Port, call: dict[str, Any]) -> None:
+    call["mask"] = None
+
+
+def counted_from_padding(port: Port, call: dict[str, Any]) -> None:
+    call["positions"] = None  # from the first cached position on, in every row
 
 
 def mis_read(x: Array) -> Array:
@@ -76,6 +85,10 @@ CACHE_BUGS: dict[str, CacheBug] = {
     "last row overwritten": CacheBug("h.0.attn.scores", ("cache_overwritten",), step("joined", overwrite)),
     "positions from 0": CacheBug("embed", ("position_offset", "positions"), new_positions),
     "mask not moved on": CacheBug("h.0.attn.probs", ("mask_shift", "mask_shape"), step("seen", unmoved)),
+    "mask unused": CacheBug("h.0.attn.probs", ("mask_unused",), without_mask, padded=True),
+    "positions count the padding": CacheBug(
+        "embed", ("positions", "position_offset"), counted_from_padding, padded=True
+    ),
     "presents exchanged": CacheBug("present.0", ("output_order",), after=lambda new, old: [x[::-1] for x in new]),
     "presents of the next layer": CacheBug("present.0", ("output_order",), after=lambda new, old: [*new[1:], new[0]]),
     "presents not advanced": CacheBug(
@@ -101,17 +114,16 @@ CACHE_BUGS: dict[str, CacheBug] = {
 }
 
 
-def call_on(port: Port, seed: int, vocabulary: int) -> tuple[dict[str, Any], Feeds]:
+def call_on(port: Port, seed: int, vocabulary: int, padded: bool = False) -> tuple[dict[str, Any], Feeds]:
     """A call with a past that a right pass left behind, and the same as the file's own inputs."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, vocabulary, (2, P + T))
-    past = port.run(ids[:, :P])
-    call = {"ids": ids[:, P:], "positions": None, "past": past, "mask": None}
-    feeds: Feeds = {
-        "input_ids": ids[:, P:],
-        "attention_mask": np.ones(ids.shape, np.int64),
-        "position_ids": np.broadcast_to(np.arange(P, P + T), (2, T)).astype(np.int64),
-    }
+    mask = np.ones(ids.shape, np.int64)
+    mask[0, : 2 * padded] = 0
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+    past = port.run(ids[:, :P], positions[:, :P], mask=mask[:, :P])
+    call = {"ids": ids[:, P:], "positions": positions[:, P:], "past": past, "mask": mask}
+    feeds: Feeds = {"input_ids": ids[:, P:], "attention_mask": mask, "position_ids": positions[:, P:]}
     for i, (k, v) in enumerate(past):
         feeds[f"past_key_values.{i}.key"], feeds[f"past_key_values.{i}.value"] = k, v
     return call, feeds

@@ -142,7 +142,7 @@ def from_caches(source: Path) -> Iterator[Case]:
 
         def run(folder: Path, bug: Any = bug) -> Verdict:
             port = port_of(model.weights, None)
-            call, feeds = call_on(port, 0, model.config.vocab_size)
+            call, feeds = call_on(port, 0, model.config.vocab_size, bug.padded)
             past = call["past"]
             if bug.change is not None:
                 bug.change(port, call)
