@@ -32,7 +32,7 @@ from gpt2np.model import load
 from gpt2np.score import Score, TextScoring
 from toy_model import write_toy
 
-TEXT = "Once upon a time there was a king, and the king had a daughter. " * 60
+TEXT = "Once upon a time there was a king, and the king had a daughter. " * 30
 WINDOW, STRIDE = 40, 10
 
 
