@@ -372,7 +372,19 @@ class GPT2:
         c = self.config
         return (
             f"GPT2({str(self.path) if self.path else 'from arrays'}: L={c.n_layer} H={c.n_head} C={c.n_embd} "
-            f"V={c.vocab_size} n_ctx={c.n_ctx}, engine={self.engine}, {self.dtype})"
+            f"V={c.vocab_size} n_ctx={c.n_ctx}, engine={self.engine}, {self.dtype}{self._kept()})"
+        )
+
+    def _kept(self) -> str:
+        """Which matrices the kernels keep in 16 bits."""
+        w = self._weights
+        matrices = [w.wte, *(m.weight for b in w.h for m in (*b.attn[:2], *b.mlp[:2]))]
+        matrices += [] if self.config.tied else [w.lm_head]
+        forms = [getattr(matrix, "form", "") for matrix in matrices]
+        counts = {form: forms.count(form) for form in ("bfloat16", "float16") if form in forms}
+        return "".join(
+            f", weights in {form}" if count == len(forms) else f", {count} of {len(forms)} matrices in {form}"
+            for form, count in counts.items()
         )
 
 

@@ -93,6 +93,14 @@ def weight_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+TABLES = ("wte.weight", "lm_head.weight")  # stored as rows for tokens
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a weight of that name is a matrix that is multiplied by; of wpe, only rows are added."""
+    return name in TABLES or (name.endswith(".weight") and name.split(".")[-2] in ("c_attn", "c_proj", "c_fc"))
+
+
 def check_sources(config: GPT2Config, sources: Mapping[str, WeightSource | Array]) -> None:
     """Raise WeightError unless every weight of the config is there in its shape, and no other."""
     shapes = weight_shapes(config)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from ..onnx.recognise.sources import Source
 
 
+ROWS_AT_ONCE = 256  # of a matrix, looked at for numbers that 16 bits hold
+
+
 def info(
     model: Annotated[
         str | None,
@@ -80,6 +83,7 @@ def describe(file: ModelFile, found: Recognised) -> dict[str, Any]:
             for name, source in found.sources.items()
         },
         "bytes_by_dtype": bytes_by_dtype(file),
+        "sixteen_bits": sixteen_bits(found),
         "ignored": dict(found.ignored),
         "taps": {name: tap.tensor for name, tap in found.taps.items()},
         "notes": list(found.notes),
@@ -175,6 +179,16 @@ def bytes_by_dtype(file: ModelFile) -> dict[str, int]:
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
+def sixteen_bits(found: Recognised) -> dict[str, str]:
+    """The matrices whose numbers 16 bits can hold, so that the kernels keep them so, {name: form}."""
+    from ..arrays import narrow_form
+    from ..weights import is_matrix
+
+    matrices = {name: source for name, source in found.sources.items() if is_matrix(name)}
+    forms = {name: narrow_form(source.blocks(ROWS_AT_ONCE)) for name, source in matrices.items()}
+    return {name: form for name, form in forms.items() if form is not None}
+
+
 def print_info(file: ModelFile, found: Recognised) -> None:
     """For reading: a head, then tables."""
     from ..activations import ACTIVATIONS
@@ -210,12 +224,18 @@ def print_info(file: ModelFile, found: Recognised) -> None:
     out.print()
     sizes = ", ".join(f"{size:,} {name}" for name, size in bytes_by_dtype(file).items())
     out.print(f"bytes by type: {sizes}")
-    reasons: dict[str, list[str]] = {}
-    for name, why in found.ignored:
-        reasons.setdefault(why, []).append(name)
-    for why, names in reasons.items():
+    for form, names in sorted(_by_value(sixteen_bits(found)).items()):
+        out.print(f"{len(names)} matrices hold {form} numbers: kept in 16 bits, with the same results")
+    for why, names in _by_value(dict(found.ignored)).items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         out.print(f"not a weight: {shown} ({why})", style="dim")
+
+
+def _by_value(values: dict[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(value, []).append(name)
+    return groups
 
 
 def _folded_ports(ports: list[tuple[str, Port]]) -> list[tuple[str, Port]]:

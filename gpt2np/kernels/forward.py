@@ -39,7 +39,7 @@ def needs_compilation() -> bool:
 def scratch_for(count: int, dtype: Any, C: int = 0, S: int = 0, D: int = 0) -> Array:
     """Memory for `count` threads: for linear maps, layer norms of C numbers, and attention over S keys of size D."""
     length, width = -(-S // PANEL) * PANEL, -(-D // PANEL) * PANEL
-    size = max(PIECE_ROWS * PANEL, LANES + C, length * (D + width + ROWS) + ROWS * (width + 1) + LANES)
+    size = max((PIECE_ROWS + TERMS) * PANEL, LANES + C, length * (D + width + ROWS) + ROWS * (width + 1) + LANES)
     return empty_aligned((count, -(-size // 16) * 16), dtype)
 
 

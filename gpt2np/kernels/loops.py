@@ -20,7 +20,7 @@ from ..arrays import Array
 from . import tile
 from .jit import jit
 from .threads import next_chunk
-from .tile import PANEL, ROWS, fma
+from .tile import PANEL, ROWS, fma, wide, widen_row
 from .vectors import LANES, activate_in_place, add, copy, exp, highest, span, total, transpose_block
 
 TERMS = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
@@ -58,14 +58,16 @@ def multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, out, out_s
 def linear_range(first, last, scratch, x, weight, bias, activation, added, terms, out):
     """out (R, N) = activation(x (R, K) @ weight + bias), or with `added` out += that; weight: see `Panels`.
 
-    A piece is one panel of columns for PIECE_ROWS rows. terms: of one chain, see TERMS.
+    A piece is one panel of columns for PIECE_ROWS rows. terms: of one chain, see TERMS; no more
+    than these where weights are kept in 16 bits. Those are widened by the tile if it is one, else once for all tiles.
     """
     (R, K), N = x.shape, out.shape[1]
     row_pieces = -(-R // PIECE_ROWS)
     for piece in range(first, last):
         column, row = piece // row_pieces * PANEL, piece % row_pieces * PIECE_ROWS
         rows, width = min(PIECE_ROWS, R - row), min(PANEL, N - column)
-        totals = scratch[: rows * PANEL]
+        totals, block = scratch[: rows * PANEL], scratch[PIECE_ROWS * PANEL : (PIECE_ROWS + TERMS) * PANEL]
+        widen_first = weight.itemsize < x.itemsize and rows > ROWS
 
         # 1. the bias, then the product, block by block of the sum; what one block reads stays in the caches
         totals[:] = 0
@@ -74,7 +76,12 @@ def linear_range(first, last, scratch, x, weight, bias, activation, added, terms
                 copy(bias[column : column + width], totals[r * PANEL : r * PANEL + width])
         for k in range(0, K, terms):
             depth = min(terms, K - k)
-            multiply(rows, x, row * K + k, K, weight, column * K + k * PANEL, PANEL, depth, totals, 0, PANEL)
+            if widen_first:
+                for d in range(depth):
+                    widen_row(weight, column * K + (k + d) * PANEL, depth * PANEL, block, d * PANEL)
+                multiply(rows, x, row * K + k, K, block, 0, PANEL, depth, totals, 0, PANEL)
+            else:
+                multiply(rows, x, row * K + k, K, weight, column * K + k * PANEL, PANEL, depth, totals, 0, PANEL)
 
         # 2. the activation, and the way out: stored, or added to the residual stream
         activate_in_place(totals, activation)
@@ -103,7 +110,7 @@ def embed_range(first, last, scratch, ids, positions, wte, wpe, out):
     for r in range(first, last):
         panel, column = ids[r] // PANEL, ids[r] % PANEL
         for c in range(out.shape[1]):
-            out[r, c] = wte[panel, c, column] + wpe[positions[r], c]
+            out[r, c] = wide(wte[panel, c, column]) + wpe[positions[r], c]
 
 
 @jit(parallel=True)

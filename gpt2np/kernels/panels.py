@@ -1,4 +1,7 @@
-"""Matrices as the kernels read them: cut into panels of PANEL columns, all rows of one panel before the next."""
+"""Matrices as the kernels read them: cut into panels of PANEL columns, all rows of one panel before the next.
+
+A matrix of float32 numbers that 16 bits can hold is kept in 16 bits; the results are the same to the bit.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..arrays import Array, empty_aligned
-from ..weights import WeightSources
+from ..arrays import ALIGNMENT, NARROW, Array, empty_aligned, narrow_form, narrowed, widened
+from ..weights import TABLES, WeightSources, is_matrix
 from .threads import get_num_threads
-from .tile import PANEL
+from .tile import FORMS, PANEL
 
 READ_BYTES = 1 << 19  # of a file's weights at once, so that they are packed while they are in the caches
-TABLES = ("wte.weight", "lm_head.weight")  # stored as rows for tokens
 
 
 class Panels(NamedTuple):
     """A matrix (K, N) cut into panels of PANEL columns; the last panel is filled up with zeros."""
 
-    data: Array  # (ceil(N / PANEL), K, PANEL), data[p, k, c] = matrix[k, p * PANEL + c]
+    data: Array  # (ceil(N / PANEL), K, PANEL), data[p, k, c] = matrix[k, p * PANEL + c]; floats, or NARROW bits of them
     columns: int  # N
+
+    @property
+    def form(self) -> str:
+        """What the numbers are kept as: "float32", "float64", "float16" or "bfloat16"."""
+        return next((form for form, dtype in NARROW.items() if dtype == self.data.dtype), self.data.dtype.name)
 
 
 def pack(sources: WeightSources, dtype: Any) -> dict[str, Any]:
@@ -36,36 +43,49 @@ def pack(sources: WeightSources, dtype: Any) -> dict[str, Any]:
     sources : mapping of name to WeightSource
         Named as in `weights.weight_shapes`.
     dtype : float32 or float64
+        What results are computed in.
     """
-    shapes = {name: _packed_shape(name, source.shape) for name, source in sources.items()}
-    sizes = [-(-math.prod(shape) // 16) * 16 for shape in shapes.values()]
+    # Other threads go on while a file is read or an array copied.
+    with ThreadPoolExecutor(get_num_threads()) as pool:
+        forms = dict(zip(sources, pool.map(lambda name: _form(name, sources[name], dtype), sources), strict=True))
+        return _pack(sources, forms, dtype, pool)
+
+
+def _pack(sources: WeightSources, forms: dict[str, str | None], dtype: Any, pool: ThreadPoolExecutor) -> dict[str, Any]:
+    places, sizes = {}, []
+    for name, source in sources.items():
+        shape, form = _packed_shape(name, source.shape), forms[name]
+        places[name] = shape, np.dtype(dtype) if form is None else NARROW[form]
+        sizes.append(-(-math.prod(shape) * places[name][1].itemsize // ALIGNMENT) * ALIGNMENT)
     # One array for all of them: the system backs a large one with large pages, which are soon there and soon found
-    parts = np.split(empty_aligned((sum(sizes),), dtype), np.cumsum(sizes)[:-1])
-    places = {
-        name: part[: math.prod(shape)].reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    parts = np.split(empty_aligned((sum(sizes),), np.uint8), np.cumsum(sizes)[:-1])
+    arrays = {
+        name: part[: math.prod(shape) * kind.itemsize].view(kind).reshape(shape)
+        for (name, (shape, kind)), part in zip(places.items(), parts, strict=True)
     }
 
     def read(name: str) -> Any:
-        source, place = sources[name], places[name]
+        source, place, form = sources[name], arrays[name], forms[name]
         at, transposed = 0, name in TABLES
         for rows in _rows_of(source):
-            if _is_matrix(name):
+            rows = rows if form is None else narrowed(rows, form)
+            if is_matrix(name):
                 _put(place, at, rows, transposed)
             else:
                 place[at : at + len(rows)] = rows
             at += len(rows)
-        return Panels(place, source.shape[0 if transposed else 1]) if _is_matrix(name) else place
+        return Panels(place, source.shape[0 if transposed else 1]) if is_matrix(name) else place
 
-    with ThreadPoolExecutor(get_num_threads()) as pool:  # other threads go on while a file is read or an array copied
-        return dict(zip(sources, pool.map(read, sources), strict=True))
+    return dict(zip(sources, pool.map(read, sources), strict=True))
 
 
-def _is_matrix(name: str) -> bool:
-    return name in TABLES or (name.endswith(".weight") and name.split(".")[-2] in ("c_attn", "c_proj", "c_fc"))
+def _form(name: str, source: Any, dtype: Any) -> str | None:
+    """In which 16 bits a weight can be kept, if in any."""
+    return narrow_form(_rows_of(source), FORMS) if is_matrix(name) and np.dtype(dtype) == np.float32 else None
 
 
 def _packed_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    if not _is_matrix(name):
+    if not is_matrix(name):
         return shape
     K, N = shape[::-1] if name in TABLES else shape
     return -(-N // PANEL), K, PANEL
@@ -97,8 +117,10 @@ def _put(panels: Array, first: int, rows: Array, transposed: bool) -> None:
             panels[:, whole, rest:] = 0
 
 
-def pack_matrix(matrix: Array, transposed: bool = False) -> Panels:
-    """Panels of a matrix (K, N), or of the transpose of an (N, K) one."""
+def pack_matrix(matrix: Array, transposed: bool = False, form: str | None = None) -> Panels:
+    """Panels of a matrix (K, N), or of the transpose of an (N, K) one; form: one of FORMS that holds it, if any."""
+    if form is not None:
+        matrix = narrowed(matrix, form)
     K, N = matrix.shape[::-1] if transposed else matrix.shape
     data = empty_aligned((-(-N // PANEL), K, PANEL), matrix.dtype)
     _put(data, 0, matrix, transposed)
@@ -106,6 +128,7 @@ def pack_matrix(matrix: Array, transposed: bool = False) -> Panels:
 
 
 def unpack(panels: Panels) -> Array:
-    """The matrix (K, N) that was packed."""
+    """The matrix (K, N) that was packed, as floats."""
     count, K, _ = panels.data.shape
-    return np.ascontiguousarray(panels.data.transpose(1, 0, 2).reshape(K, count * PANEL)[:, : panels.columns])
+    matrix = panels.data.transpose(1, 0, 2).reshape(K, count * PANEL)[:, : panels.columns]
+    return np.ascontiguousarray(widened(matrix))

@@ -14,6 +14,9 @@ the vectors to what the machine has: a row is two 512-bit registers with AVX-512
 four of 128 bits on arm64. Every element of the result is one chain of multiply-adds in the order of k, for
 any number of rows: the bits do not depend on how rows are grouped.
 
+b may be kept in 16 bits (`arrays.NARROW`). Each form has a tile of its own, which widens b[k] on the way into the
+registers: a shift makes a float32 of a bfloat16, an instruction of the processor one of a float16.
+
 Under NUMBA_DISABLE_JIT=1 the same names are plain Python functions, which also define what is computed.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
@@ -21,6 +24,7 @@ Under NUMBA_DISABLE_JIT=1 the same names are plain Python functions, which also 
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -30,19 +34,23 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from ..arrays import widened
 from .jit import config
 
 
-def _has_avx512() -> bool:
+def _has(feature: str) -> bool:
     if config.CPU_FEATURES is not None:  # the user compiles for another machine: NUMBA_CPU_FEATURES
-        return "+avx512f" in config.CPU_FEATURES
-    return config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get("avx512f", False))
+        return f"+{feature}" in config.CPU_FEATURES
+    return config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get(feature, False))
 
 
 # A full tile leaves registers for b[k] and a[r, k]: 8 x 32 float32 sums take 16 of AVX-512's 32 registers,
 # 6 x 16 take 12 of AVX2's 16 and 24 of arm64's 32. More rows than these bring no speed.
-PANEL, ROWS = (32, 8) if _has_avx512() else (16, 6)
+PANEL, ROWS = (32, 8) if _has("avx512f") else (16, 6)
 SQUARE = 16  # rows and columns that `transpose` turns at once
+# Without an instruction for float16 LLVM would call a function that may not be there.
+_float16 = config.DISABLE_JIT or platform.machine().lower() in ("arm64", "aarch64") or _has("f16c")
+FORMS = ("bfloat16", "float16") if _float16 else ("bfloat16",)  # in which b may be kept
 AHEAD = 2 * SQUARE  # so many rows further it has the memory read already
 
 
@@ -52,8 +60,8 @@ def make_tile(rows: int) -> Callable[..., None]:
         tile(a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride)
 
     computes out[r, c] += sum over k < depth of a[r, k] * b[k, c], for r < rows and c < PANEL, each sum by itself
-    started from zero. The arrays are C-contiguous, of any shape and one float dtype; a[r, k] is their element
-    number a_start + r * a_stride + k in memory order, and so on. depth >= 1.
+    started from zero. The arrays are C-contiguous, of any shape and one float dtype; b may also be in one of FORMS.
+    a[r, k] is their element number a_start + r * a_stride + k in memory order, and so on. depth >= 1.
     """
 
     def tile_in_python(a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride):
@@ -62,7 +70,7 @@ def make_tile(rows: int) -> Callable[..., None]:
             return np.lib.stride_tricks.as_strided(array.reshape(-1)[start:], (height, width), strides)
 
         left = window(a, a_start, a_stride, rows, depth).astype(np.float64)
-        right = window(b, b_start, b_stride, depth, PANEL).astype(np.float64)
+        right = widened(window(b, b_start, b_stride, depth, PANEL)).astype(np.float64)
         total = np.zeros((rows, PANEL), out.dtype)
         for k in range(depth):
             total = (left[:, k, None] * right[k] + total).astype(out.dtype)
@@ -78,7 +86,8 @@ def make_tile(rows: int) -> Callable[..., None]:
             vector = ir.VectorType(context.get_value_type(a.dtype), PANEL)
             undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0.0] * PANEL)
             lane_0 = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL)
-            align = a.dtype.bitwidth // 8
+            align, b_align = a.dtype.bitwidth // 8, b.dtype.bitwidth // 8
+            b_kind = ir.VectorType(context.get_value_type(b.dtype), PANEL)
 
             def pointer(kind, array, start):
                 return builder.gep(context.make_array(kind)(context, builder, array).data, [start])
@@ -98,9 +107,10 @@ def make_tile(rows: int) -> Callable[..., None]:
             builder.branch(loop)
             builder.position_at_end(loop)
             k, *sums = [builder.phi(kind) for kind in (index, *[vector] * rows)]
-            b_vector = builder.load(vector_pointer(b_base, builder.mul(k, b_stride)), align=align)
-            for line in range(0, PANEL * align, 64):  # the next block of b is on its way while this one is used
-                ahead = builder.add(builder.mul(builder.add(k, depth), b_stride), index(line // align))
+            b_place = builder.bitcast(builder.gep(b_base, [builder.mul(k, b_stride)]), b_kind.as_pointer())
+            b_vector = _widen(builder, builder.load(b_place, align=b_align), b.dtype)
+            for line in range(0, PANEL * b_align, 64):  # the next block of b is on its way while this one is used
+                ahead = builder.add(builder.mul(builder.add(k, depth), b_stride), index(line // b_align))
                 _prefetch(builder, builder.gep(b_base, [ahead]))
             new_sums = []
             for a_row, total in zip(a_rows, sums, strict=True):
@@ -189,6 +199,64 @@ def _fmuladd(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir
     name = f"llvm.fmuladd.{lanes}{'f32' if isinstance(element, ir.FloatType) else 'f64'}"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
     return builder.call(function, [a, b, c])
+
+
+def _widen(builder: ir.IRBuilder, bits: ir.Value, kind: Any) -> ir.Value:
+    """A number or a vector of NARROW bits as float32; floats stay as they are."""
+
+    def like(element: ir.Type) -> ir.Type:
+        return ir.VectorType(element, bits.type.count) if isinstance(bits.type, ir.VectorType) else element
+
+    if kind == types.uint16:  # bfloat16
+        word = like(ir.IntType(32))
+        sixteen = ir.Constant(word, [16] * word.count if isinstance(word, ir.VectorType) else 16)
+        return builder.bitcast(builder.shl(builder.zext(bits, word), sixteen), like(ir.FloatType()))
+    if kind == types.int16:  # float16
+        return builder.fpext(builder.bitcast(bits, like(ir.HalfType())), like(ir.FloatType()))
+    return bits
+
+
+@intrinsic
+def _wide(_, x):
+    wide = types.float32 if x in (types.int16, types.uint16) else x
+    return wide(x), lambda context, builder, signature, values: _widen(builder, values[0], x)
+
+
+def _wide_in_python(x: Any) -> Any:
+    return widened(np.asarray(x))[()]
+
+
+# wide(x): the number that one element of a matrix stands for, see `arrays.NARROW`
+wide: Callable[..., Any] = _wide_in_python if config.DISABLE_JIT else _wide
+
+
+@intrinsic
+def _widen_row(_, source, s_start, ahead, target, t_start):
+    size = types.intp
+
+    def generate(context, builder, _, values):
+        source_array, s_start, ahead, target_array, t_start = values
+        places = []
+        for kind, array, start in ((source, source_array, s_start), (target, target_array, t_start)):
+            place = builder.gep(context.make_array(kind)(context, builder, array).data, [start])
+            vector = ir.VectorType(context.get_value_type(kind.dtype), PANEL)
+            places.append(builder.bitcast(place, vector.as_pointer()))
+        data = context.make_array(source)(context, builder, source_array).data
+        _prefetch(builder, builder.gep(data, [builder.add(s_start, ahead)]))  # the next block, as in a tile
+        bits = builder.load(places[0], align=source.dtype.bitwidth // 8)
+        builder.store(_widen(builder, bits, source.dtype), places[1], align=target.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(source, size, size, target, size), generate
+
+
+def _widen_row_in_python(source: Any, s_start: int, ahead: int, target: Any, t_start: int) -> None:
+    target.reshape(-1)[t_start : t_start + PANEL] = widened(source.reshape(-1)[s_start : s_start + PANEL])
+
+
+# widen_row(source, s_start, ahead, target, t_start): PANEL elements of a matrix, as floats, addressed as for a tile;
+# those `ahead` further on are asked for
+widen_row: Callable[..., None] = _widen_row_in_python if config.DISABLE_JIT else _widen_row
 
 
 def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
