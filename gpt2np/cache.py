@@ -47,12 +47,16 @@ class KVCache:
             raise ContextOverflowError(f"max_length {max_length} exceeds the model's n_ctx of {config.n_ctx}")
         shape = (config.n_layer, 2, batch_size, config.n_head, max_length, config.head_size)
         # zeros, not empty: untouched pages cost nothing, and no garbage can ever reach a kernel
-        self._hold(np.zeros(shape, dtype), length=0)
+        self._hold(np.zeros(shape, dtype))
+        self._length = 0
 
-    def _hold(self, array: Array, length: int) -> None:
-        self.array = array  # (L, 2, B, H, max_length, D)
-        self.layers = list(array)  # L views (2, B, H, max_length, D)
-        self._length = length
+    def _hold(self, memory: Array, holders: list[int] | None = None) -> None:
+        """Use this memory; holders: a list of one number, how many caches share it."""
+        self._memory = memory
+        self._holders = [1] if holders is None else holders
+        self.array = memory.view()  # (L, 2, B, H, max_length, D)
+        self.array.flags.writeable = holders is None  # what others share is written by nobody
+        self.layers = list(self.array)  # L views (2, B, H, max_length, D)
 
     @property
     def length(self) -> int:
@@ -94,7 +98,40 @@ class KVCache:
         self._length = kept
 
     def copy(self) -> KVCache:
-        """An independent cache with the same content and room."""
+        """An independent cache with the same content and room.
+
+        Both share their memory until a model runs on one of them, which then takes a copy of the positions it holds.
+        """
+        self._holders[0] += 1
         twin = object.__new__(KVCache)
-        twin._hold(self.array.copy(), self._length)
+        twin._length = self._length
+        for cache in (self, twin):
+            cache._hold(self._memory, self._holders)
         return twin
+
+    def fill(self, other: KVCache) -> None:
+        """Hold what a cache of one row holds, in every row.
+
+        Raises
+        ------
+        InputError, ContextOverflowError
+            If the other has more than one row, or more positions than there is room for here.
+        """
+        if other.batch_size != 1:
+            raise InputError(f"a cache is filled from one of one row, got {other.batch_size} rows")
+        self.crop(0)
+        self.check_room(other.length)
+        self.make_writable()
+        self._length = other.length
+        self.array[:, :, :, :, : self._length] = other.array[:, :, :, :, : self._length]
+
+    def make_writable(self) -> None:
+        """Take memory of its own if others share it: for whoever writes into `layers`, as a model does."""
+        if self.array.flags.writeable:
+            return
+        memory = self._memory
+        if self._holders[0] > 1:  # else the others have taken theirs
+            self._holders[0] -= 1
+            memory = np.zeros_like(memory)
+            memory[:, :, :, :, : self._length] = self.array[:, :, :, :, : self._length]
+        self._hold(memory)

@@ -213,13 +213,25 @@ class SharedCache:
         self._window = window
 
     def prefill(self, texts: Sequence[list[int]]) -> list[Array]:
-        """Logits (V,) after each text; the texts run one by one, which wastes nothing on padding."""
+        """Logits (V,) after each text; the texts run one by one, which wastes nothing on padding.
+
+        A text goes on from the tokens that it shares with the one before it in alphabetical order.
+        """
         n_ctx = self._model.config.n_ctx
         prompts = [visible(ids, n_ctx, self._window) for ids in texts]
         self._lengths = np.zeros(len(prompts), np.int64)  # (B,) positions that each row has in the cache
         self._cache = self._model.new_cache(len(prompts))
         self._cache.advance(max(map(len, prompts)))
-        return [self._fill(row, ids) for row, ids in enumerate(prompts)]
+        alone, before = self._model.new_cache(1), list[int]()
+        logits: list[Array] = [np.empty(0)] * len(prompts)
+        for row in sorted(range(len(prompts)), key=prompts.__getitem__):
+            ids = prompts[row]
+            new = zip(ids[:-1], before, strict=False)  # the last one is run in any case, for its logits
+            shared = next((i for i, (a, b) in enumerate(new) if a != b), min(len(ids) - 1, len(before)))
+            alone.crop(shared if self._model.exact_in_parts else 0)
+            logits[row] = self._fill(row, ids, alone)
+            before = ids
+        return logits
 
     def feed(self, rows: Sequence[int], texts: Sequence[list[int]]) -> list[Array]:
         """Logits (V,) after the newest token of each text."""
@@ -241,15 +253,14 @@ class SharedCache:
         logits = list(out.logits[:, 0])  # (B, 1, V) -> B x (V,)
         for row in map(int, sliding):
             assert self._window is not None
-            logits[row] = self._fill(row, texts[row][-self._window :])
+            logits[row] = self._fill(row, texts[row][-self._window :], self._model.new_cache(1, self._window))
         return logits
 
-    def _fill(self, row: int, ids: list[int]) -> Array:
-        """Run `ids` from position 0 and put their keys and values at the end of the row; logits (V,)."""
-        alone = self._model.new_cache(1, len(ids))
-        out = self._model(ids, cache=alone, logits="last")
+    def _fill(self, row: int, ids: list[int], alone: KVCache) -> Array:
+        """Run `ids` after those that `alone` holds; its keys and values go to the end of the row; logits (V,)."""
+        out = self._model(ids[alone.length :], cache=alone, logits="last")
         end = self._cache.length
-        for ours, theirs in zip(self._cache.layers, alone.layers, strict=True):
+        for ours, theirs in zip(self._cache.layers, alone.views(), strict=True):
             ours[:, row, :, end - len(ids) : end] = theirs[:, 0]  # (2, H, T, D)
         self._lengths[row] = len(ids)
         assert out.logits is not None

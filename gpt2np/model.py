@@ -273,7 +273,7 @@ class GPT2:
         return None
 
     def _check_cache(self, cache: KVCache, B: int, T: int) -> None:
-        """Raise unless the cache is of this model's form and T new positions of B rows fit in."""
+        """Raise unless the cache is of this model's form and T new positions of B rows fit in; make it writable."""
         config = self.config
         L, _, held, H, _, D = cache.array.shape
         made_for = held, cache.array.dtype, L, H, D
@@ -286,6 +286,12 @@ class GPT2:
                 f"{T} new positions after {cache.length} cached ones exceed the model's n_ctx of {config.n_ctx}"
             )
         cache.check_room(T)
+        cache.make_writable()
+
+    @property
+    def exact_in_parts(self) -> bool:
+        """Whether a position's numbers depend on nothing that is run along with it, nor on what comes later."""
+        return self.engine == "numba" and self.config.mask.is_causal
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text; "<|endoftext|>" in it is text like any other.

@@ -28,6 +28,7 @@ from .weights import Array
 if TYPE_CHECKING:
     import tokenizers
 
+    from .cache import KVCache
     from .model import GPT2
 
 SECONDS = 2.0  # between one writing of the progress and the next
@@ -383,7 +384,7 @@ def read_passages(text: str) -> list[str]:
 
 
 def predictions(model: GPT2, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[Array, Array]]:
-    """What a model predicts for the ends of some sequences.
+    """What a model predicts for the ends of some sequences; a beginning that all share is run once.
 
     Parameters
     ----------
@@ -408,7 +409,7 @@ def predictions(model: GPT2, rows: Sequence[tuple[Sequence[int], int]]) -> list[
     step = max(1, CHUNK // (len(rows) * model.config.vocab_size))
     cache = model.new_cache(len(rows), T)
     if start:
-        model(inputs[:, :start], cache=cache, logits=False)
+        _read_beginning(model, inputs[:, :start], cache)
     for begin in range(start, T, step):
         part = slice(begin, begin + step)
         logits = model(inputs[:, part], cache=cache).logits  # (B, step, V)
@@ -434,6 +435,18 @@ def log_probabilities(model: GPT2, scores: Array, targets: Array) -> tuple[Array
     chosen = np.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
     exps = np.exp(np.subtract(scores, largest[..., None], out=scores), out=scores)
     return chosen.astype(np.float64) - largest - np.log(exps.sum(axis=-1, dtype=np.float64)), chosen == largest
+
+
+def _read_beginning(model: GPT2, ids: Array, cache: KVCache) -> None:
+    """Run ids (B, T), those that all rows begin with only once."""
+    same = (ids == ids[:1]).all(axis=0)
+    common = len(same) if same.all() else int(same.argmin())
+    if len(ids) > 1 and common and model.exact_in_parts:
+        alone = model.new_cache(1, common)
+        model(ids[:1, :common], cache=alone, logits=False)
+        cache.fill(alone)
+    if cache.length < ids.shape[1]:
+        model(ids[:, cache.length :], cache=cache, logits=False)
 
 
 def check_batch_size(batch_size: int) -> int:

@@ -1,0 +1,103 @@
+"""What texts have in common is computed once, with the same bits."""
+
+import numpy as np
+import pytest
+
+from gpt2np.errors import InputError
+from gpt2np.generate import generate
+from gpt2np.score import predictions
+from tiny import random_ids, tiny_model
+
+ENGINES = ["numpy", pytest.param("numba", marks=pytest.mark.jit)]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def model(request):
+    return tiny_model(request.param)
+
+
+def positions_run(model, monkeypatch):
+    """Rows times positions of each pass from now on."""
+    sizes = []
+    run = model._kernels.transformer
+
+    def counted(ids, *rest):
+        sizes.append(ids.size)
+        return run(ids, *rest)
+
+    monkeypatch.setattr(model._kernels, "transformer", counted)
+    return sizes
+
+
+def contents(cache):
+    return [view.tobytes() for view in cache.views()]
+
+
+def test_a_copy_and_its_original_go_their_own_ways(model):
+    ids = random_ids(model.config, 12).tolist()
+    first = model.new_cache()
+    model(ids[:6], cache=first)
+    fork = first.copy()
+    third = fork.copy()
+    assert np.shares_memory(first.array, third.array)  # nothing has been copied yet
+    with pytest.raises(ValueError, match="read-only"):
+        fork.layers[0][:] = 1
+    before = contents(first)
+    model(ids[6:], cache=fork)
+    assert contents(first) == contents(third) == before
+    assert not np.shares_memory(first.array, fork.array)
+    third.crop(4)
+    model(ids[7:9], cache=third)
+    model([0, 1], cache=first)  # the last holder writes in place
+    for cache, text in ((fork, ids), (third, [*ids[:4], *ids[7:9]]), (first, [*ids[:6], 0, 1])):
+        alone, split = model.new_cache(), model.new_cache()
+        model(text[:4], cache=split)
+        model(text[4:6], cache=split)
+        model(text, cache=alone)
+        assert cache.length == len(text)
+        if model.engine == "numba":
+            assert contents(cache) == contents(alone)
+        for ours, theirs in zip(cache.views(), alone.views(), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert fork.max_length == first.max_length
+
+
+def test_a_prompts_endings_are_scored_by_running_it_once(model, monkeypatch):
+    prompt = random_ids(model.config, 8).tolist()
+    rows = [([*prompt, *ending], 8) for ending in ([1, 2, 3], [4], [1, 5, 9, 2], [7, 7])]
+    alone = [predictions(model, [row])[0] for row in rows]
+    sizes = positions_run(model, monkeypatch)
+    together = predictions(model, rows)
+    for (logs, best), (expected, expected_best) in zip(together, alone, strict=True):
+        np.testing.assert_allclose(logs, expected, rtol=0 if model.engine == "numba" else 1e-5)
+        np.testing.assert_array_equal(best, expected_best)
+    if model.engine == "numba":
+        assert sizes == [7, 4 * 4]  # the prompt but its last token; that one and three more for each ending
+    different = [([i, *ids[1:]], first) for i, (ids, first) in enumerate(rows)]
+    for got, row in zip(predictions(model, different), different, strict=True):
+        np.testing.assert_allclose(got[0], predictions(model, [row])[0][0], rtol=0 if model.engine == "numba" else 1e-5)
+
+
+@pytest.mark.jit
+def test_prompts_that_begin_alike_run_their_beginning_once(monkeypatch):
+    model = tiny_model("numba")
+    base = random_ids(model.config, 10).tolist()
+    prompts = [[*base, 3], [1, 2], [*base, 5, 6], base, [*base[:4], 9], base]
+    alone = [[s[1:] for s in generate(model, ids, 6)] for ids in prompts]
+    sizes = positions_run(model, monkeypatch)
+    steps = list(generate(model, prompts, 6))
+    for row, expected in enumerate(alone):
+        assert [s[1:] for s in steps if s.row == row] == expected
+    assert sum(sizes[: len(prompts)]) == 10 + 1 + 1 + 2 + 1 + 2  # of 50 tokens
+
+
+def test_only_a_cache_of_one_row_fills_others(model):
+    one, three = model.new_cache(1), model.new_cache(3)
+    model(random_ids(model.config, 5), cache=one)
+    three.fill(one)
+    assert three.length == 5
+    for row in range(3):
+        for ours, theirs in zip(three.views(), one.views(), strict=True):
+            np.testing.assert_array_equal(ours[:, row], theirs[:, 0])
+    with pytest.raises(InputError, match="one row"):
+        one.fill(three)
