@@ -25,13 +25,22 @@ def _put(what: str, build: Callable[[Editor, str, Array], str | None]) -> Callab
     return rewrite
 
 
+def _zeros_added(e: Editor, x: str, v: Array) -> str:
+    """A vector of zeros where the last axis is as wide as a weight; one zero where it may be a number of positions."""
+    widths = {t.dims[-1] for t in e.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 1}
+    return e.op("Add", x, e.constant(np.zeros(v.shape[-1] if v.shape[-1] in widths else 1), v.dtype))
+
+
 def _transposed_back(e: Editor, x: str, v: Array) -> str:
     perm = [int(p) for p in e.rng.permutation(v.ndim)]
     return e.op("Transpose", e.op("Transpose", x, perm=perm), perm=[int(p) for p in np.argsort(perm)])
 
 
-def _reshaped_back(e: Editor, x: str, v: Array) -> str:
-    return e.op("Reshape", e.op("Reshape", x, e.constant([-1], np.int64)), e.op("Shape", x))
+def _reshaped_back(e: Editor, x: str, v: Array) -> str | None:
+    if e.opset >= 14:  # so that a size of 0, as of an empty past, is one
+        return e.op("Reshape", e.op("Reshape", x, e.constant([-1], np.int64)), e.op("Shape", x), allowzero=1)
+    past = any("past" in i.name for i in e.graph.input)
+    return None if past else e.op("Reshape", e.op("Reshape", x, e.constant([-1], np.int64)), e.op("Shape", x))
 
 
 def _unsqueezed_back(e: Editor, x: str, v: Array) -> str:
@@ -155,7 +164,7 @@ def optimised(e: Editor) -> str | None:
 REWRITES: list[Callable[[Editor], str | None]] = [
     _put("Identity", lambda e, x, v: e.op("Identity", x)),
     _put("Add 0", lambda e, x, v: e.op("Add", x, e.constant(0, v.dtype))),
-    _put("Add zeros", lambda e, x, v: e.op("Add", x, e.constant(np.zeros(v.shape[-1:]), v.dtype))),
+    _put("Add zeros", _zeros_added),
     _put("Mul 1", lambda e, x, v: e.op("Mul", e.constant(1, v.dtype), x)),
     _put("Cast double and back", lambda e, x, v: e.cast(e.cast(x, np.float64), v.dtype)),
     _put("Cast to its own type", lambda e, x, v: e.cast(x, v.dtype)),

@@ -90,6 +90,8 @@ class _Builder:
             inputs = tuple(self.aliases.get(i, i) for i in node.input)
             if op == "Identity" and inputs[0] in self.graph.constants:
                 self.aliases[node.output[0]] = inputs[0]
+            if op in quantised.PACKED:
+                inputs = tuple(fold.unmoved(self.graph, i) for i in inputs)
             self._rewrite(Node(op, domain, node.name, inputs, tuple(node.output), attributes))
 
     def add_initializers(self, proto: onnx.GraphProto) -> None:

@@ -31,6 +31,22 @@ def scalar(graph: Graph, name: str) -> float | None:
     return float(value.reshape(-1)[0]) if value is not None and value.size == 1 else None
 
 
+def unmoved(graph: Graph, name: str) -> str:
+    """The constant of the file that a value equals, where nodes take it there and back; else the value itself."""
+    if name in graph.constants or not name or not graph.is_constant(name):
+        return name
+    value, pending = Evaluator(graph, {})(name), [name]
+    while pending:
+        current = pending.pop()
+        if current in graph.constants:
+            held = graph.constant(current)
+            if (held.shape, held.dtype) == (value.shape, value.dtype) and np.array_equal(held, value):
+                return current
+        elif (node := graph.producer(current)) is not None:
+            pending.extend(i for i in node.inputs if i)
+    return name
+
+
 def _whole_slice(graph: Graph, node: Node) -> list[Node] | None:
     """A Slice that takes everything is Identity."""
     if len(node.inputs) < 3:

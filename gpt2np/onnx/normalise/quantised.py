@@ -55,7 +55,7 @@ def _dynamic_quantize(graph: Graph, node: Node) -> list[Node]:
 
 def _matmul_integer(graph: Graph, node: Node) -> list[Node] | None:
     b = node.inputs[1]
-    if b not in graph.constants:
+    if not graph.holds(b):
         return [rewritten(node, "MatMul", node.inputs[:2], node.outputs[0])]
     made: list[Node] = []
     one = graph.override(f"one for {node.outputs[0]}", np.float32(1))
@@ -203,15 +203,10 @@ def _gather_block_quantized(graph: Graph, node: Node) -> list[Node] | None:
     return [*made, rewritten(node, "Gather", (unpacked, rows), node.outputs[0], axis=0)]
 
 
+# Operators whose weights are packed integers beside their scales.
+PACKED = frozenset({"com.microsoft.GatherBlockQuantized", "com.microsoft.MatMulBnb4", "com.microsoft.MatMulNBits"})
 # What is rewritten in a literal graph, too: the rewritten nodes round as the operator does.
-LITERAL = frozenset(
-    {
-        "com.microsoft.GatherBlockQuantized",
-        "com.microsoft.MatMulBnb4",
-        "com.microsoft.MatMulNBits",
-        "com.microsoft.QAttention",
-    }
-)
+LITERAL = PACKED | {"com.microsoft.QAttention"}
 
 
 # The operators that round activations as the file is run.

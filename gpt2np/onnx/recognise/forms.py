@@ -21,11 +21,11 @@ class Forms:
 
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
-        self.met: dict[Hashable, list[tuple[str, ...]]] = {}
+        self.met: dict[Hashable, list[tuple[int, tuple[str, ...]]]] = {}
 
-    def is_new(self, i: int, found: AttentionFound, mask: MaskFound, output_roles: Roles) -> bool:
-        """Whether no layer before has the same nodes, constants and findings between its borders."""
-        branch = self.probe.borders.layers[i][0]
+    def first_like(self, i: int, found: AttentionFound, mask: MaskFound, output_roles: Roles) -> int:
+        """The first layer that has the same nodes, constants, shapes and findings between its borders: i if none."""
+        branch, mlp = self.probe.borders.layers[i]
         assert branch.core is not None
         core = branch.core
         tags: dict[str, Hashable] = {m.out: ("map", n) for n, m in enumerate(branch.maps)}
@@ -36,12 +36,14 @@ class Forms:
         ends = [core.scores.a, core.scores.b, core.heads.b, core.masked, core.heads.a, branch.out.x, *presents]
         form, large = _form(self.probe, ends, tags)
         columns = tuple((branch.maps.index(m), c.tobytes()) for m, c in found.columns)
+        shapes = tuple(self.probe.known[value].shape for value in (*branch.borders(), *mlp.borders()))
         findings = (columns, found.heads, found.factors, found.row_order.tobytes(), mask, tuple(presents.values()))
-        others = self.met.setdefault((form, findings), [])
-        if any(all(_equal(self.probe.graph, a, b) for a, b in zip(large, other, strict=True)) for other in others):
-            return False
-        others.append(large)
-        return True
+        others = self.met.setdefault((form, shapes, findings), [])
+        for first, other in others:
+            if all(_equal(self.probe.graph, a, b) for a, b in zip(large, other, strict=True)):
+                return first
+        others.append((i, large))
+        return i
 
 
 def _equal(graph: Graph, a: str, b: str) -> bool:

@@ -16,7 +16,7 @@ from ...errors import UnsupportedModelError
 from ..graph import Graph, Node
 from .probe import Probe
 from .recognised import LENGTHS, Entry
-from .roles import LENGTH, SELECTING, SIZES, NodeCheck
+from .roles import LENGTH, SELECTING, SIZES, NodeCheck, adds_nothing
 
 Array = np.ndarray
 
@@ -76,10 +76,7 @@ class Ledger:
             if node is None:
                 what = f"the {role} of {tap}" if tap else f"the {role}"
                 raise UnsupportedModelError(f"the input {value!r} takes part in {what}: it has no part there in GPT-2")
-            check = allowed.get(node.op)
-            if check is None:
-                raise self.refuse(node, role, tap, f"{node.op} has no part there in GPT-2")
-            if why := check(self, node):
+            if why := allowed.get(node.op, adds_nothing)(self, node):
                 raise self.refuse(node, role, tap, why)
             if self.graph.output_index(value) and node.op not in ("Split", "SplitToSequence"):
                 raise self.refuse(node, role, tap, f"output {self.graph.output_index(value) + 1} has no part there")

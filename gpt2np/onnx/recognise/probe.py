@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,17 +132,17 @@ class Probe:
         if self.graph.budget is not None:  # as float64, a few times over
             self.graph.budget.check(32 * math.prod(sizes), f"input {name!r}, for which the probe is {list(sizes)},")
 
-    def place(self, tried: Collection[int] | None = None) -> None:
+    def place(self, alike: Sequence[int] = ()) -> None:
         """Give the probe values at all borders.
 
-        Where only some layers will be `tried`, the others' values have the shapes that the first layer's have.
+        A layer that is written like one before it, which `alike` tells for each, gets values of that one's shapes.
         """
         borders = self.borders
         for lookup in borders.lookups:
             self.know(lookup.out, unknown((*self.rows(lookup).shape, lookup.table.shape[1])))
         for i, layer in enumerate(borders.layers):
-            if tried is not None and i not in tried and i > 0:
-                for branch, first in zip(layer, borders.layers[0], strict=True):
+            if alike and alike[i] < i:
+                for branch, first in zip(layer, borders.layers[alike[i]], strict=True):
                     for value, like in zip(branch.borders(), first.borders(), strict=True):
                         self.know(value, self.known[like])
                 continue
@@ -254,7 +254,7 @@ def longest_tried(graph: Graph, n_ctx: int) -> int:
     return min(n_ctx, math.isqrt(graph.budget.left // BYTES_OF_A_PAIR))
 
 
-def probes_of(usual: Probe, n_ctx: int, tried: Collection[int]) -> list[Probe]:
+def probes_of(usual: Probe, n_ctx: int, alike: Sequence[int]) -> list[Probe]:
     """The usual probe, and the same graph at other sizes, as far as the file declares none of its own."""
     probes, seen = [usual], {usual.sizes}
     for wanted in (Sizes(3, 5, 2), Sizes(1, n_ctx, 0), Sizes(1, 1, n_ctx - 1)):
@@ -264,7 +264,7 @@ def probes_of(usual: Probe, n_ctx: int, tried: Collection[int]) -> list[Probe]:
             sizes, _ = sizes_allowed(usual.graph, usual.inputs, wanted)
         if sizes not in seen and sizes.S <= n_ctx:
             probe = Probe(usual.graph, usual.borders, usual.inputs, wanted)
-            probe.place(tried)
+            probe.place(alike)
             probes.append(probe)
             seen.add(sizes)
     return probes

@@ -100,17 +100,17 @@ def _origins(found: Recognised) -> dict[str, tuple[str, ...]]:
 def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: list[str]) -> tuple[Entry, ...]:
     """Enter every node into the ledger, and try what was found at other sizes: n_ctx, one token behind a full cache."""
     graph, forms = probe.graph, Forms(probe)
-    tried = [
-        i for i in range(config.n_layer) if forms.is_new(i, found.attentions[i], found.masks[i], found.output_roles)
+    alike = [
+        forms.first_like(i, found.attentions[i], found.masks[i], found.output_roles) for i in range(config.n_layer)
     ]
     n_ctx = config.n_ctx - max(found.offset, 0)
     longest = longest_tried(graph, n_ctx)
     if longest < n_ctx:
         notes.append(f"masks and positions were read for up to {longest:,} of {n_ctx:,} positions: the file is small")
-    probes = probes_of(probe, longest, tried)
+    probes = probes_of(probe, longest, alike)
     entries = admit(Ledger(graph, probes), found.output_roles, found.taps)
     if graph.refusals is None:
-        prove(probes, tried, found)
+        prove(probes, sorted(set(alike)), found)
     return entries
 
 

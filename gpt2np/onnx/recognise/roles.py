@@ -82,6 +82,20 @@ def _guard(ledger: Ledger, node: Node) -> str:
     return "" if same and zero is not None and zero.size == 1 and not zero.any() else "it is no guard against NaN"
 
 
+def adds_nothing(ledger: Ledger, node: Node) -> str:
+    """Zeros that are added to a value, or ones that it is multiplied by, change nothing in any part."""
+    neutral = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}.get(node.op)
+    data = [i for i, name in enumerate(node.inputs) if ledger.is_data(name)]
+    if neutral is None or len(data) != 1 or (node.op in ("Sub", "Div") and data != [0]):
+        return f"{node.op} has no part there in GPT-2"
+    value, other = (node.inputs[i] for i in (data[0], 1 - data[0]))
+    probe = ledger.probes[0]
+    if not ledger.graph.is_constant(other) or not (probe.evaluate(other) == neutral).all():
+        return f"{node.op} has no part there in GPT-2"
+    same = probe.evaluate(node.outputs[0]).shape == probe.evaluate(value).shape
+    return "" if same else f"it makes {probe.evaluate(value).shape} {probe.evaluate(node.outputs[0]).shape}"
+
+
 VIEW: Mapping[str, NodeCheck] = {
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"), _moves_first),
     "Cast": _cast,
