@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,15 @@ Effect = tuple[float, float]  # (factor, addend): a hidden score s becomes facto
 
 NO_WEIGHT = {"float32": 105.0, "float64": 746.0}  # exp of minus that is 0
 NEGLIGIBLE = -9000.0  # a score that much below others has probability exp(-9000) = 0, in float64 too
+FAR = -1e30  # scores do not come near lower numbers
+
+
+class SafeScores(NamedTuple):
+    """What the highest score that a query sees must be, so that the keys hidden from it have no weight."""
+
+    lowest: float = -math.inf  # not below this
+    highest: float = math.inf  # and not above
+    added: float = -math.inf  # nor below any hidden score, with this added to it
 
 
 @dataclass(frozen=True)
@@ -52,25 +61,32 @@ class MaskRule:
         """Whether without padding this is the causal mask: keys up to the query's own, no weight on later ones."""
         return self.kind != "none" and self.value < NEGLIGIBLE and self.shift == 0
 
-    def safe_scores(self, attention_mask: Array | None, dtype: np.dtype[Any]) -> tuple[float, float]:
-        """Between these two, the highest score that a query sees leaves hidden keys without any weight.
-
-        A hidden score that is replaced by -10000 counts as soon as all visible ones come near that number. Where
-        -10000 is added to it, the hidden score itself would have to be known; that of a visible key stands for it,
-        with a factor of 8 between.
-        """
+    def effects(self, attention_mask: Array | None) -> list[Effect]:
+        """What may happen to hidden scores in a call."""
         effects = [] if self.kind == "none" else [(float(self.kind == "added"), self.value)]
         if attention_mask is not None:
             effects += [self.padding, self.padding_later]
             if attention_mask.ndim == 4 and attention_mask.dtype.kind == "f":
                 effects.append((1.0, NEGLIGIBLE))
-        low, high = -math.inf, math.inf
-        for factor, addend in effects:
+        return effects
+
+    def can_be_noticed(self, attention_mask: Array | None) -> bool:
+        """Whether hidden scores become numbers that scores can come near."""
+        return any(addend > FAR for _, addend in self.effects(attention_mask))
+
+    def safe_scores(self, attention_mask: Array | None, dtype: np.dtype[Any]) -> SafeScores:
+        """What leaves hidden keys without any weight."""
+        lowest, highest, added = SafeScores()
+        for factor, addend in self.effects(attention_mask):
             if addend == -math.inf:
                 continue
-            low = max(low, addend / 8 if factor else addend + NO_WEIGHT[dtype.name])
-            high = min(high, -addend / 8 if factor else high)
-        return low, high
+            if not factor:
+                lowest = max(lowest, addend + NO_WEIGHT[dtype.name])
+            elif addend > FAR:
+                added = max(added, addend + NO_WEIGHT[dtype.name])
+            else:  # a hidden score so large would be of the size of the largest float
+                lowest, highest = max(lowest, addend / 8), min(highest, -addend / 8)
+        return SafeScores(lowest, highest, added)
 
 
 class ScoresReachMask(Exception):
@@ -173,5 +189,5 @@ def mask_for(
     mask[np.isfinite(mask) & (mask < -1e300)] = np.finfo(dtype).min  # the lowest number in a float64 file
     with np.errstate(over="ignore"):  # twice float32's lowest number is -inf, in the graph too
         mask = mask.astype(dtype)
-    keep = (factor == 1) | np.isinf(mask) | (mask < -1e30)  # a score vanishes beside such a number
+    keep = (factor == 1) | np.isinf(mask) | (mask < FAR)  # a score vanishes beside such a number
     return Mask(mask, None if keep.all() else keep)

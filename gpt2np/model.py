@@ -191,7 +191,7 @@ class GPT2:
                 # without a tap the compiled kernels are at their fastest; with one they stop at every tap
                 with suppress(ScoresReachMask):
                     return self._computed(self._kernels, self._weights, call, cache, logits, mask, watch, safe)
-        mask = mask_for(rule, hidden, B, T, start + T, self.dtype, whole=rule.value > -1e30)
+        mask = mask_for(rule, hidden, B, T, start + T, self.dtype, whole=rule.can_be_noticed(hidden))
         textbook = reference if self.engine == "numba" else self._kernels
         return self._computed(textbook, self.weights, call, cache, logits, mask or reference.causal_mask, watch)
 

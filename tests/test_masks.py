@@ -6,7 +6,8 @@ import pytest
 import gpt2np
 from gpt2np import reference
 from gpt2np.convert.writer import write_model
-from gpt2np.masks import CAUSAL, MaskRule, mask_for
+from gpt2np.masks import CAUSAL, MaskRule, SafeScores, mask_for
+from gpt2np.model import GPT2
 from gpt2np.session import InferenceSession
 from runtime import feeds_for, runtime
 from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
@@ -53,13 +54,38 @@ def test_a_single_token_notices_too(tmp_path):
 
 def test_safe_scores():
     f32, f64 = np.dtype(np.float32), np.dtype(np.float64)
-    assert CAUSAL.safe_scores(None, f32) == (-1e4 + 105, np.inf)
-    assert CAUSAL.safe_scores(None, f64) == (-1e4 + 746, np.inf)
-    assert MaskRule("added").safe_scores(None, f32) == (-1250, 1250)
-    assert MaskRule("none").safe_scores(None, f32) == (-np.inf, np.inf)
+    assert CAUSAL.safe_scores(None, f32) == (-1e4 + 105, np.inf, -np.inf)
+    assert CAUSAL.safe_scores(None, f64) == (-1e4 + 746, np.inf, -np.inf)
+    assert MaskRule("added").safe_scores(None, f32) == (-np.inf, np.inf, -1e4 + 105)
+    assert MaskRule("none").safe_scores(None, f32) == SafeScores()
     added = MaskRule(padding=(1.0, -1e4))
-    assert added.safe_scores(None, f32)[1] == np.inf
-    assert added.safe_scores(np.ones((1, 2)), f32)[1] == 1250
+    assert added.safe_scores(None, f32).added == -np.inf
+    assert added.safe_scores(np.ones((1, 2)), f32).added == -1e4 + 105
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("size", [0.02, 1.0, 30.0])
+def test_a_huge_hidden_key_beside_small_visible_scores_is_noticed(size, padded):
+    """Where -10000 is added, a hidden key counts by its own score: textbook and kernels do what the file does."""
+    rule = MaskRule(padding=(1.0, -1e4), padding_later=(1.0, -1e4)) if padded else MaskRule("added")
+    config = tiny_config(n_layer=1, mask=rule)
+    sources = tiny_sources(config)
+    ids = np.array([[1, 2, 3, 4, 5]])
+    keep = np.array([[1, 1, 1, 1, 0]]) if padded else None
+    C, D = config.n_embd, config.head_size
+    row = sources["wte.weight"].array[5] + sources["wpe.weight"].array[4]
+    normed = (row - row.mean()) / row.std()
+    c_attn = sources["h.0.attn.c_attn.weight"].array
+    c_attn[:, C : C + D] += 1000 * size * np.outer(normed / C, np.ones(D))  # the last token's first key
+    models = [GPT2(config, sources, engine) for engine in ("numba", "numpy")]
+    got, expected = (m(ids, attention_mask=keep).last_hidden_state for m in models)
+    np.testing.assert_allclose(got, expected, 1e-3, 1e-4)
+    whole = mask_for(rule, keep, 1, 5, 5, np.dtype(np.float32), whole=True)
+    seen: dict[str, np.ndarray] = {}
+    models[1](ids, attention_mask=keep, tap=lambda name, value: seen.setdefault(name, value.copy()))
+    probs = seen["h.0.attn.probs"]
+    np.testing.assert_array_equal(probs, reference.softmax(whole(seen["h.0.attn.scores"])))
+    assert (probs[..., :4, 4] > 0).any() == (size == 30)
 
 
 @pytest.mark.parametrize("rule", [CAUSAL, MaskRule("added"), MaskRule(blind_rows="masked")], ids=str)

@@ -12,7 +12,7 @@ import numpy as np
 from numba.core.registry import cpu_target
 
 from ..arrays import Array, empty_aligned
-from ..masks import Mask, ScoresReachMask
+from ..masks import Mask, SafeScores, ScoresReachMask
 from ..reference import Tap, no_tap, split_heads
 from ..weights import MLP, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear
 from . import loops, threads, vectors
@@ -23,8 +23,7 @@ from .threads import pool, run_pieces
 from .tile import PANEL, ROWS
 from .vectors import ACTIVATION_CODES, LANES, activate_in_place
 
-Range = tuple[float, float]
-ANY: Range = (-math.inf, math.inf)
+ANY = SafeScores()
 READ_COST = 8  # multiply-adds that take as long as to read one number from memory
 
 
@@ -73,11 +72,28 @@ def _attend_into(
     _, B, H, _, D = cache.shape
     T = len(qkv) // B
     loops.append_to_cache(qkv, cache, start, T)
+    if visible.hidden.size:
+        reach = _reach_of_hidden(qkv, cache, scale, visible.hidden) + visible.added
+        if not reach < math.inf:
+            raise ScoresReachMask
+        visible.safe[0] = max(visible.lowest, reach)
     pieces, work = B * H * -(-T // PIECE_QUERIES), 2 * (READ_COST + T) * B * (start + T) * H * D
     arguments = qkv, cache, cache.reshape(-1), scale, visible, heads, probs
     run_pieces(pieces, work, loops.attend_range, loops.attend_parallel, scratch, *arguments)
     if visible.unsafe[0]:
         raise ScoresReachMask
+
+
+def _reach_of_hidden(qkv: Array, cache: Array, scale: float, hidden: Array) -> float:
+    """A bound of the scores of hidden keys, (B, S) bools: |q . k| is at most the product of the vectors' lengths."""
+    _, B, H, _, D = cache.shape
+    some = np.flatnonzero(hidden.any(axis=0))
+    span = slice(some[0], some[-1] + 1)
+    queries, keys = qkv.reshape(B, -1, 3, H, D)[:, :, 0], cache[0, :, :, span]
+    with np.errstate(over="ignore", invalid="ignore"):
+        longest = np.einsum("bthd,bthd->bth", queries, queries).max(axis=1)  # (B, H), squares
+        lengths = np.where(hidden[:, None, span], np.einsum("bhsd,bhsd->bhs", keys, keys), 0)
+        return 1.001 * abs(scale) * math.sqrt(float((longest * lengths.max(axis=2)).max()))  # sums are rounded
 
 
 def embed(input_ids: Array, position_ids: Array, wte: Any, wpe: Array) -> Array:
@@ -120,7 +136,7 @@ def chained_product(x: Array, matrix: Array, bias: Array, terms: int) -> Array:
     return out
 
 
-def visible_keys(mask: Mask | None, B: int, T: int, start: int, dtype: Any, safe: Range = ANY) -> VisibleKeys:
+def visible_keys(mask: Mask | None, B: int, T: int, start: int, dtype: Any, safe: SafeScores = ANY) -> VisibleKeys:
     """Which keys T new positions from `start` on may see; mask: None for the causal mask."""
     if mask is None:
         added, kept = np.empty((0, 0, 0, 0), dtype), np.empty((0, 0), dtype)
@@ -128,17 +144,22 @@ def visible_keys(mask: Mask | None, B: int, T: int, start: int, dtype: Any, safe
         added, kept = (np.require(a, dtype, ["C", "A", "W"]) for a in (mask.added, mask.kept_queries))
     keys, limits = np.empty((B, start + T), np.int64), np.empty((B, T), np.int64)
     loops.find_visible_keys(added, start, keys, limits)
-    return VisibleKeys(added, kept, keys, limits, np.array(safe), np.zeros(1, np.int64))
+    hidden = np.zeros((B, start + T), bool)
+    if safe.added > -math.inf:  # their scores matter
+        hidden[:] = np.arange(start + T) > start if mask is None else np.isneginf(mask.added).any(axis=(1, 2))
+    hidden = hidden if hidden.any() else hidden[:0]
+    bounds = np.array([safe.lowest, safe.highest])
+    return VisibleKeys(added, kept, keys, limits, bounds, np.zeros(1, np.int64), hidden, safe.lowest, safe.added)
 
 
 def attention(
-    x: Array, w: Attention, cache: Array, start: int, mask: Mask | None, tap: Tap, name: str, safe: Range = ANY
+    x: Array, w: Attention, cache: Array, start: int, mask: Mask | None, tap: Tap, name: str, safe: SafeScores = ANY
 ) -> Array:
     """Causal self-attention of T new positions over all S = start + T: (B, T, C) -> (B, T, C).
 
     cache: (2, B, H, >= S, D), the keys and values; positions 0..start-1 are read, start..S-1 written.
     mask: in the place of the causal mask where a file's padding asks for it; it must be additive.
-    safe: what the highest score of each query must lie between, see `MaskRule.safe_scores`; else ScoresReachMask.
+    safe: what the highest score of each query must be, see `SafeScores`; else ScoresReachMask.
     """
     B, T, _ = x.shape
     H, D = cache.shape[2], cache.shape[4]
@@ -212,7 +233,7 @@ def mlp(x: Array, w: MLP, tap: Tap, name: str) -> Array:
 
 
 def block(
-    x: Array, w: BlockWeights, cache: Array, start: int, mask: Mask | None, tap: Tap, name: str, safe: Range = ANY
+    x: Array, w: BlockWeights, cache: Array, start: int, mask: Mask | None, tap: Tap, name: str, safe: SafeScores = ANY
 ) -> Array:
     """One transformer block; each half reads a normalised copy and adds to the stream: (B, T, C) -> (B, T, C)."""
     normed = layer_norm(x, *w.ln_1)
@@ -234,7 +255,7 @@ def transformer(
     start: int = 0,
     mask: Mask | None = None,
     tap: Tap = no_tap,
-    safe: Range = ANY,
+    safe: SafeScores = ANY,
 ) -> Array:
     """The whole stack: ids and positions (B, T) -> last_hidden_state (B, T, C).
 
@@ -253,7 +274,7 @@ def transformer(
     return x
 
 
-def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Mask | None, safe: Range) -> None:
+def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Mask | None, safe: SafeScores) -> None:
     """All blocks on the residual stream x (B, T, C), in place; they share their buffers."""
     B, T, C = x.shape
     H, D = caches[0].shape[2], caches[0].shape[4]

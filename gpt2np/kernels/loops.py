@@ -162,6 +162,9 @@ class VisibleKeys(NamedTuple):
     limits: Array  # (B, T): how many of that list each query looks at
     safe: Array  # (2,): between these two, the highest score of a query leaves hidden keys without weight
     unsafe: Array  # (1,): 1 once a query's highest score was outside
+    hidden: Array  # (B, S): keys hidden from some query whose scores matter all the same; empty if there are none
+    lowest: float  # what `safe` starts at, whatever hidden scores are
+    added: float  # to hidden scores, above which `safe` starts
 
 
 @jit()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..errors import UnsupportedModelError
 from ..files import allowance
 
@@ -17,15 +19,15 @@ class Budget:
     def __init__(self, nbytes: int) -> None:
         self.total = self.left = allowance(nbytes)
 
-    def check(self, nbytes: int, what: str) -> None:
-        """Raise if so much more cannot be had; `what` asks for it."""
+    def check(self, nbytes: int, what: Callable[[], str]) -> None:
+        """Raise if so much more cannot be had; `what` tells what asks for it."""
         if nbytes > self.left:
             raise UnsupportedModelError(
-                f"{what} asks for {nbytes:,} bytes; a file of this size gets {self.total:,}, of which "
+                f"{what()} asks for {nbytes:,} bytes; a file of this size gets {self.total:,}, of which "
                 f"{self.left:,} are left"
             )
 
-    def spend(self, nbytes: int, what: str) -> None:
+    def spend(self, nbytes: int, what: Callable[[], str]) -> None:
         """Take so much; raises as `check` does."""
         self.check(nbytes, what)
         self.left -= nbytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,6 +24,9 @@ VIEWS = RESHAPES | SAME
 # What moves the elements of its first input and leaves them as they are; and what moves elements of any type.
 LAYOUTS = RESHAPES | {"Identity", "Transpose", "Slice", "Split", "Expand"}
 MOVES = LAYOUTS | {"Concat", "Gather", "Shape"}
+
+# Bytes of a constant that is kept once it is read; and of one that is kept until another is read.
+KEPT, KEPT_ONCE = 1 << 16, 1 << 23
 
 # Operators of our own, in the place of pieces of fused and quantised ones.
 UNPACK = "gpt2np.UnpackBits"  # packed integers of a com.microsoft node -> float matrix
@@ -87,10 +89,14 @@ class Graph:
         self.computed: dict[str, Array] = {}  # small constants that nodes compute, once they are asked for
         self.nodes: list[Node] = []
         self.order: list[Node] = []  # the nodes, each behind those that it reads
-        self._producers: dict[str, tuple[Node, int]] = {}
+        self.producers: dict[str, Node] = {}  # which node computes a value
+        self._indices: dict[str, int] = {}  # which of its node's outputs a value is
+        self._twice = ""  # a value that two nodes compute
         self._consumers: dict[str, list[Node]] = {}
+        self.fixed: set[str] = set()  # values that follow from the file alone, once the graph is whole
         self._folded: dict[str, bool] = {}
         self._read: dict[str, Array] = {}
+        self._last = ""  # which large constant among those was read last
         self._input_names: set[str] = set()
 
     def ports(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> None:
@@ -103,7 +109,8 @@ class Graph:
         self.nodes.append(node)
         for index, output in enumerate(node.outputs):
             if output:
-                self._producers[output] = node, index
+                self._twice = output if output in self.producers else self._twice
+                self.producers[output], self._indices[output] = node, index
         for name in dict.fromkeys(node.inputs):
             self._consumers.setdefault(name, []).append(node)
 
@@ -122,21 +129,36 @@ class Graph:
 
     def check_order(self) -> None:
         """Raise if values depend on each other in a circle: everything that walks the graph would hang."""
-        twice = next((o for o, n in Counter(o for n in self.nodes for o in n.outputs if o).items() if n > 1), None)
-        if twice is not None:
-            raise UnsupportedModelError(f"the value {twice!r} is computed by two nodes")
-        waiting = {id(n): sum(i in self._producers for i in set(n.inputs)) for n in self.nodes}
+        if self._twice:
+            raise UnsupportedModelError(f"the value {self._twice!r} is computed by two nodes")
+        waiting = {id(n): len(self.producers.keys() & n.inputs) for n in self.nodes}
         ready = [n for n in self.nodes if not waiting[id(n)]]
         while ready:
             node = ready.pop()
             self.order.append(node)
-            for reader in {id(c): c for o in node.outputs if o for c in self.consumers(o)}.values():
-                waiting[id(reader)] -= sum(o in reader.inputs for o in node.outputs if o)
-                if not waiting[id(reader)]:
-                    ready.append(reader)
+            for output in node.outputs:
+                for reader in self._consumers.get(output, ()) if output else ():
+                    waiting[id(reader)] -= 1
+                    if not waiting[id(reader)]:
+                        ready.append(reader)
         if len(self.order) < len(self.nodes):
             node = next(n for n in self.nodes if waiting[id(n)])
             raise UnsupportedModelError(f"{node.describe()} depends on its own output, or on a value given twice")
+        self._tell_constants()
+
+    def _tell_constants(self) -> None:
+        """Find out which values are constant, all of them in one walk."""
+        folded, constants = self._folded, self.constants
+        for node in self.order:
+            constant = False
+            for i in node.inputs:
+                if i:
+                    constant = i in constants or folded.get(i, False)
+                    if not constant:
+                        break
+            for output in node.outputs:
+                folded[output] = constant or output in constants
+        self.fixed = {*constants, *(value for value, constant in folded.items() if constant)}
 
     def opset(self, domain: str = "") -> int:
         """Version of a domain's operators that the file asks for."""
@@ -144,12 +166,11 @@ class Graph:
 
     def producer(self, name: str) -> Node | None:
         """The node that computes a value; None for inputs, constants and unknown names."""
-        found = self._producers.get(name)
-        return found[0] if found else None
+        return self.producers.get(name)
 
     def output_index(self, name: str) -> int:
         """Which of its node's outputs a value is."""
-        return self._producers[name][1]
+        return self._indices[name]
 
     def consumers(self, name: str) -> list[Node]:
         """The nodes that read a value."""
@@ -161,6 +182,10 @@ class Graph:
 
     def is_constant(self, name: str) -> bool:
         """Whether a value can be computed from the file alone."""
+        if name in self.constants:
+            return True
+        if name in self._folded:
+            return self._folded[name]
         stack, waiting = [name], {name}
         while stack:
             current = stack[-1]
@@ -168,10 +193,10 @@ class Graph:
                 waiting.discard(stack.pop())
             elif current in self.constants:
                 self._folded[current] = True
-            elif current not in self._producers:
+            elif current not in self.producers:
                 self._folded[current] = False
             else:
-                inputs = [i for i in self._producers[current][0].inputs if i]
+                inputs = [i for i in self.producers[current].inputs if i]
                 unknown = [i for i in inputs if i not in self._folded]
                 if any(self._folded.get(i) is False for i in inputs):
                     self._folded[current] = False
@@ -192,8 +217,11 @@ class Graph:
         if name in self._read:
             return self._read[name]
         array = value.load()
-        if array.nbytes <= 1 << 16 or self.keep:
+        if array.nbytes <= KEPT or self.keep:
             self._read[name] = array
+        elif array.nbytes <= KEPT_ONCE:  # a mask, which is read several times in a row
+            self._read.pop(self._last, None)
+            self._read[name], self._last = array, name
         return array
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -206,8 +234,8 @@ class Graph:
 
     def chain(self, name: str, through: frozenset[str] = VIEWS) -> list[str]:
         """The values met by `strip`, from the given one to the one behind."""
-        names = [name]
-        while (node := self.producer(name)) is not None and self.output_index(name) == 0 and node.op in through:
+        names, producers = [name], self.producers
+        while (node := producers.get(name)) is not None and node.op in through and node.outputs[0] == name:
             name = node.inputs[0]
             names.append(name)
         return names
@@ -228,7 +256,7 @@ class Graph:
             following = []
             for current in level:
                 yield current
-                node = self.producer(current)
+                node = self.producers.get(current)
                 if node is None or current in stop or node.op in ("Shape", "Size"):
                     continue
                 for i in node.inputs:

@@ -302,10 +302,10 @@ def test_the_error_names_the_node_that_was_looked_at() -> None:
 
 def test_a_budget_is_spent_once() -> None:
     budget = Budget(1000)
-    budget.spend(budget.total - 10, "one")
-    budget.check(10, "two")
+    budget.spend(budget.total - 10, lambda: "one")
+    budget.check(10, lambda: "two")
     with pytest.raises(UnsupportedModelError, match="three asks for 11 bytes"):
-        budget.spend(11, "three")
+        budget.spend(11, lambda: "three")
     assert budget.left == 10
 
 

@@ -145,16 +145,19 @@ class Emulation:
 class _Rounding(Evaluator):
     def __init__(self, emulation: Emulation, feeds: Mapping[str, Array]) -> None:
         super().__init__(emulation.graph, feeds)
-        self.operators, self.emulation = emulation.operators, emulation
+        self.emulation = emulation
+        self.operators = {op: partial(self._rounded, operator) for op, operator in emulation.operators.items()}
 
-    def operator(self, node: Node) -> Operator | None:
-        found = super().operator(node)
+    def _rounded(self, operator: Operator, node: Node, inputs: Sequence[Any], opset: int) -> list[Any]:
         if node.outputs[0] in self.emulation.values and node.attributes.get("written_as", node.op) == node.op:
-            return FLOAT16_FUNCTIONS.get(node.op, found)
-        return found
-
-    def taken(self, node: Node, inputs: list[Any]) -> list[Any]:
-        return [_single(self.given(node, name, value)) for name, value in zip(node.inputs, inputs, strict=True)]
+            operator = FLOAT16_FUNCTIONS.get(node.op, operator)
+        taken = [_single(self.given(node, name, value)) for name, value in zip(node.inputs, inputs, strict=True)]
+        result = operator(node, taken, opset)
+        outputs = result if isinstance(result, list) else [result]
+        return [
+            value if isinstance(value, tuple) else self.given(node, name, np.asarray(value))
+            for name, value in zip(node.outputs, outputs, strict=False)
+        ]
 
     def given(self, node: Node, name: str, value: Any) -> Any:
         """What a node that runs in float16 takes or gives.

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from ...errors import UnsupportedModelError
+from ..budget import Budget
 from ..graph import Graph, Node
-from .growth import GROWING, all_small, most_elements
+from .growth import FEW, VALUED, most_elements
 from .operators import OPERATORS, Operator
 
 Array = np.ndarray
@@ -45,7 +46,10 @@ class Evaluator:
             If it needs an operator that is not listed here, an input that was not given, or a node fails; or if
             the graph has a budget, and a node asks for more than is left of it.
         """
-        values, constants = self.values, self.graph.constants
+        if name in self.values:
+            known: Array = self.values[name]
+            return known
+        values, constants, producers = self.values, self.graph.constants, self.graph.producers
         stack = [name]
         with np.errstate(all="ignore"):
             while stack:  # depth first without recursion: graphs are thousands of nodes deep
@@ -58,7 +62,7 @@ class Evaluator:
                     self.read.add(current)
                     stack.pop()
                     continue
-                node = self.graph.producer(current)
+                node = producers.get(current)
                 if node is None:
                     raise UnsupportedModelError(f"the value {current!r} is neither computed by a node nor given")
                 height = len(stack)
@@ -71,29 +75,23 @@ class Evaluator:
         value: Array = values[name]
         return value
 
-    def operator(self, node: Node) -> Operator | None:
-        """What a node computes; None if it is not listed."""
-        return self.operators.get(node.op)
-
-    def taken(self, node: Node, inputs: list[Any]) -> list[Any]:
-        """What a node takes of the values before it."""
-        return inputs
-
-    def given(self, node: Node, name: str, value: Any) -> Any:
-        """What a node gives for what it has computed."""
-        return value
-
     def run(self, node: Node) -> None:
         """Compute a node's outputs; its inputs are there."""
-        operator = self.operator(node)
+        values, budget = self.values, self.graph.budget
+        operator = self.operators.get(node.op)
         if operator is None:
             raise UnsupportedModelError(f"{node.describe()}: gpt2np does not know what {node.op} means here")
-        inputs = [self.values[i] if i else None for i in node.inputs]
-        budget = None if node.op not in GROWING and all_small(inputs) else self.graph.budget
+        inputs, together = [], 1  # so many elements come out at most, unless values say how many
+        for i in node.inputs:
+            array = values[i] if i else None
+            inputs.append(array)
+            if array is not None:
+                together *= FEW if isinstance(array, tuple) else array.size or 1
+        if together < FEW and node.op not in VALUED:
+            budget = None
         try:
-            inputs = self.taken(node, inputs)
             if budget is not None:
-                budget.check(8 * most_elements(node, inputs), node.describe())
+                budget.check(8 * most_elements(node, inputs), node.describe)
             result = operator(node, inputs, self.graph.opsets.get(node.domain, 1))
         except UnsupportedModelError:
             raise
@@ -105,7 +103,13 @@ class Evaluator:
         outputs = result if isinstance(result, list) else [result]
         for output, value in zip(node.outputs, outputs, strict=False):
             if not isinstance(value, tuple):  # a sequence of arrays
-                value = self.given(node, output, np.asarray(value))
-                if budget is not None and not any(np.may_share_memory(value, i) for i in inputs if i is not None):
-                    budget.spend(value.nbytes, node.describe())  # it is no view
+                value = np.asarray(value)
+                if budget is not None and value.size >= FEW:
+                    _spend(budget, node, inputs, value)
             self.values[output] = value
+
+
+def _spend(budget: Budget, node: Node, inputs: list[Any], value: Array) -> None:
+    """Count what a node has made, unless it is a view."""
+    if not any(np.may_share_memory(value, i) for i in inputs if isinstance(i, np.ndarray)):
+        budget.spend(value.nbytes, node.describe)

@@ -12,7 +12,7 @@ from ..graph import Node
 
 Array = np.ndarray
 
-FEW = 32  # elements; three inputs of so many broadcast to a quarter of a megabyte at most
+FEW = 1 << 13  # elements; what makes fewer needs not be counted, such as the arithmetic of sizes
 
 
 def most_elements(node: Node, inputs: Sequence[Any]) -> int:
@@ -29,14 +29,6 @@ def most_elements(node: Node, inputs: Sequence[Any]) -> int:
         return max(together, math.prod(np.broadcast_shapes(*(a.shape for a in arrays))))
     except ValueError:
         return together
-
-
-def all_small(inputs: Sequence[Any]) -> bool:
-    """Whether so little goes in that what comes out need not be counted: the arithmetic of sizes."""
-    for array in inputs:
-        if array is not None and (isinstance(array, tuple) or array.size > FEW):
-            return False
-    return len(inputs) < 4
 
 
 def _values(array: Array) -> int:
@@ -83,6 +75,8 @@ def _einsum(node: Node, inputs: Sequence[Any]) -> int:
     return math.prod(sizes.values())
 
 
+# Operators whose inputs' values say how much they give.
+VALUED = frozenset({"ConstantOfShape", "Range", "Tile"})
 # Operators that give more than their inputs broadcast to.
 GROWING: dict[str, Callable[[Node, Sequence[Any]], int]] = {
     "ConstantOfShape": lambda node, inputs: _values(inputs[0]),

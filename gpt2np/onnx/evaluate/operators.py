@@ -99,7 +99,13 @@ def _flatten(node: Node, inputs: Sequence[Any], opset: int) -> Array:
 
 
 def _unsqueeze(node: Node, inputs: Sequence[Any], opset: int) -> Array:
-    return np.expand_dims(inputs[0], axes(node, inputs) or ())
+    x, new = inputs[0], axes(node, inputs) or ()
+    rank = x.ndim + len(new)
+    places = {axis % rank for axis in new if -rank <= axis < rank}
+    if len(places) < len(new):
+        raise ValueError(f"axes {list(new)} of {rank}")
+    sizes = iter(x.shape)
+    return np.asarray(x.reshape([1 if axis in places else next(sizes) for axis in range(rank)]))
 
 
 def _slice(node: Node, inputs: Sequence[Any], opset: int) -> Array:
@@ -411,15 +417,15 @@ OPERATORS: dict[str, Operator] = {
     "Size": lambda node, inputs, opset: np.asarray(inputs[0].size, np.int64),
     "Reshape": _reshape,
     "Flatten": _flatten,
-    "Squeeze": lambda node, inputs, opset: np.squeeze(inputs[0], axes(node, inputs)),
+    "Squeeze": lambda node, inputs, opset: inputs[0].squeeze(axes(node, inputs)),
     "Unsqueeze": _unsqueeze,
-    "Transpose": lambda node, inputs, opset: np.transpose(inputs[0], node.attributes.get("perm")),
+    "Transpose": lambda node, inputs, opset: inputs[0].transpose(node.attributes.get("perm")),
     "Concat": lambda node, inputs, opset: np.concatenate(list(inputs), node.attributes["axis"]),
     "Split": _split,
     "SplitToSequence": lambda node, inputs, opset: tuple(_split(node, _split_sizes(node, inputs), opset)),
     "SequenceAt": two(lambda sequence, index: sequence[int(index)]),
     "Slice": _slice,
-    "Gather": lambda node, inputs, opset: np.take(inputs[0], inputs[1], node.attributes.get("axis", 0)),
+    "Gather": lambda node, inputs, opset: np.asarray(inputs[0].take(inputs[1], node.attributes.get("axis", 0))),
     "GatherND": _gather_nd,
     "GatherElements": lambda node, inputs, opset: np.take_along_axis(
         inputs[0], inputs[1], node.attributes.get("axis", 0)

@@ -25,6 +25,13 @@ Array = np.ndarray
 Rules = Mapping[str, Callable[[Graph, Node], "list[Node] | None"]]
 
 
+# Attributes that say yes or no.
+SWITCHES = frozenset(
+    {
+        "allowzero", "causal", "exclusive", "fmod", "is_causal", "keepdims", "noop_with_empty_axes", "reverse",
+        "transA", "transB", "transBatchA", "transBatchB", "unidirectional", "upper",
+    }
+)  # fmt: skip
 # Nodes that a file may become when its functions are inlined: so many, and so many times those that it has.
 FREE_NODES, NODE_FACTOR = 20_000, 64
 
@@ -72,22 +79,27 @@ class _Builder:
 
     def add(self, proto: onnx.GraphProto, branch: str) -> None:
         self.add_initializers(proto)
+        opset = self.graph.opset()
         for node in proto.node:
-            body = self._taken(node, branch)
+            body = self._taken(node, branch) if branch else None
             if body is not None:
                 self.add(body, branch)
                 for inner, outer in zip(body.output, node.output, strict=True):
                     if inner.name != outer:
                         self.graph.add(Node("Identity", "", node.name, (inner.name,), (outer,), {}))
                 continue
-            _check_node(node, self.graph.opset())
-            attributes = {a.name: self._attribute(node, a) for a in node.attribute}
+            _check_node(node, opset)
+            attributes = {}
+            for attribute in node.attribute:
+                attributes[attribute.name] = self._attribute(node, attribute)
             if node.op_type == "Constant":
                 self.graph.constants[node.output[0]] = _constant_value(attributes)
                 continue
-            domain = _domain(node.domain)
+            domain = "" if node.domain == "ai.onnx" else node.domain
             op = f"{domain}.{node.op_type}" if domain else node.op_type
-            inputs = tuple(self.aliases.get(i, i) for i in node.input)
+            inputs = tuple(node.input)
+            if not self.aliases.keys().isdisjoint(inputs):
+                inputs = tuple(self.aliases.get(i, i) for i in inputs)
             if op == "Identity" and inputs[0] in self.graph.constants:
                 self.aliases[node.output[0]] = inputs[0]
             if op in quantised.PACKED:
@@ -120,7 +132,7 @@ class _Builder:
 
     @staticmethod
     def _taken(node: onnx.NodeProto, branch: str) -> onnx.GraphProto | None:
-        if node.op_type != "If" or not branch:
+        if node.op_type != "If":
             return None
         return next((a.g for a in node.attribute if a.name == f"{branch}_branch"), None)
 
@@ -128,6 +140,10 @@ class _Builder:
         import onnx
 
         kinds = onnx.AttributeProto
+        if proto.type == kinds.INT:
+            return proto.i
+        if proto.type == kinds.INTS:
+            return list(proto.ints)
         if proto.type == kinds.TENSOR:
             tensor = self.file.tensor(proto.t, node.output[0])
             return tensor if node.op_type == "Constant" else tensor.load()
@@ -143,25 +159,30 @@ def _check_node(node: onnx.NodeProto, opset: int) -> None:
     """Raise unless a node has the inputs that its operator needs, and attributes of the right types."""
     if not node.output:
         raise UnsupportedModelError(f"{_describe(node)} computes nothing")
-    names = [a.name for a in node.attribute]
-    if len(set(names)) < len(names):
-        raise UnsupportedModelError(f"{_describe(node)} has an attribute twice, of {', '.join(sorted(names))}")
-    needed, types, required = _signature(node.op_type, opset) if not _domain(node.domain) else (0, {}, frozenset())
+    own = node.domain in ("", "ai.onnx")
+    needed, types, required = _signature(node.op_type, opset) if own else (0, {}, frozenset())
     if len(node.input) < needed or not all(node.input[:needed]):
         raise UnsupportedModelError(f"{_describe(node)} has {len(node.input)} inputs, and needs {needed}")
-    if missing := required - set(names):
-        raise UnsupportedModelError(f"{_describe(node)} lacks its attribute {', '.join(sorted(missing))}")
+    if not node.attribute and not required:
+        return
+    names: set[str] = set()
     for attribute in node.attribute:
-        given = attribute.AttributeType.Name(attribute.type)
+        name = attribute.name
+        if name in names:
+            raise UnsupportedModelError(f"{_describe(node)} has an attribute twice, {name}")
+        names.add(name)
         if attribute.ref_attr_name:
             raise UnsupportedModelError(
-                f"{_describe(node)}: its {attribute.name} is the attribute {attribute.ref_attr_name!r} of a function, "
+                f"{_describe(node)}: its {name} is the attribute {attribute.ref_attr_name!r} of a function, "
                 "but it stands in none"
             )
-        if given != types.get(attribute.name, given):
-            raise UnsupportedModelError(
-                f"{_describe(node)}: its {attribute.name} is of type {given}, not {types[attribute.name]}"
-            )
+        if name in SWITCHES and attribute.i not in (0, 1):  # runtimes differ in what they take for yes
+            raise UnsupportedModelError(f"{_describe(node)}: its {name} is {attribute.i}, neither 0 nor 1")
+        if attribute.type != types.get(name, attribute.type):
+            given, wanted = (attribute.AttributeType.Name(t) for t in (attribute.type, types[name]))
+            raise UnsupportedModelError(f"{_describe(node)}: its {name} is of type {given}, not {wanted}")
+    if not required <= names:
+        raise UnsupportedModelError(f"{_describe(node)} lacks its attribute {', '.join(sorted(required - names))}")
 
 
 def _describe(node: onnx.NodeProto) -> str:
@@ -169,18 +190,19 @@ def _describe(node: onnx.NodeProto) -> str:
 
 
 @cache
-def _signature(op: str, opset: int) -> tuple[int, dict[str, str], frozenset[str]]:
+def _signature(op: str, opset: int) -> tuple[int, dict[str, int], frozenset[str]]:
     """What an operator of ONNX's own takes: inputs at least, types of attributes, attributes that it needs.
 
     Nothing is known of an operator that the opset does not have.
     """
-    from onnx import defs
+    from onnx import AttributeProto, defs
 
     try:
         schema = defs.get_schema(op, opset, "")
     except defs.SchemaError:
         return 0, {}, frozenset()
-    types = {name: attribute.type.name for name, attribute in schema.attributes.items()}  # type: ignore[attr-defined]
+    number = AttributeProto.AttributeType.Value
+    types = {name: number(a.type.name) for name, a in schema.attributes.items()}  # type: ignore[attr-defined]
     required = frozenset(name for name, attribute in schema.attributes.items() if attribute.required)
     return int(schema.min_input), types, required
 

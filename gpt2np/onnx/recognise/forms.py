@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
-from ..graph import Graph
+from ..graph import Graph, Node
 from .attention import AttentionFound
 from .blocks import Roles
 from .probe import Probe
@@ -52,48 +52,49 @@ def _equal(graph: Graph, a: str, b: str) -> bool:
 
 def _form(probe: Probe, ends: Iterable[str], tags: Mapping[str, Hashable]) -> tuple[Hashable, tuple[str, ...]]:
     """The nodes behind some values, by number, and the large constants among them, in the order in which they come."""
-    graph = probe.graph
+    graph, known, producers, constants = probe.graph, probe.known, probe.graph.producers, probe.graph.constants
     numbers: dict[str, int] = {}
     steps: list[Hashable] = []
     large: list[str] = []
-
-    def note(value: str, step: Hashable) -> None:
+    wanted = list(ends)
+    pending = wanted[::-1]
+    while pending:
+        value = pending[-1]
+        if value in numbers or not value:
+            pending.pop()
+            continue
+        step: Hashable
+        node = producers.get(value)
+        if value in tags:
+            step = tags[value]
+        elif value in constants:
+            tensor = constants[value]
+            step = str(tensor.dtype), tuple(tensor.shape)
+            if math.prod(tensor.shape) <= SMALL:
+                step = *step, graph.constant(value).tobytes()
+            else:
+                large.append(value)
+        elif value in known:
+            step = value if graph.is_input(value) else known[value].shape
+        elif node is None:
+            step = value
+        else:
+            height = len(pending)
+            for i in node.inputs:
+                if i and i not in numbers:
+                    pending.append(i)
+            if len(pending) > height:
+                continue
+            attributes = _attributes(node) if node.attributes else ()
+            step = node.op, tuple(map(numbers.get, node.inputs)), node.outputs.index(value), attributes
         numbers[value] = len(steps)
         steps.append(step)
-
-    wanted = list(ends)
-    for end in wanted:
-        pending = [end]
-        while pending:
-            value = pending[-1]
-            if value in numbers:
-                pending.pop()
-                continue
-            node = graph.producer(value)
-            if value in tags:
-                note(value, tags[value])
-            elif value in graph.constants:
-                tensor = graph.constants[value]
-                if int(np.prod(tensor.shape)) <= SMALL:
-                    note(value, (str(tensor.dtype), tuple(tensor.shape), graph.constant(value).tobytes()))
-                else:
-                    note(value, (str(tensor.dtype), tuple(tensor.shape)))
-                    large.append(value)
-            elif value in probe.known:
-                note(value, value if graph.is_input(value) else probe.known[value].shape)
-            elif node is None:
-                note(value, value)
-            else:
-                missing = [i for i in node.inputs if i and i not in numbers]
-                if missing:
-                    pending.extend(missing)
-                    continue
-                inputs = tuple(numbers[i] if i else -1 for i in node.inputs)
-                attributes = tuple((k, _key(v)) for k, v in sorted(node.attributes.items()))
-                note(value, (node.op, inputs, graph.output_index(value), attributes))
-            pending.pop()
-    return (tuple(steps), tuple(numbers[end] for end in wanted)), tuple(large)
+        pending.pop()
+    return (tuple(steps), tuple(map(numbers.get, wanted))), tuple(large)
 
 
-def _key(value: Any) -> Hashable:
-    return (value.shape, value.tobytes()) if isinstance(value, np.ndarray) else repr(value)
+def _attributes(node: Node) -> Hashable:
+    return tuple(
+        (name, (value.shape, value.tobytes()) if isinstance(value, np.ndarray) else repr(value))
+        for name, value in sorted(node.attributes.items())
+    )

@@ -72,13 +72,18 @@ def _size_values(graph: Graph) -> set[str]:
     found: set[str] = set()
     lengths = bool(graph.lengths)  # of buffers, which the caller gives as numbers
     shaped: set[str] = {i.name for i in graph.inputs}  # values whose sizes depend on no value of the caller's
+    fixed = graph.fixed
     for node in graph.order:
-        known = [not i or i in found or graph.is_constant(i) for i in node.inputs]
-        if node.inputs and (all(known) or (node.op in ("Shape", "Size") and (lengths or node.inputs[0] in shaped))):
+        sizes_from = SHAPED_BY_INPUTS.get(node.op, len(node.inputs))
+        all_known, is_shaped = True, node.op not in SHAPED_BY_VALUE
+        for index, i in enumerate(node.inputs):
+            if i and i not in found and i not in fixed:
+                all_known = False
+                if index >= sizes_from or i not in shaped:
+                    is_shaped = False
+        if node.inputs and (all_known or (node.op in ("Shape", "Size") and (lengths or node.inputs[0] in shaped))):
             found.update(node.outputs)
-        sized = known[SHAPED_BY_INPUTS.get(node.op, len(known)) :]
-        by_value = node.op in SHAPED_BY_VALUE or not all(sized)
-        if not by_value and all(k or i in shaped for i, k in zip(node.inputs, known, strict=True)):
+        if is_shaped:
             shaped.update(node.outputs)
     return found
 

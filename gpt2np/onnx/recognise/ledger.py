@@ -42,7 +42,7 @@ class Ledger:
 
     def is_data(self, name: str) -> bool:
         """Whether a value depends on more than sizes and constants."""
-        return bool(name) and name not in self.sizes and not self.graph.is_constant(name)
+        return bool(name) and name not in self.sizes and name not in self.graph.fixed
 
     def refuse(self, node: Node, role: str, tap: str, why: str) -> UnsupportedModelError:
         """The error for a node that its role does not allow."""
@@ -64,21 +64,22 @@ class Ledger:
             If a node is none that `allowed` admits, or something else than `starts` takes part.
         """
         seen, pending = set(starts), list(ends)
+        sizes, fixed, producers = self.sizes, self.graph.fixed, self.graph.producers
         while pending:
             value = pending.pop()
             if not value or value in seen or value in self._lengths:
                 continue
             seen.add(value)
-            if not self.is_data(value):
+            if value in sizes or value in fixed:
                 self.enter_sizes(value, tap)
                 continue
-            node = self.graph.producer(value)
+            node = producers.get(value)
             if node is None:
                 what = f"the {role} of {tap}" if tap else f"the {role}"
                 raise UnsupportedModelError(f"the input {value!r} takes part in {what}: it has no part there in GPT-2")
             if why := allowed.get(node.op, adds_nothing)(self, node):
                 raise self.refuse(node, role, tap, why)
-            if self.graph.output_index(value) and node.op not in ("Split", "SplitToSequence"):
+            if value != node.outputs[0] and node.op not in ("Split", "SplitToSequence"):
                 raise self.refuse(node, role, tap, f"output {self.graph.output_index(value) + 1} has no part there")
             rounded = "Quantize" in node.attributes.get("written_as", "") and node.op == "Identity"
             self.enter(node, "rounding" if rounded else role, tap)
@@ -92,10 +93,10 @@ class Ledger:
             if not current or current in self._seen:
                 continue
             self._seen.add(current)
-            node = self.graph.producer(current)
+            node = self.graph.producers.get(current)
             if node is None or current in self.graph.constants:
                 continue
-            constant = self.graph.is_constant(current)
+            constant = current in self.graph.fixed
             if not constant and node.op not in SIZES:
                 raise self.refuse(node, "arithmetic of sizes", tap, f"{node.op} has no part there")
             self.enter(node, "constant" if constant else "sizes", "")

@@ -18,6 +18,7 @@ from ..normalise.fold import scalar
 from .sources import Source, constant_shape, constant_source, zeros
 
 Array = np.ndarray
+PRODUCTS = ("MatMul", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul")
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,7 @@ def _gemm(graph: Graph, name: str) -> LinearFound | None:
 
 def _matmul(graph: Graph, name: str) -> LinearFound | None:
     node = graph.producer(name)
-    if node is None or node.op not in (
-        "MatMul",
-        "com.microsoft.FusedMatMul",
-        "com.microsoft.TransposeMatMul",
-    ):
+    if node is None or node.op not in PRODUCTS:
         return None
     weight = matrix(graph, node.inputs[1])
     if weight is None or node.attributes.get("transA", 0):
@@ -178,19 +175,19 @@ def _low_rank(graph: Graph, name: str) -> LinearFound | None:
     return None
 
 
-LINEAR_PATTERNS: list[Callable[[Graph, str], LinearFound | None]] = [
-    _gemm,
-    _matmul,
-    _scaled,
-    _einsum,
-    _biased,
-    _low_rank,
-]
+LINEAR_PATTERNS: dict[str, tuple[Callable[[Graph, str], LinearFound | None], ...]] = {
+    **dict.fromkeys(("Gemm", "com.microsoft.FusedGemm"), (_gemm,)),
+    **dict.fromkeys(PRODUCTS, (_matmul,)),
+    "Mul": (_scaled,),
+    "Einsum": (_einsum,),
+    "Add": (_biased, _low_rank),
+}  # by the operator that gives the value
 
 
 def match_linear(graph: Graph, name: str) -> LinearFound | None:
     """The linear map that computes a value."""
-    for pattern in LINEAR_PATTERNS:
+    node = graph.producers.get(name)
+    for pattern in () if node is None else LINEAR_PATTERNS.get(node.op, ()):
         if (found := pattern(graph, name)) is not None:
             return found
     return None

@@ -130,7 +130,9 @@ class Probe:
     def _check_room(self, name: str, sizes: Sequence[int]) -> None:
         """Raise if the sizes that an input declares make a probe that is out of proportion to the file."""
         if self.graph.budget is not None:  # as float64, a few times over
-            self.graph.budget.check(32 * math.prod(sizes), f"input {name!r}, for which the probe is {list(sizes)},")
+            self.graph.budget.check(
+                32 * math.prod(sizes), lambda: f"input {name!r}, for which the probe is {list(sizes)},"
+            )
 
     def place(self, alike: Sequence[int] = ()) -> None:
         """Give the probe values at all borders.
@@ -231,6 +233,8 @@ class _Shapes(Evaluator):
 
 
 def _broadcast(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    if all(shape == shapes[0] for shape in shapes):
+        return shapes[0]
     try:
         return np.broadcast_shapes(*shapes)
     except ValueError as error:
@@ -244,7 +248,10 @@ def is_unknown(array: Array) -> bool:
 
 def unknown(shape: Sequence[int]) -> Array:
     """An activation of the probe: NaN in any shape, without memory for each."""
-    return np.broadcast_to(np.float64(np.nan), tuple(shape))
+    return np.ndarray(tuple(shape), np.float64, _NAN, 0, (0,) * len(shape))
+
+
+_NAN = np.float64(np.nan).tobytes()
 
 
 def longest_tried(graph: Graph, n_ctx: int) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..graph import Graph, Node
+from .linear import PRODUCTS
 
 Array = np.ndarray
 
@@ -32,12 +33,9 @@ def match_product(graph: Graph, name: str) -> Product | None:
         return None
     a, b = node.inputs[:2]
     attributes = node.attributes
-    if node.op in ("MatMul", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"):
-        if attributes.get("transA", 0):
-            return None
-        transposed, alpha = bool(attributes.get("transB", 0)), attributes.get("alpha", 1.0)
-    else:
+    if node.op not in PRODUCTS or attributes.get("transA", 0):
         return None
+    transposed, alpha = bool(attributes.get("transB", 0)), attributes.get("alpha", 1.0)
     if graph.is_constant(a) or graph.is_constant(b):
         return None
     return Product(a, b, transposed, alpha, name, node)
