@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
+import forms
 from gpt2np import InferenceSession
 from gpt2np.cli import app
 from gpt2np.errors import UnsupportedModelError
@@ -132,3 +133,22 @@ def test_info_prints_the_ledger(sound):
     assert "probs = softmax(" in lines["softmax"]
     assert "q @ keys" in lines["product with keys"]
     assert "reference.py:" in printed()
+
+
+def test_casts_to_16_bits_are_entered_as_rounding(tmp_path):
+    """A file that holds float16 may round to it; one that holds float32 alone may not."""
+    for half in (True, False):
+        form = forms.Form()
+        x = form.embed(form.input("ids", np.int64, "B", "T"))
+        x = form.op("Cast", form.op("Cast", x, out="rounded", to=TensorProto.FLOAT16), to=FLOAT)
+        form.head(form.blocks(x, forms.written_out(forms.causal)))
+        if half:
+            last = next(t for t in form.initializers if t.name == "ln_f.bias")
+            last.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(last).astype(np.float16), "half"))
+            form.nodes.insert(0, helper.make_node("Cast", ["half"], ["ln_f.bias"], to=FLOAT))
+        path = form.save(tmp_path / "model.onnx")
+        if half:
+            assert [e.node.outputs for e in read(path).ledger if e.role == "rounding"] == [("rounded",)]
+        else:
+            with pytest.raises(UnsupportedModelError, match="rounds to 16 bits in a file whose weights have more"):
+                read(path)

@@ -70,8 +70,9 @@ def test_random_changes_are_refused_or_computed(bases, tmp_path):
     assert {f.verdict.word for f in found} == {"agrees", "refused"}
 
 
-# Found by long campaigns: a switch that is -1, scores so large that -10000 no longer hides what it is added to.
-@pytest.mark.parametrize("name", ["form_attention:12:389", "fused_past:12:760"])
+# Found by long campaigns: a switch that is -1, scores so large that -10000 no longer hides what it is added to, a
+# GELU with a constant that is off by a hundredth.
+@pytest.mark.parametrize("name", ["form_attention:12:389", "fused_past:12:760", "dynamo_20:12:2467"])
 def test_changes_that_once_gave_other_numbers(bases, tmp_path, name):
     base, seed, number = name.split(":")
     finding = Campaign({}, int(seed)).one(bases[base], int(number), tmp_path)

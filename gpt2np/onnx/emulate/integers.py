@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluate.operators import dequantize, spread
+from ..evaluate.packed import dequantize, spread
 from ..graph import ROUND, Node
 
 Array = np.ndarray

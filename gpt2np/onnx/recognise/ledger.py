@@ -16,7 +16,7 @@ from ...errors import UnsupportedModelError
 from ..graph import Graph, Node
 from .probe import Probe
 from .recognised import LENGTHS, Entry
-from .roles import LENGTH, SELECTING, SIZES, NodeCheck, adds_nothing
+from .roles import LENGTH, SELECTING, SIZES, NodeCheck, adds_nothing, rounds
 
 Array = np.ndarray
 
@@ -81,8 +81,7 @@ class Ledger:
                 raise self.refuse(node, role, tap, why)
             if value != node.outputs[0] and node.op not in ("Split", "SplitToSequence"):
                 raise self.refuse(node, role, tap, f"output {self.graph.output_index(value) + 1} has no part there")
-            rounded = "Quantize" in node.attributes.get("written_as", "") and node.op == "Identity"
-            self.enter(node, "rounding" if rounded else role, tap)
+            self.enter(node, "rounding" if rounds(node) else role, tap)
             pending.extend(node.inputs)
 
     def enter_sizes(self, value: str, tap: str = "") -> None:

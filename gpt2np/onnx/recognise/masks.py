@@ -53,47 +53,78 @@ def read_mask(
     """
     adds = shape is not None and floating and _is_added(run, shape)
     full = None if shape is None else np.full(shape, 0.0 if adds else 1.0)
-    factor, added = run(full)
+    usual = run(full)
+    scale = _scale(*usual)
+    mask, later = _read_later(*usual, scale, T, S, shape)
+    if full is None:
+        return scale, replace(mask, blind_rows="zeros" if guarded and mask.blind_rows == "nan" else mask.blind_rows)
+    if adds:
+        _check_added(run, full, T, S, cut, *usual, later)
+        return scale, replace(mask, blind_rows="zeros" if guarded else "nan", adds=True)
+    patterns = _paddings(full.shape, T, S)
+    results = [(per_query(p, T, S, cut), *run(np.where(p, 0.0, full))) for p in patterns]
+    if all(((f == usual[0]) & (a == usual[1])).all() for _, f, a in results):
+        unseen = float(mask.kind == "added"), mask.value
+        return scale, replace(mask, padding=(1.0, 0.0), padding_later=unseen, blind_rows="zeros")
+    return scale, _read_padding(results, mask, later, scale, guarded)
+
+
+def _scale(factor: Array, added: Array) -> float:
+    """The one number that scores are multiplied by where nothing hides them."""
     seen = (added == 0) & (factor != 0)
     if not seen.any():
         raise ValueError("no query sees any key")
     scale = float(np.median(factor[seen]))
     if not np.allclose(factor[seen], scale, rtol=1e-6):
         raise ValueError("scores are not multiplied by one number")
+    return scale
+
+
+def _read_later(
+    factor: Array, added: Array, scale: float, T: int, S: int, shape: tuple[int, ...] | None
+) -> tuple[MaskRule, Array]:
+    """What happens to keys after a query's own, and which are hidden so, (T, S)."""
+    seen = (added == 0) & (factor != 0)
     query, key = np.arange(S - T, S)[:, None], np.arange(S)
     shift = next((s for s in (0, *range(-S, S + 1)) if (seen == (key <= query + s)).all()), None)
     if shift is None:
-        raise ValueError(f"query {S - T} sees keys {np.flatnonzero(seen[0, 0, 0]).tolist()}, not all up to its own")
+        b, h, t, _ = np.argwhere(seen != (key <= query))[0]
+        raise ValueError(f"query {S - T + t} sees {keys_in_words(np.flatnonzero(seen[b, h, t]), S - T + t)}")
     later = key > query + shift
-    blind = later.all(axis=-1)
-    unguarded: Literal["nan", "masked"] = "masked"
     if seen.all():
-        mask = MaskRule("none", 0.0, S)
+        mask = MaskRule("none", 0.0, S, blind_rows="masked")
         if T == 1:  # one new position sees all keys in any GPT-2
-            mask = MaskRule("replaced", -math.inf, 0)
+            mask = MaskRule("replaced", -math.inf, 0, blind_rows="masked")
         elif shape is not None and len(shape) > 2:
-            mask = MaskRule("given", -math.inf, 0)
-        later = np.zeros_like(later)
-    else:
-        f, value = one_effect(factor, added, later & ~blind[:, None], scale, "keys after a query's own")
-        kind: Literal["replaced", "added"] = "added" if f else "replaced"
-        mask = MaskRule(kind, value, shift)
-        unguarded = "nan" if value == -math.inf else "masked"
-    if full is None:
-        return scale, replace(mask, blind_rows="zeros" if guarded and unguarded == "nan" else unguarded)
-    if adds:
-        _check_added(run, full, T, S, cut, factor, added, later)
-        return scale, replace(mask, blind_rows="zeros" if guarded else "nan", adds=True)
+            mask = MaskRule("given", -math.inf, 0, blind_rows="masked")
+        return mask, np.zeros_like(later)
+    f, value = one_effect(factor, added, later & ~later.all(axis=-1)[:, None], scale, "keys after a query's own")
+    return MaskRule(
+        "added" if f else "replaced", value, shift, blind_rows="nan" if value == -math.inf else "masked"
+    ), later
 
-    # padding: on the left (with queries that see nothing), on the right, a hole, and for each query by chance
-    patterns = [np.full(full.shape, False) for _ in range(3 + (full.ndim > 2))]
+
+def keys_in_words(sees: Array, query: int) -> str:
+    """Which keys a query sees that does not see all up to its own."""
+    if 0 < len(sees) <= query and sees[-1] == query and (np.diff(sees) == 1).all():
+        return f"only the last {len(sees)} keys (local attention, as in GPT-Neo): GPT-2's sees all"
+    return f"keys {sees.tolist()}, not all up to its own"
+
+
+def _paddings(shape: tuple[int, ...], T: int, S: int) -> list[Array]:
+    """Padding on the left (with queries that see nothing), on the right, a hole, and for each query by chance."""
+    patterns = [np.full(shape, False) for _ in range(3 + (len(shape) > 2))]
     for pattern, hidden in zip(patterns, (slice(0, S - T + 2), slice(S - 1, S), slice(1, 2)), strict=False):
         pattern[0, ..., hidden] = True
-    if full.ndim > 2:
-        patterns[3][:] = np.random.default_rng(0).random(full.shape) < 0.4
-    results = [(per_query(p, T, S, cut), *run(np.where(p, 0.0, full))) for p in patterns]
-    if all(((f == factor) & (a == added)).all() for _, f, a in results):
-        return scale, replace(mask, padding=(1.0, 0.0), padding_later=(float(mask.kind == "added"), mask.value))
+    if len(shape) > 2:
+        patterns[3][:] = np.random.default_rng(0).random(shape) < 0.4
+    return patterns
+
+
+def _read_padding(
+    results: list[tuple[Array, Array, Array]], mask: MaskRule, later: Array, scale: float, guarded: bool
+) -> MaskRule:
+    """What happens to padded keys; results: which keys are padded, factors and addends of the scores."""
     effects: dict[str, set[Effect]] = {"padding": set(), "padding_later": set()}
     blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "masked"
     for hidden_keys, factors, addends in results:
@@ -113,7 +144,7 @@ def read_mask(
     padding_later = next(iter(effects["padding_later"]), (0.0, -math.inf))
     if blind_rows == "masked" and padding[1] == -math.inf:
         blind_rows = "zeros" if guarded else "nan"
-    return scale, replace(mask, padding=padding, padding_later=padding_later, blind_rows=blind_rows)
+    return replace(mask, padding=padding, padding_later=padding_later, blind_rows=blind_rows)
 
 
 def _is_added(run: MaskRun, shape: tuple[int, ...]) -> bool:

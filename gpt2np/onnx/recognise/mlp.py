@@ -61,9 +61,11 @@ def read_activation(probe: Probe, branch: Branch) -> tuple[str, tuple[str, ...]]
             errors[name] = float(np.max(np.where(near, error, 100 * error / np.abs(points))))
     errors = {name: error if np.isfinite(error) else np.inf for name, error in errors.items()}
     best = min(errors, key=lambda n: errors[n])
-    # GELU by erf and by tanh lie 4.7e-4 apart; its constants are off by up to 4e-4 in bfloat16
+    # GELU by erf and by tanh lie 4.7e-4 apart; its constants are off by up to 4e-4 in bfloat16, by less in float16,
+    # and in float32 by no more than its decimals are
     rivals = sorted(errors.values())
-    if not errors[best] < 2e-4 and not (errors[best] < 4e-4 and errors[best] < 0.75 * rivals[1]):
+    bfloat16 = probe.half and errors[best] < 4e-4 and errors[best] < 0.75 * rivals[1]
+    if not errors[best] < (2e-4 if probe.half else 3e-5) and not bfloat16:
         node = probe.graph.producer(probe.graph.strip(out.x)) or out.node
         what = f"{node.describe()} ends an activation that is none of {', '.join(errors)}; "
         what += f"nearest is {best}, off by up to {errors[best]:.2g}"

@@ -20,7 +20,7 @@ from .blocks import Branch, Roles
 from .embeddings import position_rows
 from .inputs import declared_shape
 from .linear import LinearFound
-from .masks import mask_shapes, per_query
+from .masks import keys_in_words, mask_shapes, per_query
 from .outputs import twins_of
 from .probe import Probe
 from .products import AttentionCore
@@ -325,7 +325,7 @@ def _compare(
     row = np.broadcast_to(close, got.shape)[b, 0, t]
     sight = np.flatnonzero(~np.broadcast_to(hidden, (*got.shape[:1], 1, *got.shape[2:]))[b, 0, t] & row)
     if 0 < len(sight) < query + 1 + mask.shift and (np.diff(sight) == 1).all() and sight[-1] == query + mask.shift:
-        what = f"query {query} sees only the last {len(sight)} keys (local attention, as in GPT-Neo): GPT-2's sees all"
+        what = f"query {query} sees {keys_in_words(sight - mask.shift, query)}"
     else:
         due = expected[min(b, len(expected) - 1), 0, t, key] if expected.ndim == 4 else expected[t, key]
         what = f"the score {score:g} of query {query} and key {key} becomes {got[b, 0, t, key]:g}, not {due:g}"

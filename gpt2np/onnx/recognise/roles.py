@@ -82,6 +82,12 @@ def _guard(ledger: Ledger, node: Node) -> str:
     return "" if same and zero is not None and zero.size == 1 and not zero.any() else "it is no guard against NaN"
 
 
+def rounds(node: Node) -> bool:
+    """Whether a node is there to round activations: to 16 bits, or once to 8 (what it was is then undone)."""
+    undone = node.op == "Identity" and "Quantize" in node.attributes.get("written_as", "")
+    return undone or (node.op == "Cast" and node.attributes.get("to") in (FLOAT16, BFLOAT16))
+
+
 def adds_nothing(ledger: Ledger, node: Node) -> str:
     """Zeros that are added to a value, or ones that it is multiplied by, change nothing in any part."""
     neutral = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}.get(node.op)
