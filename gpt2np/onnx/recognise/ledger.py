@@ -35,14 +35,16 @@ class Ledger:
         self.graph, self.probes = graph, probes
         self.entries: dict[int, Entry] = {}  # by the node's id
         self.half = probes[0].half
-        self.sizes = probes[0].size_values
+        # What follows from sizes and from the file alone, but for rows of wpe that sizes choose: these are data.
+        rows = _dependants(graph, [lookup.out for lookup in probes[0].borders.lookups])
+        self.sizes, self.fixed = probes[0].size_values - rows, graph.fixed - rows
         self._fixed: dict[str, bool] = {}
         self._lengths: set[str] = set()  # values that say how many positions of a buffer count
         self._seen: set[str] = set()  # sizes and constants that have been entered
 
     def is_data(self, name: str) -> bool:
         """Whether a value depends on more than sizes and constants."""
-        return bool(name) and name not in self.sizes and name not in self.graph.fixed
+        return bool(name) and name not in self.sizes and name not in self.fixed
 
     def refuse(self, node: Node, role: str, tap: str, why: str) -> UnsupportedModelError:
         """The error for a node that its role does not allow."""
@@ -64,7 +66,7 @@ class Ledger:
             If a node is none that `allowed` admits, or something else than `starts` takes part.
         """
         seen, pending = set(starts), list(ends)
-        sizes, fixed, producers = self.sizes, self.graph.fixed, self.graph.producers
+        sizes, fixed, producers = self.sizes, self.fixed, self.graph.producers
         while pending:
             value = pending.pop()
             if not value or value in seen or value in self._lengths:
@@ -167,3 +169,12 @@ class Ledger:
             if node.op not in ("Shape", "Size"):
                 pending.extend(node.inputs)
         return [self.entries[id(n)] for n in self.graph.nodes if id(n) in self.entries]
+
+
+def _dependants(graph: Graph, values: list[str]) -> set[str]:
+    """Some values and those that are made of them, not of their shapes alone."""
+    found = set(values)
+    for node in graph.order:
+        if node.op not in ("Shape", "Size") and not found.isdisjoint(node.inputs):
+            found.update(node.outputs)
+    return found
