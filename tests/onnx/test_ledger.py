@@ -152,3 +152,35 @@ def test_casts_to_16_bits_are_entered_as_rounding(tmp_path):
         else:
             with pytest.raises(UnsupportedModelError, match="rounds to 16 bits in a file whose weights have more"):
                 read(path)
+
+
+@pytest.mark.parametrize("value", ["h.0.mlp.c_fc.weight", "mask"])
+def test_dropout_in_training_is_refused_on_constants_and_sizes_too(tmp_path, value):
+    for training in (False, True):
+        form = forms.Form()
+
+        def drop(x, form=form, training=training):
+            ratio, switch = form.constant(0.5, np.float32), form.constant(training, np.bool_)
+            return form.op("Dropout", x, ratio, switch)
+
+        def masked(form, scores):
+            T, S = form.size(scores, 2), form.size(scores, 3)
+            rows = form.op(
+                "Slice", form.constant(np.triu(np.full((24, 24), -1e4, np.float32), 1)), form.op("Sub", S, T), S
+            )
+            added = form.op("Slice", rows, form.ints(0), S, form.ints(1))
+            return form.op("Add", scores, drop(added) if value == "mask" else added)
+
+        form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), forms.written_out(masked)))
+        if value != "mask":
+            reader = next(n for n in form.nodes if value in n.input)
+            at = form.nodes.index(reader)
+            dropped = drop(value)
+            form.nodes.insert(at, form.nodes.pop())
+            reader.input[1] = dropped
+        path = form.save(tmp_path / "model.onnx")
+        if training:
+            with pytest.raises(UnsupportedModelError, match="drops values by chance"):
+                read(path)
+        else:
+            read(path)

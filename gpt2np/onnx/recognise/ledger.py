@@ -98,8 +98,11 @@ class Ledger:
             if node is None or current in self.graph.constants:
                 continue
             constant = current in self.graph.fixed
-            if not constant and node.op not in SIZES:
+            check = SIZES.get(node.op)
+            if check is None and not constant:
                 raise self.refuse(node, "arithmetic of sizes", tap, f"{node.op} has no part there")
+            if check is not None and (why := check(self, node)):
+                raise self.refuse(node, "constant" if constant else "arithmetic of sizes", tap, why)
             self.enter(node, "constant" if constant else "sizes", "")
             if node.op not in ("Shape", "Size"):
                 pending.extend(node.inputs)

@@ -194,7 +194,14 @@ POSITIONS: Mapping[str, NodeCheck] = {**_INTEGERS, "CumSum": any_}
 # Lengths of a past are computed by the file's own nodes, each time.
 LENGTH = _INTEGERS
 # What hides scores, apart from the scores themselves.
-MASK: Mapping[str, NodeCheck] = {**POSITIONS, MASKED: any_, "Trilu": any_, "Reciprocal": any_, "Log": any_}
+MASK: Mapping[str, NodeCheck] = {
+    **POSITIONS,
+    MASKED: any_,
+    "Trilu": any_,
+    "Reciprocal": any_,
+    "Log": any_,
+    "Dropout": _dropout,
+}
 
 
 def _masks_scores(ledger: Ledger, node: Node) -> str:
@@ -227,13 +234,17 @@ ACTIVATION: Mapping[str, NodeCheck] = {
 }  # fmt: skip
 
 # Arithmetic of sizes, and masks and positions that follow from sizes alone.
-SIZES = frozenset(
-    {
-        *MASK, "Shape", "Size", "Range", "ConstantOfShape", "EyeLike", "NonZero", "Sqrt", "Pow", "ReduceProd", "Exp",
-        "SplitToSequence", "SequenceAt", "Dropout",
-        "DequantizeLinear",  # rows of a quantised wpe, which lengths choose
-    }
-)  # fmt: skip
+SIZES: Mapping[str, NodeCheck] = {
+    **MASK,
+    **dict.fromkeys(
+        (
+            "Shape", "Size", "Range", "ConstantOfShape", "EyeLike", "NonZero", "Sqrt", "Pow", "ReduceProd", "Exp",
+            "SplitToSequence", "SequenceAt",
+            "DequantizeLinear",  # rows of a quantised wpe, which lengths choose
+        ),
+        any_,
+    ),
+}  # fmt: skip
 
 # What is left of its first input may be the same where that is not.
 SELECTING = frozenset({"Gather", "Slice", "Split", "Squeeze", "Unsqueeze", "Reshape", "Identity"})
