@@ -60,6 +60,12 @@ class SearchRunner:
             self.step = _known(build_graph(self.search.body.step))
         elif "filtered_logits" in {port.role for port in self.search.outputs}:
             raise UnsupportedModelError(f"{self.search.kind} node: gpt2np does not give its output filtered_logits")
+        elif self.search.kind == "Sampling" and any(
+            self.search.attribute(n, 0) for n in ("custom", "presence_penalty")
+        ):
+            raise UnsupportedModelError(
+                f"Sampling node {self.search.node.name!r}: gpt2np does not know `custom` and `presence_penalty`"
+            )
         elif recognised.lengths or any(p.role in ("beam_width", "cache_indirection") for p in recognised.inputs):
             raise UnsupportedModelError(
                 f"{self.search.kind} node {self.search.node.name!r}: its decoder shares one buffer between the past "
@@ -357,18 +363,9 @@ class Sampler:
     Random numbers are those of std::default_random_engine and std::uniform_real_distribution in GNU's C++ library,
     with which ONNX Runtime is built for Linux; elsewhere it draws other ones. (Where all sequences end before
     max_length, it leaves the rest of its output undefined; here that is padding.)
-
-    Raises
-    ------
-    UnsupportedModelError
-        The node samples in ONNX Runtime's `custom` way, or with a penalty on tokens that are present.
     """
 
     def __init__(self, search: Search, given: Mapping[str, Array | None]) -> None:
-        if search.attribute("custom", 0) or search.attribute("presence_penalty", 0):
-            raise UnsupportedModelError(
-                f"Sampling node {search.node.name!r}: gpt2np does not know `custom` and `presence_penalty`"
-            )
         self.temperature = np.float32(search.attribute("temperature", 1.0))
         self.top_p = np.float32(search.attribute("top_p", 0.0))
         self.filtered = np.float32(search.attribute("filter_value", -1e20))
