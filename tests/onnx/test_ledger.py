@@ -184,3 +184,25 @@ def test_dropout_in_training_is_refused_on_constants_and_sizes_too(tmp_path, val
                 read(path)
         else:
             read(path)
+
+
+@pytest.mark.parametrize("hidden", [-1e4, -np.inf])
+def test_keys_that_show_only_behind_a_longer_past_are_noticed(tmp_path, hidden):
+    """The position of a key is 8 at most: later keys are visible from there on, with a past and several new ones."""
+
+    def capped(form, scores):
+        T, S = form.size(scores, 2), form.size(scores, 3)
+        zero, one = form.constant(0, np.int64), form.constant(1, np.int64)
+        first, end = form.op("Squeeze", form.op("Sub", S, T)), form.op("Squeeze", S)
+        query = form.op("Unsqueeze", form.op("Range", first, end, one), form.ints(1))
+        key = form.op("Min", form.op("Range", zero, end, one), form.op("Max", first, form.constant(8, np.int64)))
+        keep = form.op("LessOrEqual", form.op("Max", key, zero), query)
+        whole = form.op("Range", zero, end, one)
+        keep = form.op("Where", form.op("Equal", first, zero), form.op("LessOrEqual", whole, query), keep)
+        return form.op("Where", keep, scores, form.constant(hidden, np.float32))
+
+    form = forms.Form()
+    ids = form.input("ids", np.int64, "B", "T")
+    form.head(form.blocks(form.embed(ids, "past_key_0", 2), forms.written_out(capped, past=True)))
+    with pytest.raises(UnsupportedModelError, match="the mask of layer 0"):
+        read(form.save(tmp_path / "model.onnx"))

@@ -179,5 +179,5 @@ def _dependants(graph: Graph, values: list[str]) -> set[str]:
     found = set(values)
     for node in graph.order:
         if node.op not in ("Shape", "Size") and not found.isdisjoint(node.inputs):
-            found.update(node.outputs)
+            found.update(o for o in node.outputs if o not in graph.constants)  # a rewrite may have replaced it by one
     return found

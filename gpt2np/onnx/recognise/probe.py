@@ -264,7 +264,11 @@ def longest_tried(graph: Graph, n_ctx: int) -> int:
 def probes_of(usual: Probe, n_ctx: int, alike: Sequence[int]) -> list[Probe]:
     """The usual probe, and the same graph at other sizes, as far as the file declares none of its own."""
     probes, seen = [usual], {usual.sizes}
-    for wanted in (Sizes(3, 5, 2), Sizes(1, n_ctx, 0), Sizes(1, 1, n_ctx - 1)):
+    half = n_ctx // 2
+    tried = [Sizes(3, 5, 2), Sizes(1, n_ctx, 0), Sizes(1, 1, n_ctx - 1)]
+    if usual.P:
+        tried += [Sizes(1, half, n_ctx - half), Sizes(2, 2, 1)]
+    for wanted in tried:
         sizes, _ = sizes_allowed(usual.graph, usual.inputs, wanted)
         if sizes.S > n_ctx:  # one of the lengths is the file's own
             wanted = Sizes(wanted.B, max(1, n_ctx - sizes.P), max(0, n_ctx - sizes.T))

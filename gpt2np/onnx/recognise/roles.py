@@ -73,6 +73,12 @@ def _by_constant(ledger: Ledger, node: Node) -> str:
     return ledger.fixed_operand(node, node.inputs[1 - data[0]])
 
 
+def _fixed(ledger: Ledger, node: Node) -> str:
+    """Arithmetic of a function that is found by running it: nothing in it may change with the sizes of a call."""
+    changing = [i for i in node.inputs if i and not ledger.is_data(i) and not ledger.is_fixed(i)]
+    return f"its input {changing[0]!r} changes with the number of positions or sequences" if changing else ""
+
+
 def _guard(ledger: Ledger, node: Node) -> str:
     """Where(IsNaN(x), 0, x), as exporters write it for rows that may see no key."""
     graph = ledger.graph
@@ -161,7 +167,7 @@ LAYER_NORM: Mapping[str, NodeCheck] = {
     **VIEW,
     **dict.fromkeys(("LayerNormalization", "com.microsoft.LayerNormalization"), _last_axis),
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"), _reduces_last),
-    **dict.fromkeys(_ARITHMETIC, any_),
+    **dict.fromkeys(_ARITHMETIC, _fixed),
 }
 
 
@@ -229,7 +235,7 @@ ACTIVATION: Mapping[str, NodeCheck] = {
             *_ARITHMETIC, "Sum", "Tanh", "Erf", "Sigmoid", "Exp", "Relu", "Gelu", "Swish", "Max", "Clip",
             "com.microsoft.Gelu", "com.microsoft.FastGelu", "com.microsoft.BiasGelu", "com.microsoft.QuickGelu",
         ),
-        any_,
+        _fixed,
     ),
 }  # fmt: skip
 
