@@ -71,8 +71,17 @@ def test_random_changes_are_refused_or_computed(bases, tmp_path):
 
 
 # Found by long campaigns: a switch that is -1, scores so large that -10000 no longer hides what it is added to, a
-# GELU with a constant that is off by a hundredth.
-@pytest.mark.parametrize("name", ["form_attention:12:389", "fused_past:12:760", "dynamo_20:12:2467"])
+# GELU with a constant that is off by a hundredth, rows of wpe as whole numbers, wte negated for the embedding alone.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "form_attention:12:389",
+        "fused_past:12:760",
+        "dynamo_20:12:2467",
+        "form_attention:13:173",
+        "form_plain:12:4329",
+    ],
+)
 def test_changes_that_once_gave_other_numbers(bases, tmp_path, name):
     base, seed, number = name.split(":")
     finding = Campaign({}, int(seed)).one(bases[base], int(number), tmp_path)

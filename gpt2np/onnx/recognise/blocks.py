@@ -281,7 +281,7 @@ def tell_lookups(graph: Graph, lookups: list[Lookup]) -> tuple[Lookup, Lookup, L
     words, *others = sorted(lookups, key=likely_words, reverse=True)
     if len(inputs_behind(graph, words)) != 1:
         raise UnsupportedModelError(f"{words.node.describe()} does not look up the ids of an input")
-    types = next((o for o in others if o.table.origin == words.table.origin), None)
+    types = next((o for o in others if o.table.is_same(words.table)), None)
     if (types is None) != (len(others) == 1) or (types and not graph.is_input(graph.strip(types.rows))):
         raise UnsupportedModelError(
             f"GPT-2 starts with two embeddings, tokens and positions (and may look up token types in that of "

@@ -28,6 +28,9 @@ class HeadFound:
     notes: tuple[str, ...] = ()
 
 
+TURNS = frozenset({"Transpose", "Gemm transB", "MatMul transB"})  # steps that exchange the axes of a matrix
+
+
 def read_head(probe: Probe) -> HeadFound:
     """The head's weights; tied if they are wte's own bytes."""
     head, words = probe.borders.head, probe.borders.words
@@ -60,10 +63,11 @@ def read_head(probe: Probe) -> HeadFound:
 
 
 def _same_tensor(head: LinearFound, words: Lookup) -> bool:
+    weight, table = head.weight, words.table
+    turns = sum(step in TURNS for step in (*weight.through, *table.through))
+    steps = [[step for step in source.through if step not in TURNS] for source in (weight, table)]
     return (
-        head.weight.origin == words.table.origin
-        and head.weight.shape == words.table.shape[::-1]
-        and set(head.weight.through) <= {"Transpose", "Gemm transB", "MatMul transB", *words.table.through}
+        weight.origin == table.origin and weight.shape == table.shape[::-1] and steps[0] == steps[1] and turns % 2 == 1
     )
 
 

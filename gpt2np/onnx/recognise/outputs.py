@@ -67,7 +67,9 @@ def twins_of(probe: Probe, output: str, branch: Branch) -> tuple[dict[LinearFoun
         linear: m
         for linear in linears
         for m in branch.maps
-        if linear.weight.origin == m.weight.origin and graph.strip(linear.x) == graph.strip(m.x)
+        if linear.weight.is_same(m.weight)
+        and (linear.bias is m.bias or (linear.bias and m.bias and linear.bias.is_same(m.bias)))
+        and graph.strip(linear.x) == graph.strip(m.x)
     }
     return twins, pasts
 

@@ -93,8 +93,8 @@ def merged_condition(file: ModelFile) -> str:
     return next((n.input[0] for n in file.proto.graph.node if n.op_type == "If" and n.input[0] in inputs), "")
 
 
-def _origins(found: Recognised) -> dict[str, tuple[str, ...]]:
-    return {name: source.origin for name, source in found.sources.items()}
+def _origins(found: Recognised) -> dict[str, tuple[tuple[str, ...], ...]]:
+    return {name: (source.origin, source.through) for name, source in found.sources.items()}
 
 
 def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: list[str]) -> tuple[Entry, ...]:

@@ -57,6 +57,10 @@ class Source:
             raise WeightError(f"{self.describe()} is {array.dtype}, not a floating-point weight")
         return array
 
+    def is_same(self, other: Source) -> bool:
+        """Whether both are made of the same tensors by the same steps."""
+        return (self.shape, self.origin, self.through) == (other.shape, other.origin, other.through)
+
     def describe(self) -> str:
         """The initializers' names, for messages."""
         return " + ".join(repr(name) for name in self.origin) or "zeros"
