@@ -20,7 +20,7 @@ from .jit import DiskCache, config
 from .loops import PIECE_QUERIES, PIECE_ROWS, TERMS, VisibleKeys
 from .panels import pack_matrix
 from .threads import pool, run_pieces
-from .tile import PANEL, ROWS
+from .tile import FORMS, PANEL, ROWS
 from .vectors import ACTIVATION_CODES, LANES, activate_in_place
 
 ANY = SafeScores()
@@ -320,7 +320,8 @@ def log_probabilities(scores: Array, targets: Array) -> tuple[Array, Array]:
 def warmup(dtype: Any = np.float32) -> None:
     """Compile every kernel for one dtype, or load it from disk, by running a model of zeros.
 
-    It is just large enough that each kernel deals work out to threads for many tokens, and does not for one.
+    It is just large enough that each kernel deals work out to threads for many tokens, and does not for one. Matrices
+    that can be kept in 16 bits have loops of their own.
     """
     if config.DISABLE_JIT:
         return
@@ -330,17 +331,18 @@ def warmup(dtype: Any = np.float32) -> None:
     def zeros(*shape: int) -> Array:
         return np.zeros(shape, dtype)
 
-    def zero_map(K: int, N: int) -> Linear:
-        weight: Any = pack_matrix(zeros(K, N))
+    def zero_map(K: int, N: int, form: str | None) -> Linear:
+        weight: Any = pack_matrix(zeros(K, N), form=form)
         return Linear(weight, zeros(N))
 
     norm = LayerNorm(zeros(C), zeros(C), 1e-5)
-    attend = Attention(zero_map(C, 3 * C), zero_map(C, C), H, 1.0)
-    block_weights = BlockWeights(norm, attend, norm, MLP(zero_map(C, C), zero_map(C, C), "gelu_tanh"))
-    wte: Any = pack_matrix(zeros(V, C), transposed=True)
-    w = GPT2Weights(wte, zeros(1, C), (block_weights,), norm, wte, zeros(0))
-    for tokens in (1, T):
-        ids = np.zeros((1, tokens), np.int64)
-        for tap in (no_tap, lambda name, value: None):
-            hidden = transformer(ids, ids, w, [zeros(2, 1, H, tokens, C // H)], 0, None, tap if tokens == 1 else no_tap)
-            log_probabilities(logits(hidden[:, -1:], w.lm_head, w.lm_head_bias), ids[:, -1:])
+    for form in (None, *FORMS) if np.dtype(dtype) == np.float32 else (None,):
+        attend = Attention(zero_map(C, 3 * C, form), zero_map(C, C, form), H, 1.0)
+        block_weights = BlockWeights(norm, attend, norm, MLP(zero_map(C, C, form), zero_map(C, C, form), "gelu_tanh"))
+        wte: Any = pack_matrix(zeros(V, C), transposed=True, form=form)
+        w = GPT2Weights(wte, zeros(1, C), (block_weights,), norm, wte, zeros(0))
+        for tokens in (1, T):
+            ids, past = np.zeros((1, tokens), np.int64), zeros(2, 1, H, tokens, C // H)
+            for tap in (no_tap, lambda name, value: None):
+                hidden = transformer(ids, ids, w, [past], 0, None, tap if tokens == 1 else no_tap)
+                log_probabilities(logits(hidden[:, -1:], w.lm_head, w.lm_head_bias), ids[:, -1:])

@@ -377,7 +377,7 @@ def corrupt(index: tuple[int, ...], change: Callable[[float], float]) -> Callabl
 
 
 def drop_bias(name: str) -> Callable[[Model], bool]:
-    """The linear map of the graph without its bias input; the initializer is taken out as well."""
+    """The linear map of the graph without its bias: a MatMul for the Gemm, whose third input opset 10 demands."""
 
     def apply(model: Model) -> bool:
         tensor = tensor_of(model, name)
@@ -385,7 +385,10 @@ def drop_bias(name: str) -> Callable[[Model], bool]:
             return False
         for node in model.graph.node:
             if node.op_type == "Gemm" and len(node.input) == 3 and node.input[2] == tensor.name:
-                del node.input[2]
+                if any(a.name.startswith("trans") and a.i for a in node.attribute):
+                    return False
+                node.op_type = "MatMul"
+                del node.input[2], node.attribute[:]
                 model.graph.initializer.remove(tensor)
                 return True
         return False
