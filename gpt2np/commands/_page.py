@@ -43,7 +43,7 @@ def repro(report: Report) -> str:
     words = sys.argv[1:]
     if "divergent" not in report.details or "--dump-repro" in words:
         return ""
-    if words[0] == "diff":
+    if words[:1] == ["diff"]:
         return shlex.join(["gpt2np", *words, "--dump-repro", "repro/"])
     other = next((words[i + 1] for i, word in enumerate(words[:-1]) if word == "--against"), "ours")
     given = [w for i, w in enumerate(words) if w.startswith(INPUTS) or (i and words[i - 1] in INPUTS)]

@@ -94,6 +94,6 @@ def diff(
             named_party(a), named_party(b), inputs, oracle, preset,
             rtol or [], atol or [], local, dump_repro, padding, replace or [], digits, clock, evidence,
         )  # fmt: skip
-    deliver(report, json, junit, markdown, quiet)
     write_page(html, report, evidence)
+    deliver(report, json, junit, markdown, quiet)
     raise typer.Exit(report.exit_code)

@@ -109,8 +109,8 @@ def parity(
     evidence = evidence_for(html)
     with search_clock(search_time) as clock:
         report = run.parity(options, save_trace, clock, evidence)
-    deliver(report, json, junit, markdown, quiet)
     write_page(html, report, evidence)
+    deliver(report, json, junit, markdown, quiet)
     raise typer.Exit(report.exit_code)
 
 

@@ -420,8 +420,7 @@ def in_a_new_process(code, **environment):
 
 @pytest.mark.jit
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-@pytest.mark.parametrize("forks", [6, pytest.param(60, marks=pytest.mark.slow)])
-def test_children_forked_while_threads_run_get_the_same_bits(forks):
+def test_children_forked_while_threads_run_get_the_same_bits():
     code = """
         import os, signal, threading, warnings
         from gpt2np.kernels import threads
@@ -437,22 +436,22 @@ def test_children_forked_while_threads_run_get_the_same_bits(forks):
             while busy:
                 assert (model(ids).logits == expected).all()
 
-        runners = [threading.Thread(target=run) for _ in range(2)]
+        runners = [threading.Thread(target=run, daemon=True) for _ in range(2)]
         for runner in runners:
             runner.start()
-        for _ in range(FORKS):
+        for _ in range(60):
             child = os.fork()
             if not child:
                 signal.alarm(60)  # rather than to wait for ever
                 os._exit(0 if (model(ids).logits == expected).all() else 1)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0  # even if a thread was compiling just then
         busy = False
         for runner in runners:
             runner.join()
         assert (model(ids).logits == expected).all()
         print("same")
     """
-    assert in_a_new_process(code.replace("FORKS", str(forks))) == "same\n"
+    assert in_a_new_process(code) == "same\n"
 
 
 @pytest.mark.jit

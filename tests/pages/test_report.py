@@ -45,6 +45,8 @@ def run(*words: object) -> tuple[int, str]:
     done = CliRunner().invoke(app, [str(word) for word in words])
     if isinstance(done.exception, Gpt2npError):  # which `main` turns into one line and exit code 2
         return 2, str(done.exception)
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
     return done.exit_code, " ".join(done.output.split())
 
 
