@@ -36,6 +36,7 @@ def test_examples_in_docstrings(path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not failed
 
 
+@pytest.mark.jit
 @pytest.mark.parametrize(("path", "number", "block"), BLOCKS)
 def test_python_in_the_documents(path: Path, number: int, block: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block by itself, in the clone's folder, as a reader would paste it."""

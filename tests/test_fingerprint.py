@@ -21,6 +21,7 @@ def fuses():
     return chained_product(x, np.float32([[1.1], [1.1]]), np.zeros(0, np.float32), 2)[0, 0] != square + square
 
 
+@pytest.mark.jit
 def test_every_way_of_computing_the_embedded_model_gives_the_published_bits():
     found = {f.way: f.sha256 for f in fingerprint.fingerprints(gpt2np.load())}
     assert len(set(found.values())) == 1, found
