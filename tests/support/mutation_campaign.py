@@ -10,14 +10,18 @@ A finding is named BASE:SEED:NUMBER, from which the mutant is made again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import signal
 import sys
 import tempfile
 import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -142,10 +146,10 @@ class Verdict:
     why: str = ""
 
 
-def difference(got: Array, expected: Array, others: Callable[[], tuple[Array, Array]]) -> str:
+def difference(got: Array, expected: Array, others: Callable[[], tuple[Array, float]]) -> str:
     """How a result differs by more than rounding can; "" where it does not.
 
-    `others` gives it by ONNX Runtime's optimised program, and by gpt2np in float64.
+    `others` gives it by ONNX Runtime's optimised program, and how far float32 strays from float64 in this model.
     """
     if got.shape != expected.shape or got.dtype != expected.dtype:
         return f"{got.dtype} {got.shape} for {expected.dtype} {expected.shape}"
@@ -161,9 +165,10 @@ def difference(got: Array, expected: Array, others: Callable[[], tuple[Array, Ar
     if error <= 1e-4 * signal_size + 1e-7:
         return ""
     # A change can make a model that amplifies rounding: then ONNX Runtime's own programs differ from each other, and
-    # gpt2np's float32 from its float64 by about as much as ONNX Runtime does.
-    optimised, exact = (other[finite].astype(np.float64) for other in others())
-    if error <= max(30 * float(np.abs(optimised - expected).max()), 4 * float(np.abs(exact - got).max())):
+    # gpt2np's float32 from its float64, on this input or another, about as far as ONNX Runtime does (8: its sums are
+    # longer chains). A wrong number in a model that does not amplify is hundreds of times further off.
+    optimised, amplified = others()
+    if error <= max(30 * float(np.abs(optimised[finite] - expected).max()), 8 * amplified):
         return ""
     return f"off by {error:.2g}, the signal is {signal_size:.2g}"
 
@@ -195,15 +200,22 @@ def judge(base: Base, model: onnx.ModelProto, folder: Path) -> Verdict:
         except Exception as error:
             return Verdict("UNTYPED", f"at {_sizes(feeds)}: {_last_place(error)}")
         for k, (a, e) in enumerate(zip(got, expected, strict=True)):
-            how = difference(a, e, lambda k=k, feeds=feeds: _others(model, path, feeds, k))
+            how = difference(a, e, lambda k=k, feeds=feeds: _others(model, path, base.feeds, feeds, k))
             if how:
                 return Verdict("WRONG", f"{ours.get_outputs()[k].name} at {_sizes(feeds)}: {how}")
     return Verdict("agrees")
 
 
-def _others(model: onnx.ModelProto, path: Path, feeds: Feeds, k: int) -> tuple[Array, Array]:
-    double = InferenceSession(path, engine="numpy", dtype="float64")
-    return session(model, True).run(None, feeds)[k], double.run(None, feeds)[k]
+def _others(model: onnx.ModelProto, path: Path, every: list[Feeds], feeds: Feeds, k: int) -> tuple[Array, float]:
+    single, double = (InferenceSession(path, engine="numpy", dtype=dtype) for dtype in ("float32", "float64"))
+    strays = 0.0
+    for each in every:
+        try:
+            a, b = (s.run(None, each)[k].astype(np.float64) for s in (single, double))
+        except Gpt2npError:
+            continue
+        strays = max(strays, float(np.abs(np.subtract(a, b, where=np.isfinite(b), out=np.zeros_like(b))).max()))
+    return session(model, True).run(None, feeds)[k].astype(np.float64), strays
 
 
 def _sizes(feeds: Feeds) -> str:
@@ -273,25 +285,53 @@ class Campaign:
             return None
         if self.sound and verdict.word == "refused":
             verdict.word = "REFUSED"
-        self.counts[verdict.word] += 1
         return Finding(f"{base.name}:{self.seed}:{number}", made[0], verdict)
 
     def run(self, count: int, folder: Path) -> Iterator[Finding]:
         """`count` mutants that run, of the bases in turn."""
-        number = done = 0
-        while done < count:
-            base = list(self.bases.values())[number % len(self.bases)]
-            finding = self.one(base, number, folder)
-            number += 1
-            if finding is not None:
-                done += 1
-                yield finding
+        yield from self._count(count, (self.one(self.base(n), n, folder) for n in itertools.count()))
+
+    def base(self, number: int) -> Base:
+        return list(self.bases.values())[number % len(self.bases)]
+
+    def run_apart(self, count: int, folder: Path, workers: int) -> Iterator[Finding]:
+        """The same by other processes: ONNX Runtime's own assertions end a process, and some mutants break one."""
+        yield from self._count(count, self._apart(folder, workers))
+
+    def _apart(self, folder: Path, workers: int) -> Iterator[Finding | None]:
+        numbers = itertools.count()
+        while True:
+            with ProcessPoolExecutor(workers, get_context("spawn"), _start, (self, folder)) as pool:
+                waiting: deque[tuple[int, Future[Finding | None]]] = deque()
+                try:
+                    for number in numbers:
+                        waiting.append((number, pool.submit(_one, number)))
+                        if len(waiting) > 4 * workers:
+                            yield waiting.popleft()[1].result()
+                except BrokenProcessPool:
+                    # one of those that were under way: each is left out, and the campaign goes on behind them
+                    self.counts["left out: the process ended"] += len(waiting) + 1
+
+    def _count(self, count: int, findings: Iterable[Finding | None]) -> Iterator[Finding]:
+        for finding in itertools.islice((f for f in findings if f is not None), count):
+            self.counts[finding.verdict.word] += 1
+            yield finding
+
+
+def _start(campaign: Campaign, folder: Path) -> None:
+    global _campaign, _folder
+    _campaign, _folder = campaign, Path(tempfile.mkdtemp(dir=folder))
+
+
+def _one(number: int) -> Finding | None:
+    return _campaign.one(_campaign.base(number), number, _folder)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--base", action="append", help="only this file; may be repeated")
     parser.add_argument("--sound", action="store_true", help="harmless rewrites, which must load")
     parser.add_argument("--only", help="one mutant, BASE:SEED:NUMBER")
@@ -311,7 +351,7 @@ def main() -> int:
             return 0
         bases = {name: Base(name, path) for name, path in files.items() if not args.base or name in args.base}
         campaign = Campaign(bases, args.seed, args.sound)
-        for finding in campaign.run(args.count, folder):
+        for finding in campaign.run_apart(args.count, folder, args.workers):
             if args.all or finding.verdict.word.isupper():
                 print(f"{finding.verdict.word} {finding.name} {finding.what}: {finding.verdict.why}", flush=True)
     for word, count in campaign.counts.most_common():
