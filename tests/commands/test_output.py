@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typer.testing import CliRunner
 import gpt2np
 from gpt2np import github
 from gpt2np.cli import app
-from gpt2np.schema import SCHEMA_FILE
+from records import SCHEMA, validate
 from runtime import DATA
 
 PORT = '''"""A port with the wrong GELU."""
@@ -41,26 +40,6 @@ def forward(feeds, replace=None):
     hidden = reference.transformer(ids, positions, weights, caches, tap=taps.__setitem__)
     return {"last_hidden_state": hidden.reshape(*feeds["input1"].shape, -1), **taps}
 '''
-
-
-def closed(value: Any) -> Any:
-    """The schema with no room for a field that it does not describe."""
-    if isinstance(value, list):
-        return [closed(v) for v in value]
-    if isinstance(value, dict):
-        own = {"additionalProperties": False} if "properties" in value and isinstance(value["properties"], dict) else {}
-        return {name: closed(v) for name, v in value.items()} | own
-    return value
-
-
-SCHEMA = closed(json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
-
-
-def validate(text: str, kind: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(text)
-    jsonschema.validate(record, {"$ref": f"#/$defs/{kind}", "$defs": SCHEMA["$defs"]})
-    assert record["gpt2np"] == gpt2np.__version__
-    return record
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -42,6 +42,7 @@ from gpt2np.zoo.verify import (
     verdict,
     verify,
 )
+from records import validate
 from runtime import runtime
 from search_files import loop_file
 from tiny import tiny_config, tiny_sources
@@ -519,7 +520,7 @@ def test_the_verify_command(model: Path, tmp_path: Path) -> None:
     assert "This is the tiny GPT-2, the published file bit by bit" in result.output
 
     result = CliRunner().invoke(APP, [str(model), "--facts", str(facts), "--json"])
-    groups = [json.loads(line)["group"] for line in result.stdout.splitlines()]
+    groups = [validate(line, "verify_check")["group"] for line in result.stdout.splitlines()]
     assert groups.count("facts") == 6
 
     changed_by_one_bit(model, initializers(model)[3])
