@@ -172,7 +172,8 @@ def say_who(report: Report, row: TapRow, a: str, b: str) -> None:
         return
     near, far = (a, b) if row.closer == "a" else (b, a)
     times = row.r if row.r > 1 else 1 / row.r if row.r else math.inf
-    report.who = f"{near} is right at {row.tap}: the float64 run is {times:.3g} times nearer to it than to {far}"
+    how = f"{float(f'{times:.2g}'):,.{0 if times >= 10 else 1}f} times nearer to it than to {far}"
+    report.who = f"{near} is right at {row.tap}: the float64 run is {how if times < math.inf else 'equal to it'}"
 
 
 def settle(report: Report, diagnosis: Diagnosis, case: str) -> None:
