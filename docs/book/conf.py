@@ -16,6 +16,7 @@ project_copyright = author
 extensions = ["myst_nb"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_show_search_summary = False  # the summaries are fetched, which pages opened as files may not do
 html_title = project
 html_show_sphinx = False
 html_copy_source = False
