@@ -99,8 +99,7 @@ def merged(shards: Sequence[Shard], store: Store) -> tuple[dict[str, Any], list[
         row["numbers"] += sum(c["metrics"]["elements"] for c in compared if c["metrics"])
         row["outside"] += sum(c["metrics"]["failing"] for c in compared if c["metrics"])
     code = worst([row["exit_code"] for row in models.values()])
-    verdict = {0: "pass", 1: "fail", 2: "error", 3: "nothing compared"}[code]
-    whole = {"verdict": verdict, "exit_code": code, "models": list(models.values())}
+    whole = {"verdict": VERDICTS[code].lower(), "exit_code": code, "models": list(models.values())}
     return whole | {"reports": reports}, lines
 
 
