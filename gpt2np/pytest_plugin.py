@@ -82,6 +82,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """What was written anew; in GitHub Actions also an annotation at each failed assertion, and the job's summary."""
     from . import github
+    from .escape import escaped
 
     reports = [report for held in terminalreporter.stats.values() for report in held]
     written = [pair for report in reports for pair in getattr(report, "gpt2np_written", [])]
@@ -97,4 +98,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if github.in_actions():
             place = failed["file"], failed["line"]
             terminalreporter.write_line(github.error(failed["message"], report.nodeid, *place))
-        github.add_summary(f"### ❌ {report.nodeid}\n\n```\n{failed['message']}\n```\n\n")
+        if github.has_summary():
+            from .parity.markdown import fenced
+
+            github.add_summary(f"### ❌ `{escaped(report.nodeid)}`\n\n{fenced(failed['message'])}\n\n")

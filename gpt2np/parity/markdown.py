@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ..escape import escaped
 from .report import Report, Table
 from .text import Sentence, compared, comparison_table, left_out, lines_of, sentences
@@ -23,17 +25,14 @@ def markdown_of(report: Report) -> str:
     if table is not None:
         lines += ["", *_table(table)]
     whole = "\n".join(text for text, _ in lines_of(report))
-    fence = "````" if "```" in whole else "```"
-    lines += [
-        "",
-        "<details><summary>the whole report</summary>",
-        "",
-        fence,
-        escaped(whole, keep="\n"),
-        fence,
-        "</details>",
-    ]
+    lines += ["", "<details><summary>the whole report</summary>", "", fenced(whole), "</details>"]
     return "\n".join(lines) + "\n\n"
+
+
+def fenced(text: str) -> str:
+    """Text as it is, in a fence that is longer than any in it."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return "\n".join((fence, escaped(text, keep="\n"), fence))
 
 
 def _table(table: Table) -> list[str]:
