@@ -2,8 +2,9 @@
 
 The results of three fixed texts, and what they say of each next token, are computed by one call each, in chunks, token
 by token, in batches, after a cache was cut back, and on every number of threads. For one text, all of these have the
-same bits; so have other machines with fused multiply-add, in float32. Two things are the machine's own: in float64
-exp, erf and tanh come from the system's mathematical library, and where nothing is fused, sums round twice.
+same bits; in float32 other machines with fused multiply-add do the same operations in the same order (docs/scale.md
+says where the result was seen). Two things are the machine's own: in float64 exp, erf and tanh come from the system's
+mathematical library, and where nothing is fused, sums round twice.
 """
 
 from __future__ import annotations
