@@ -143,19 +143,10 @@ def test_one_file_that_fetches_nothing(page: Path):
 
 @needs_chromium
 def test_every_picture_is_drawn_and_every_table_holds_its_numbers(page: Path, tab: Page):
-    script = """
-return await Promise.all(Array.from(document.querySelectorAll("figure.picture"), async figure => {
-  figure.querySelector("figure > details").open = true;
-  await new Promise(done => setTimeout(done, 50));
-  const spec = JSON.parse(figure.querySelector("script").textContent);
-  const cells = Array.from(figure.querySelectorAll("tbody tr"), r => Array.from(r.cells, c => c.textContent));
-  const numbers = spec.datasets.rows.map(row => Object.values(row).map(String));
-  return [figure.id, figure.dataset.drawn, figure.querySelectorAll("svg path").length > 8,
-          JSON.stringify(cells) === JSON.stringify(numbers)];
-}));"""
-    found = tab.open(page).run(script)
-    assert [name for name, *_ in found] == [make.__name__ for make in pictures.PICTURES]
-    assert all(rest == ["yes", True, True] for _, *rest in found), found
+    rows = 'JSON.parse(figure.querySelector("script").textContent).datasets.rows'
+    found = tab.open(page).pictures('[figure.querySelectorAll("svg path").length > 8]', rows)
+    assert list(found) == [make.__name__ for make in pictures.PICTURES]
+    assert all(rest == ["yes", True, True] for rest in found.values()), found
 
 
 @needs_chromium

@@ -222,19 +222,11 @@ return Object.fromEntries(["p.verdict", "dd.where", "dd.why", "dd.who", "dd.next
 
 @needs_chromium
 def test_every_picture_is_drawn_and_every_table_holds_its_numbers(folder: Path, tab: Page):
-    script = """
-return await Promise.all(Array.from(document.querySelectorAll("figure.picture"), async figure => {
-  figure.querySelector("figure > details").open = true;
-  await new Promise(done => setTimeout(done, 50));
-  const cells = Array.from(figure.querySelectorAll("tbody tr"), r => Array.from(r.cells, c => c.textContent));
-  const numbers = figure.rows.map(row => Object.values(row).map(String));
-  return [figure.id, figure.dataset.drawn, numbers.length, JSON.stringify(cells) === JSON.stringify(numbers),
-          figure.querySelectorAll("path[aria-roledescription], text[aria-roledescription]").length];
-}));"""
-    found = {name: rest for name, *rest in tab.open(folder / "page.html").run(script)}
+    marks = 'figure.querySelectorAll("path[aria-roledescription], text[aria-roledescription]").length'
+    found = tab.open(folder / "page.html").pictures(f"[figure.rows.length, {marks}]")
     assert list(found) == ["drift", "heat", "ulps", "tokens"]
-    assert all(drawn == "yes" and same for drawn, _, same, _ in found.values()), found
-    assert found["heat"][1] == 6 * 12  # six positions, twelve blocks of channels
+    assert all(drawn == "yes" and same for drawn, same, *_ in found.values()), found
+    assert found["heat"][2] == 6 * 12  # six positions, twelve blocks of channels
     assert found["heat"][3] == 2 * 6 * 12  # a cell and its number each
     rows = tab.run("return document.querySelector('#drift').rows")
     held = json.loads(tab.run("return document.querySelector('#gpt2np-report').textContent"))["taps"]["mini - erf"]

@@ -98,6 +98,20 @@ class Page:
         assert not self.said, self.said
         return done["result"].get("value")
 
+    def pictures(self, more: str, rows: str = "figure.rows") -> dict[str, list[Any]]:
+        """Each picture by its id: "yes" if it was drawn, whether its table holds its rows, and what `more` gives.
+
+        `more` and `rows` are JavaScript of `figure`; the tables are opened.
+        """
+        script = f"""return await Promise.all(Array.from(document.querySelectorAll("figure.picture"), async figure => {{
+            figure.querySelector("figure > details").open = true;
+            await new Promise(done => setTimeout(done, 50));
+            const cells = Array.from(figure.querySelectorAll("tbody tr"), r => Array.from(r.cells, c => c.textContent));
+            const numbers = ({rows}).map(row => Object.values(row).map(String));
+            return [figure.id, figure.dataset.drawn, JSON.stringify(cells) === JSON.stringify(numbers), ...({more})];
+        }}));"""
+        return {name: rest for name, *rest in self.run(script)}
+
     def click(self, selector: str) -> None:
         """A real click on the middle of what a selector finds."""
         box = self.run(f"""const e = document.querySelector({json.dumps(selector)});
