@@ -93,7 +93,7 @@ def _stretched(problem: Problem, tap: str) -> Iterator[Guess]:
     low, high = float(value.min()), float(value.max())
     for cause, text, change in (
         ("factor", f"multiplied by {factor:.6g}", partial(np.multiply, factor)),
-        ("clipped", f"clipped to {low:.6g} ... {high:.6g}", partial(np.clip, min=low, max=high)),
+        ("clipped", f"clipped to {low:.6g} ... {high:.6g}", partial(np.clip, a_min=low, a_max=high)),
     ):
         guess = Guess(cause, tap, f"{tap} were {text}", runs=afterwards(problem, tap, change), fitted=1)
         yield problem.judge(guess)
