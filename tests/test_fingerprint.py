@@ -37,7 +37,7 @@ def test_one_changed_bit_changes_the_fingerprint(dtype):
     before = fingerprint.digest(fingerprint.WAYS["prompt"](model, given))
     assert before == fingerprint.digest(fingerprint.WAYS["single tokens"](model, given))
     bias = model._weights.ln_f.bias
-    bias[0] = np.nextafter(bias[0], 9)
+    bias[0] = np.nextafter(bias[0], bias.dtype.type(9))
     assert fingerprint.digest(fingerprint.WAYS["prompt"](model, given)) != before
 
 
