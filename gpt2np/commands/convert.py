@@ -1,4 +1,4 @@
-"""`gpt2np convert`: any GPT-2 that gpt2np reads -> a folder with model.onnx and recorded sample data."""
+"""`gpt2np convert`: any GPT-2 that gpt2np reads -> a folder with it as ONNX, Hugging Face checkpoint or GGUF."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
+
 
 def convert(
     source: Annotated[
         Path, typer.Argument(help="A Hugging Face folder, a .safetensors file beside its config.json, or an ONNX file.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not hold a model yet.")],
+    to: Annotated[
+        str, typer.Option(help="onnx; huggingface: model.safetensors and config.json; gguf: for llama.cpp.")
+    ] = "onnx",
     lm_head: Annotated[bool, typer.Option("--lm-head", help="Put out logits, not the last hidden state.")] = False,
     with_past: Annotated[
         bool, typer.Option("--with-past", help="Take and return keys and values (implies --lm-head, opset 17).")
@@ -27,20 +32,34 @@ def convert(
         int | None, typer.Option(help="10 to 16: the zoo's graph (default 10); 17 and newer: a modern one.")
     ] = None,
 ) -> None:
-    """Write a GPT-2 as model.onnx, in the ONNX Model Zoo's form or a modern one, with recorded sample data.
+    """Write a GPT-2 as model.onnx, in the ONNX Model Zoo's form or a modern one, or as other programs read it.
 
-    The sample data (test_data_set_0 ...) is computed in float64 by the textbook. Tokenizer files beside the
-    source are copied. Weights become float32. Where a query sees padding alone the result is that of the written
-    graph, not of the source's: graphs differ there.
+    model.onnx comes with recorded sample data (test_data_set_0 ...), computed in float64 by the textbook; the
+    other options are for it. Tokenizer files beside the source are copied, or written into the GGUF file. Weights
+    become float32. Where a query sees padding alone the result is that of what is written, not of the source's
+    graph: they differ there.
     """
-    from ..convert.folder import TOKENIZER_FILES, check_output, choose, open_source, write_folder
+    from ..convert.folder import check_output, choose, open_source, tokenizer_files, write_folder, write_for_others
     from ._terminal import note
 
+    given = {
+        "--lm-head": lm_head,
+        "--with-past": with_past,
+        "--external-data": external_data,
+        "--max-file-size": max_file_size is not None,
+        "--opset": opset is not None,
+    }
+    if to != "onnx" and any(given.values()):
+        names = ", ".join(name for name, there in given.items() if there)
+        raise InputError(f"{names}: only model.onnx is written in several forms, not --to {to}")
     options = choose(opset, lm_head, with_past, external_data, max_file_size)
-    check_output(output)
+    check_output(output, to)
     config, weights, folder = open_source(source)
-    tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    show_written(output, write_folder(output, config, weights, options, tokenizer, note))
+    if to == "onnx":
+        written = write_folder(output, config, weights, options, tokenizer_files(folder), note)
+    else:
+        written = write_for_others(output, to, config, weights, folder)
+    show_written(output, written)
 
 
 def show_written(output: Path, files: list[Path]) -> None:
@@ -51,4 +70,5 @@ def show_written(output: Path, files: list[Path]) -> None:
     for path in files:
         if path.is_file():
             out.print(f"{path.stat().st_size:>14,}  {path}")
-    out.print(f"Check it: gpt2np parity {output}")
+    if any(path.suffix == ".onnx" for path in files):
+        out.print(f"Check it: gpt2np parity {output}")

@@ -1,4 +1,4 @@
-"""A folder with a written model: model.onnx, its sample data and tokenizer; all of it, or nothing."""
+"""A folder with a written model, in any of FORMATS, and its tokenizer; all of it, or nothing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..errors import InputError, UnsupportedModelError
 from ..weights import WeightSource
 from . import writer
 from .builder import FIRST_MODERN_OPSET
+from .checkpoint import write_checkpoint, write_gguf
 from .sample_data import record
 
 TOKENIZER_FILES = (
@@ -30,6 +31,15 @@ TOKENIZER_FILES = (
     "encoder.json",
     "vocab.bpe",
 )
+
+
+# What a model can be written as, and the files of each kind.
+FORMATS = {
+    "onnx": ("model.onnx*", "test_data_set_*"),
+    "huggingface": ("model.safetensors*", "config.json"),
+    "gguf": ("model.gguf",),
+}
+MODEL_FILES = ("model.onnx", "model.safetensors", "model.gguf")
 
 
 class FileForm(NamedTuple):
@@ -64,11 +74,13 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}[match[2]])
 
 
-def check_output(output: Path) -> None:
-    """Raise InputError if the folder cannot take a model, before any work."""
+def check_output(output: Path, to: str = "onnx") -> None:
+    """Raise InputError if the folder cannot take a model of that format, before any work."""
+    if to not in FORMATS:
+        raise InputError(f"a model is written as one of {', '.join(FORMATS)}, got {to!r}")
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is not a folder")
-    taken = [p.name for p in (*output.glob("model.onnx*"), *output.glob("test_data_set_*"))]
+    taken = [p.name for pattern in FORMATS[to] for p in output.glob(pattern)]
     if taken:
         raise InputError(f"{output} already holds {taken[0]}: remove it, or name another folder")
 
@@ -120,16 +132,41 @@ def write_folder(
         note(f"{writer.graph_nbytes(graph) / 1e9:.1f} GB do not fit into one ONNX file: writing external data")
         arguments["external_data"] = True
 
+    def write(folder: Path) -> None:
+        writer.write_model(folder / "model.onnx", config, weights, **arguments)
+        record(folder, config, weights, options.lm_head, modern, options.with_past)
+
+    return _fill(output, write, copies)
+
+
+def write_for_others(
+    output: Path, to: str, config: GPT2Config, weights: Mapping[str, WeightSource], source: Path
+) -> list[Path]:
+    """Write a Hugging Face checkpoint or a GGUF file, with the tokenizer of the folder `source`; or nothing.
+
+    Returns what was written. Raises UnsupportedModelError if that format cannot say what the configuration asks for.
+    """
+    if to == "gguf":
+        return _fill(output, lambda folder: write_gguf(folder, config, weights, source))
+    return _fill(output, lambda folder: write_checkpoint(folder, config, weights), tokenizer_files(source))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer that lie in a folder."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def _fill(output: Path, write: Callable[[Path], None], copies: Iterable[Path] = ()) -> list[Path]:
+    """Have `write` write into a temporary folder, then move its files and the copies to where they belong."""
     output.mkdir(parents=True, exist_ok=True)
     with _or_nothing(output), tempfile.TemporaryDirectory(prefix=".converting-", dir=output) as folder:
         temporary = Path(folder)
-        writer.write_model(temporary / "model.onnx", config, weights, **arguments)
-        record(temporary, config, weights, options.lm_head, modern, options.with_past)
+        write(temporary)
         for path in copies:
             if not (output / path.name).exists():
                 shutil.copyfile(path, temporary / path.name)
         files = sorted(p.name for p in temporary.iterdir())
-        files.sort(key=lambda name: name == "model.onnx")  # last: when it is there, everything is
+        files.sort(key=lambda name: name in MODEL_FILES)  # last: when it is there, everything is
         for name in files:
             os.replace(temporary / name, output / name)
     return [output / name for name in sorted(files)]

@@ -139,7 +139,11 @@ def read_checkpoint(path: Path) -> tuple[GPT2Config, dict[str, WeightSource]]:
 
 def read_config(path: Path) -> GPT2Config:
     """GPT2Config from Hugging Face's config.json."""
-    config = json_object(File(path).read(), str(path))
+    return parse_config(json_object(File(path).read(), str(path)), path)
+
+
+def parse_config(config: dict[str, Any], path: Path) -> GPT2Config:
+    """GPT2Config from the content of Hugging Face's config.json; path: where it is from, for messages."""
     if config.get("model_type", "gpt2") != "gpt2":
         raise UnsupportedModelError(f"{path} describes a model of type {str(config['model_type'])[:80]!r}, not gpt2")
     if config.get("add_cross_attention"):
