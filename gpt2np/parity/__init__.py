@@ -11,7 +11,8 @@ compare.py      outputs pair by pair; metrics.py: how far two arrays are apart; 
 localise.py     two parties tap by tap: total, local and inherited error, and who is closer to float64
 places.py       the interval that a mistake may lie in; the rows that are padding
 search.py       which questions are asked of a difference, in which order; wiring.py: of a graph that is no GPT-2 any
-                more; files.py: of two files' weights; recordings.py: of recorded data that alone differs
+                more, beside a sound one or (rebuilt.py) beside its own weights wired as they should be; files.py: of
+                two files' weights; recordings.py: of recorded data that alone differs
 explain/        from there to the cause: the usual mistakes, ranked by how much of an error each explains
 report.py       what was found, as plain data, JSON and JUnit; text.py: what people read
 

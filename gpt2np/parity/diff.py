@@ -65,7 +65,7 @@ def diff(
         compare_files(report, model, other, b_is_other=files[-1] == other.path)
     if other is not None and other.found is None:
         case = pick(chosen, model, {c.case for c in report.comparisons if not c.ok})
-        compare_wiring(report, model, other, case)
+        compare_wiring(report, model, other, case, clock)
         return report
     failing = {c.case for c in report.comparisons if not c.ok and c.output != "(run)"}
     usable = [c for c in chosen if c.name in results]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +12,10 @@ from .cases import Case
 from .compare import Comparison
 from .explain.diagnose import Diagnosis, misplaced
 from .explain.problem import Guess
+from .explain.rounding import BITS, kind_of
 from .metrics import difference, measure
+from .places import ancestors
+from .subject import taps_of
 
 if TYPE_CHECKING:
     from ..call import Call
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 Outputs = Mapping[str, Array]
 RECORD = "recorded"
+FEW = 4  # numbers that somebody may have edited
+TOKENS = 64  # as many other tokens are looked for
 
 
 def suspect_record(
@@ -37,32 +42,40 @@ def suspect_record(
     call, right, record = model.call(case.feeds), outputs[case.name], case.data.outputs
     if any(n not in right or n not in record or right[n].shape != record[n].shape for n in failing):
         return None
+    found = misplaced(failing.values(), right, record, RECORD, call)
     for cause, tap, text in (
         *_few_numbers(failing, right, record),
         *_other_case(case, failing, outputs, record),
-        *_batch(model, failing, right, record, call),
+        *_order(model, failing, right, record),
         *_token(model, call, record),
+        *_narrow(failing, right, record),
+        *(_inconsistent(model, failing, record) if found is None else ()),
     ):
         guess = Guess(cause, tap, text, removed=1.0, explains=True, stated=True)
         return Diagnosis(tap, RECORD, f"the recorded data of {case.name} is suspect: {text}", [], [guess], case.name)
-    found = misplaced(failing.values(), right, record, RECORD, call)
     if found is not None:
         found.case = case.name
     return found
 
 
+def _names(failing: Iterable[str], record: Outputs) -> str:
+    """ "its outputs", or the names of those that fail."""
+    failing = list(failing)
+    return "its outputs" if len(failing) == len(record) else " and ".join(failing)
+
+
 def _few_numbers(failing: Mapping[str, Comparison], right: Outputs, record: Outputs) -> Iterator[tuple[str, str, str]]:
-    """One or two edited numbers, which no computation would change alone."""
-    if sum(c.metrics.failing for c in failing.values() if c.metrics) > 2:
+    """A few edited numbers, which no computation would change alone."""
+    count = sum(c.metrics.failing for c in failing.values() if c.metrics)
+    if count > FEW or any(c.metrics is None or c.metrics.elements <= 8 for c in failing.values()):
         return
-    for name, c in failing.items():
-        m = c.metrics
-        if m is not None and m.elements > 8:
-            at = list(m.at)
-            value, own = record[name][m.at], right[name][m.at]
-            what = "one number" if m.failing == 1 else "two numbers"
-            text = f"{what} of {m.elements:,} in {name}: {at} holds {value:.7g}, where both programs give {own:.7g}"
-            yield "record_edited", name, text
+    name, c = next(iter(failing.items()))
+    assert c.metrics is not None
+    m = c.metrics
+    value, own = record[name][m.at], right[name][m.at]
+    what = "one number" if count == 1 else f"{count} numbers"
+    text = f"{what} of {m.elements:,} in {' and '.join(failing)}: {name}{list(m.at)} holds {value:.7g}, "
+    yield "record_edited", name, f"{text}where both programs give {own:.7g}"
 
 
 def _other_case(
@@ -74,34 +87,46 @@ def _other_case(
             n in made and made[n].shape == record[n].shape and measure(record[n], made[n], c.budget).ok
             for n, c in failing.items()
         ):
-            name = next(iter(failing))
-            yield "record_other_inputs", name, f"its outputs are those of the inputs of {other}"
+            who = _names(failing, record)
+            text = f"{who} are those" if who == "its outputs" or len(failing) > 1 else f"{who} is that"
+            yield "record_other_inputs", next(iter(failing)), f"{text} of the inputs of {other}"
 
 
-def _batch(
-    model: Subject, failing: Mapping[str, Comparison], right: Outputs, record: Outputs, call: Call
+def _order(
+    model: Subject, failing: Mapping[str, Comparison], right: Outputs, record: Outputs
 ) -> Iterator[tuple[str, str, str]]:
-    """The sequences of the batch in another order than the inputs."""
-    B = len(call.input_ids)
+    """The sequences of the batch, or the positions, in another order than the inputs, or some of them repeated."""
     roles = {p.name: p.role for p in model.recognised.outputs}
-    orders = [(list(range(B))[::-1], "reversed")] if B > 1 else []
-    orders += [([(i - k) % B for i in range(B)], f"rolled by {k}") for k in range(1, B)]
-    for order, words in orders:
-        if all(measure(record[n], _by_sequence(right[n], roles[n], order), c.budget).ok for n, c in failing.items()):
-            yield "record_batch", next(iter(failing)), f"the sequences of its outputs are {words}"
-            return
+    for what in ("sequences", "positions"):
+        axes = {n: right[n].ndim - 2 if what == "positions" else _batch_axis(right[n], roles[n]) for n in failing}
+        if min(right[n].ndim for n in failing) < 2 or len({right[n].shape[a] for n, a in axes.items()}) > 1:
+            continue
+        size = next(right[n].shape[a] for n, a in axes.items())
+        order = [next((i for i in range(size) if _alike(failing, right, record, axes, i, j)), -1) for j in range(size)]
+        if -1 in order or order == list(range(size)):
+            continue
+        rolls = [k for k in range(1, size) if order == [(i - k) % size for i in range(size)]]
+        words = f"in the order {', '.join(map(str, order[:12]))}{' ...' if size > 12 else ''}"
+        words = "reversed" if order == list(range(size))[::-1] else f"rolled by {rolls[0]}" if rolls else words
+        cause = "record_batch" if what == "sequences" else "record_positions"
+        yield cause, next(iter(failing)), f"the {what} of {_names(failing, record)} are {words}"
 
 
-def _by_sequence(value: Array, role: str, order: Sequence[int]) -> Array:
-    """An output with its sequences in another order; the zoo's has its batch on axis 1."""
+def _alike(
+    failing: Mapping[str, Comparison], right: Outputs, record: Outputs, axes: Mapping[str, int], i: int, j: int
+) -> bool:
+    """Whether entry j of what is recorded is entry i of what is right, in every output that fails."""
+    return all(measure(record[n].take(j, axes[n]), right[n].take(i, axes[n]), c.budget).ok for n, c in failing.items())
+
+
+def _batch_axis(value: Array, role: str) -> int:
+    """The axis of the sequences; the zoo's hidden states (1, B, T, C) have theirs on axis 1."""
     axis = {"present": 1, "present_key": 0, "present_value": 0}.get(role, max(value.ndim - 3, 0))
-    if value.shape[axis] != len(order):
-        axis = 0
-    return value.take(order, axis) if value.shape[axis] == len(order) else value
+    return axis if value.ndim > axis else 0
 
 
 def _token(model: Subject, call: Call, record: Outputs) -> Iterator[tuple[str, str, str]]:
-    """Another token at one place: layer 0's keys and values, which depend on it alone, say which one."""
+    """Other tokens than the stored ones: layer 0's keys and values, which depend on each alone, say which."""
     taps = model.outputs_as_taps(record, call)
     names = [n for n in ("h.0.attn.k", "h.0.attn.v") if n in taps]
     if not names:
@@ -109,18 +134,50 @@ def _token(model: Subject, call: Call, record: Outputs) -> Iterator[tuple[str, s
     exact = dict(model.program.walk(call, np.float64, until="h.0.attn.v"))
     apart = sum(difference(taps[n], exact[n]).max(axis=(1, 3)) for n in names)  # (B, T)
     scale = max(float(np.abs(exact[n]).max()) for n in names)
-    wrong = np.argwhere(apart > 1e-3 * scale)
-    if len(wrong) != 1:
+    wrong = [(int(b), int(t)) for b, t in np.argwhere(apart > 1e-3 * scale)]
+    if not wrong or len(wrong) > TOKENS:
         return
-    b, t = (int(i) for i in wrong[0])
-    V, position = model.config.vocab_size, call.position_ids[b, t]
-    every = call._replace(
-        input_ids=np.arange(V)[:, None], position_ids=np.full((V, 1), position), past=None, attention_mask=None,
-        token_type_ids=None, start=0,
-    )  # fmt: skip
-    made = dict(model.program.walk(every, np.float32, until="h.0.attn.v"))
-    distance = sum(np.abs(made[n][:, :, 0] - taps[n][b, :, t]).max(axis=(1, 2)) for n in names)
-    best = int(np.argmin(distance))
-    place, now = f"input_ids[{b},{t}]", int(call.input_ids[b, t])
-    if distance[best] < 1e-3 * scale and best != now:
-        yield "record_token", "embed", f"it was recorded with token {best} at {place}, where the input holds {now}"
+    ids, V = np.array(call.input_ids), model.config.vocab_size
+    made: dict[int, dict[str, Array]] = {}
+    for b, t in wrong:
+        position = int(call.position_ids[b, t])
+        if position not in made:
+            every = call._replace(
+                input_ids=np.arange(V)[:, None], position_ids=np.full((V, 1), position), past=None,
+                attention_mask=None, token_type_ids=None, start=0,
+            )  # fmt: skip
+            made[position] = dict(model.program.walk(every, np.float32, until="h.0.attn.v"))
+        distance = sum(np.abs(made[position][n][:, :, 0] - taps[n][b, :, t]).max(axis=(1, 2)) for n in names)
+        ids[b, t] = int(np.argmin(distance))
+        if distance[ids[b, t]] > 1e-3 * scale or ids[b, t] == call.input_ids[b, t]:
+            return
+    shifts = [np.roll(call.input_ids, k, axis=1) for k in (1, -1)]
+    if any(np.array_equal(ids[:, 1:-1], other[:, 1:-1]) for other in (*shifts, call.input_ids[:, ::-1])):
+        return  # a mistake of whole rows: there are words for it
+    places = [f"{ids[p]} at input_ids[{p[0]},{p[1]}]" for p in wrong[:3]]
+    few = ", ".join(places) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    held = f", where the input holds {', '.join(str(call.input_ids[p]) for p in wrong[:3])}"
+    what = "token" if len(wrong) == 1 else "other tokens than the stored ones:"
+    yield "record_token", "embed", f"it was recorded with {what} {few}{held}{' ...' if len(wrong) > 3 else ''}"
+
+
+def _narrow(failing: Mapping[str, Comparison], right: Outputs, record: Outputs) -> Iterator[tuple[str, str, str]]:
+    """Right numbers in a 16-bit type."""
+    kinds = {kind_of(record[n]) for n in failing}
+    kind = kinds.pop()
+    if kinds or not kind:
+        return
+    step = 2.0 ** (1 - BITS[kind])
+    if all((np.abs(record[n] - right[n]) <= step * np.abs(right[n]) + 1e-6).all() for n in failing):
+        yield "rounding", next(iter(failing)), f"{_names(failing, record)} are rounded to {kind}"
+
+
+def _inconsistent(model: Subject, failing: Mapping[str, Comparison], record: Outputs) -> Iterator[tuple[str, str, str]]:
+    """Wrong keys or values, of which later outputs that agree are computed: no one pass gives that."""
+    ports = {p.name: taps_of(p) for p in model.recognised.outputs if p.name in record}
+    good = [tap for name, taps in ports.items() if name not in failing for tap in taps]
+    needed = ancestors(good, model.config) - set(good)
+    if all(set(ports.get(name, ())) & needed for name in failing):
+        after = [n for n, taps in ports.items() if n not in failing and ancestors(taps, model.config) & needed]
+        text = f"{' and '.join(failing)} alone: {after[-1]}, which is computed from it, agrees, so no one run gave both"
+        yield "record_inconsistent", next(iter(failing)), text

@@ -16,6 +16,7 @@ from .compare import Comparison, compare_case, parties
 from .explain.problem import Clock
 from .metrics import Budget
 from .parties import ENGINES, Ort, Ours, Recorded, Runner, model_path, port_of, runner_of
+from .rebuilt import without_original
 from .recordings import suspect_record
 from .report import Pair, Report, Watch, add_once
 from .rounding import Rounding, rounds
@@ -23,7 +24,6 @@ from .search import from_the_record, investigate, settle, where_not_finite
 from .searched import search_parity
 from .subject import Subject
 from .trace import versions
-from .wiring import bracket_outputs
 
 ALL_CHECKS = ("outputs", "taps", *CHECKS)
 Outputs = Mapping[str, Mapping[str, Array] | Gpt2npError]
@@ -81,7 +81,7 @@ def parity(
         report.tables += [audit] if audit is not None else []
     if cases and ("taps" in options.checks or report.exit_code == 1):
         if model.found is None:
-            bracket_outputs(report, model, cases, captured)
+            without_original(report, model, cases, captured, clock)
         else:
             explain(
                 report, model, ours if model.whole else None, others, cases, captured, "taps" in options.checks, clock
