@@ -23,6 +23,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -224,12 +225,12 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def serve(party: str, file: str) -> None:
+def serve(party: str, file: str, parties: dict[str, Callable[[str], dict[str, Callable[..., Any]]]]) -> None:
     """Run one party: a line of JSON [name, *arguments] in, the result as a line out."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not end up between the results
     began = time.perf_counter()
-    calls = PARTIES[party](file)
+    calls = parties[party](file)
     print(json.dumps(time.perf_counter() - began), file=out, flush=True)
     for line in sys.stdin:
         name, *arguments = json.loads(line)
@@ -270,23 +271,30 @@ def memory(key: str) -> int:
 
 
 class Party:
-    """A party's process."""
+    """A party's process: the script that is given serves it (`serve`)."""
 
-    def __init__(self, name: str, file: Path | str, python: str = sys.executable) -> None:
-        command = [python, __file__, "--serve", name, "--file", str(file)]
+    def __init__(
+        self, name: str, file: Path | str, python: str = sys.executable, script: Path | str = __file__
+    ) -> None:
+        self.name, self.errors = name, tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe would fill up
+        command = [python, str(script), "--serve", name, "--file", str(file)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
-        assert self.process.stdout is not None
-        if not self.process.stdout.readline():
-            assert self.process.stderr is not None
-            raise RuntimeError(f"{name} does not run: {self.process.stderr.read().strip().splitlines()[-1]}")
+        self._answer()
 
-    def __call__(self, name: str, *arguments: Any) -> float:
-        assert self.process.stdin is not None
+    def _answer(self) -> Any:
         assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            raise RuntimeError(f"{self.name} does not run: {(self.errors.read().strip().splitlines() or [''])[-1]}")
+        return json.loads(line)
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        assert self.process.stdin is not None
         print(json.dumps([name, *arguments]), file=self.process.stdin, flush=True)
-        return float(json.loads(self.process.stdout.readline()))
+        return self._answer()
 
     def close(self) -> None:
         assert self.process.stdin is not None
@@ -507,6 +515,13 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"{note}  " for note in notes)]).rstrip()
 
 
+def put_between(page: Path, name: str, text: str) -> None:
+    """Put text between a page's marks <!-- name:begin --> and <!-- name:end -->."""
+    head, rest = page.read_text().split(f"<!-- {name}:begin -->", 1)
+    tail = rest.split(f"<!-- {name}:end -->", 1)[1]
+    page.write_text(f"{head}<!-- {name}:begin -->\n{text}\n<!-- {name}:end -->{tail}")
+
+
 def find_torch(python: str) -> tuple[str | None, str]:
     """The interpreter if it has PyTorch, and the versions."""
     code = "import torch, transformers; print(f', torch {torch.__version__}, transformers {transformers.__version__}')"
@@ -586,7 +601,7 @@ def main() -> None:
     parser.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
-        return serve(arguments.serve, arguments.file)
+        return serve(arguments.serve, arguments.file, PARTIES)
     if arguments.first_token:
         return first_token(arguments.first_token, arguments.file)
     if arguments.peak:
@@ -604,10 +619,7 @@ def main() -> None:
     if arguments.plot and "prefill" in results:
         plot(results, arguments.plot)
     if arguments.readme:
-        text = arguments.readme.read_text()
-        head, rest = text.split("<!-- speed:begin -->", 1)
-        tail = rest.split("<!-- speed:end -->", 1)[1]
-        arguments.readme.write_text(f"{head}<!-- speed:begin -->\n{table(results)}\n<!-- speed:end -->{tail}")
+        put_between(arguments.readme, "speed", table(results))
     return None
 
 
