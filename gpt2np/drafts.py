@@ -52,12 +52,14 @@ class Phrases:
 
 
 class DraftingCache(SeparateCaches):
-    """A Decoder of one row that runs drafts of up to `most` tokens along with the newest one."""
+    """A Decoder of one row that runs drafts of up to `most` tokens, from `phrases`, along with the newest one."""
 
-    def __init__(self, model: GPT2, window: int | None, cache: KVCache | None, most: int) -> None:
+    def __init__(
+        self, model: GPT2, window: int | None, cache: KVCache | None, most: int, phrases: Phrases | None = None
+    ) -> None:
         super().__init__(model, window, cache)
         self._most = most
-        self._phrases = Phrases()
+        self._phrases = phrases or Phrases()
         self._draft: list[int] = []  # tokens that have been run after those that the cache counts
         self._scores: list[Array] = []  # (V,) after each of them
         self._credit = START

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import stat
 import zipfile
@@ -150,7 +151,8 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_file():
         yield path
         return
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # other machines may write the same file, in a folder that they share
+    draft = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.part")
     try:
         yield draft
         os.replace(draft, path)

@@ -1,22 +1,25 @@
 """SHA-256 of what a model computes, for each way of computing it: they must all be one and the same.
 
 The results of three fixed texts, and what they say of each next token, are computed by one call each, in chunks, token
-by token, in batches, after a cache was cut back, and on every number of threads. For one text, all of these have the
-same bits; in float32 other machines with fused multiply-add do the same operations in the same order (docs/scale.md
-says where the result was seen). Two things are the machine's own: in float64 exp, erf and tanh come from the system's
-mathematical library, and where nothing is fused, sums round twice.
+by token, in batches, after a cache was cut back, with drafts, with the weights kept in each number of bits that holds
+them, and on every number of threads. For one text, all of these have the same bits; in float32 other machines with
+fused multiply-add do the same operations in the same order (docs/scale.md says where the result was seen). Two things
+are the machine's own: in float64 exp, erf and tanh come from the system's mathematical library, and where nothing is
+fused, sums round twice.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arrays import Array
+from .arrays import Array, narrow_form
 from .cache import KVCache
+from .drafts import DraftingCache, Phrases
 from .model import GPT2
 from .score import log_probabilities
 
@@ -130,6 +133,35 @@ def _prefix(model: GPT2, given: list[Array]) -> list[Result]:
     return found
 
 
+class _Guesses(Phrases):
+    """The next tokens of a known text, of which the last ones are wrong: none right, one, two ..., all but one."""
+
+    def __init__(self, ids: Array) -> None:
+        super().__init__()
+        self._ids = ids
+
+    def after(self, text: list[int], count: int) -> list[int]:
+        right = len(text) % count
+        guessed = self._ids[len(text) :][:count].tolist()
+        return guessed[:right] + [token - 1 if token else 1 for token in guessed[right:]]
+
+
+def _drafts(model: GPT2, given: list[Array]) -> list[Result]:
+    """Token by token, with drafts run along; as these have no hidden states, those of one call stand for them."""
+    from .kernels import ROWS
+
+    found = []
+    for ids, whole in zip(given, _whole(model, given), strict=True):
+        cache, text = model.new_cache(), ids.tolist()
+        decoder = DraftingCache(model, None, cache, ROWS - 1, _Guesses(ids))
+        scores = decoder.prefill([text[:1]])
+        for end in range(2, len(text) + 1):
+            scores += decoder.feed([0], [text[:end]])
+        past = np.stack([layer[:, 0] for layer in cache.views()])
+        found.append(_result(model, ids, whole.hidden, np.stack(scores), past))
+    return found
+
+
 WAYS: dict[str, Way] = {
     "prompt": _whole,
     "chunks": _chunks,
@@ -137,7 +169,23 @@ WAYS: dict[str, Way] = {
     "batch": _batch,
     "ragged batch": _ragged,
     "prefix reuse": _prefix,
+    "drafts": _drafts,
 }
+
+
+def _kept_in(form: str, part: Any, used: set[str]) -> Any:
+    """Weights, or a part of them, with each matrix in this form if that holds it, else in float32; adds to `used`."""
+    from .kernels import Panels, pack_matrix, unpack
+
+    if isinstance(part, Panels):
+        matrix = unpack(part)
+        panels = pack_matrix(matrix, form=None if form == "float32" else narrow_form([matrix], [form]))
+        used.add(panels.form)
+        return panels
+    if isinstance(part, tuple):
+        parts = [_kept_in(form, each, used) for each in part]
+        return type(part)(*parts) if hasattr(part, "_fields") else tuple(parts)
+    return part
 
 
 def digest(results: list[Result]) -> str:
@@ -151,10 +199,17 @@ def digest(results: list[Result]) -> str:
 def fingerprints(model: GPT2) -> Iterator[Fingerprint]:
     """Compute the texts in every way; the engine must be the kernels."""
     from .kernels import get_num_threads, set_num_threads
+    from .kernels.tile import FORMS
 
     given = texts(model)
     for name, way in WAYS.items():
         yield Fingerprint(name, digest(way(model, given)))
+    used: set[str] = set()
+    for form in (*FORMS, "float32") if model.dtype == np.float32 else ():
+        other = copy.copy(model)
+        other._weights = _kept_in(form, model._weights, used)
+        if form in used and used != {"float32"}:  # for float32: where some matrices are in 16 bits otherwise
+            yield Fingerprint(f"weights in {form}", digest(_whole(other, given)))
     threads = get_num_threads()
     try:
         for count in range(1, threads + 1):

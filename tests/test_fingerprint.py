@@ -8,6 +8,7 @@ import gpt2np
 from gpt2np import fingerprint
 from gpt2np.cli import app
 from gpt2np.kernels import chained_product
+from gpt2np.kernels.tile import FORMS
 from tiny import tiny_model
 
 # Of weights/mini in float32, as computed on x86-64 with AVX2, also when compiled for Haswell and x86-64-v3.
@@ -25,7 +26,8 @@ def fuses():
 def test_every_way_of_computing_the_embedded_model_gives_the_published_bits():
     found = {f.way: f.sha256 for f in fingerprint.fingerprints(gpt2np.load())}
     assert len(set(found.values())) == 1, found
-    assert list(found)[:6] == list(fingerprint.WAYS)
+    assert list(found)[:7] == list(fingerprint.WAYS)
+    assert [way for way in found if way.startswith("weights")] == [f"weights in {form}" for form in (*FORMS, "float32")]
     if fuses():
         assert found["prompt"] == MINI
 
@@ -39,6 +41,26 @@ def test_one_changed_bit_changes_the_fingerprint(dtype):
     bias = model._weights.ln_f.bias
     bias[0] = np.nextafter(bias[0], bias.dtype.type(9))
     assert fingerprint.digest(fingerprint.WAYS["prompt"](model, given)) != before
+
+
+def test_drafts_of_the_fingerprint_are_right_and_wrong(monkeypatch):
+    """Each pass runs a draft along; some tokens of drafts are taken and some are not."""
+    model = tiny_model()
+    passes, run = [], model.logits_of_each
+    monkeypatch.setattr(model, "logits_of_each", lambda tokens, cache: passes.append(tokens) or run(tokens, cache))
+    given = fingerprint.texts(model)[:1]
+    [found] = fingerprint._drafts(model, given)
+    assert len(given[0]) / 6 < len(passes) < len(given[0]) - 6
+    assert all(len(tokens) > 1 for tokens in passes)
+    [expected] = fingerprint._whole(model, given)
+    for name, array in found._asdict().items():
+        assert np.array_equal(array, getattr(expected, name)), name
+
+
+def test_weights_that_16_bits_do_not_hold_are_kept_in_32_alone():
+    model = tiny_model()
+    ways = [f.way for f in fingerprint.fingerprints(model)]
+    assert not any(way.startswith("weights") for way in ways)
 
 
 @pytest.mark.jit

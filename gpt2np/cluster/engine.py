@@ -158,7 +158,6 @@ def compute(
 
 def make(work: Work, shard: Shard, store: Store) -> None:
     """Compute a shard and keep its result, unless it has come meanwhile: what a worker does."""
-    store.check()
     if store.read(shard.name) is None:
         store.write(shard.name, work(shard, store))
 

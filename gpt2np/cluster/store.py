@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import replacing
 
 DIGEST = hashlib.sha256().digest_size  # bytes at the end of a file: SHA-256 of those before
 
@@ -50,37 +50,44 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def check(self) -> None:
-        """Raise InputError where this machine has no such folder."""
-        if not self.folder.is_dir():
-            raise InputError(
-                f"{socket.gethostname()} has no folder {self.folder}: results need one that all machines see"
-            )
-
     def read(self, name: str) -> bytes | None:
-        """The result of the shard of that name; None where there is none, or its checksum says that it is damaged."""
+        """The result of the shard of that name; None where there is none, or its checksum says that it is damaged.
+
+        Raises
+        ------
+        InputError
+            If it cannot be read, or there is no such folder on this machine.
+        """
         try:
             whole = (self.folder / name).read_bytes()
         except FileNotFoundError:
-            return None
+            if self.folder.is_dir():
+                return None
+            host = socket.gethostname()
+            raise InputError(f"{host} has no folder {self.folder}: results need one that all machines see") from None
         except OSError as error:
             raise InputError(f"cannot read {self.folder / name}: {error.strerror}") from None
         result = whole[:-DIGEST]
         return result if hashlib.sha256(result).digest() == whole[-DIGEST:] else None
 
+    def result(self, name: str) -> bytes:
+        """The result of a shard that was computed; InputError where it is lost or was damaged since."""
+        found = self.read(name)
+        if found is None:
+            raise InputError(f"{self.folder / name} was removed or damaged; the same command makes it anew")
+        return found
+
     def write(self, name: str, result: bytes) -> None:
         """Keep the result of the shard of that name; InputError where it cannot be written, and then nothing is."""
-        draft = self.folder / f"{name}.{socket.gethostname()}.{os.getpid()}.tmp"
         try:
-            draft.write_bytes(result + hashlib.sha256(result).digest())
-            draft.replace(self.folder / name)
+            with replacing(self.folder / name) as draft:
+                draft.write_bytes(result + hashlib.sha256(result).digest())
         except OSError as error:
-            draft.unlink(missing_ok=True)
             raise InputError(f"cannot write {self.folder / name}: {error.strerror}") from None
 
     def remove_drafts(self, shards: Iterable[Shard]) -> None:
         """Remove what killed workers left of these shards."""
         names = {shard.name for shard in shards}
-        for draft in self.folder.glob("*.tmp"):
-            if draft.name.split(".")[0] in names:
+        for draft in self.folder.glob(".*.part"):
+            if draft.name.split(".")[1] in names:
                 draft.unlink(missing_ok=True)

@@ -20,7 +20,6 @@ from ..parity.text import lines_of
 from ..parity.trace import versions
 from .models import hash_of_files, program
 from .store import Shard, Store
-from .text import result
 
 PROMPTS = 50  # of a shard
 VERDICTS = {1: "FAIL", 2: "ERROR", 3: "NOTHING COMPARED", 0: "PASS"}  # the worst first
@@ -84,7 +83,7 @@ def merged(shards: Sequence[Shard], store: Store) -> tuple[dict[str, Any], list[
     models: dict[str, dict[str, Any]] = {}
     reports, lines = [], []
     for shard in shards:
-        made = json.loads(result(store, shard.name))
+        made = json.loads(store.result(shard.name))
         report, shown = made["report"], shard.where["shown"]
         reports.append(report)
         new = {"model": shown, "exit_code": 0, "inputs": 0, "comparisons": 0, "failing": 0, "numbers": 0, "outside": 0}

@@ -6,10 +6,12 @@ import hashlib
 import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,7 +32,8 @@ CUT = ("window", "stride", "first", "last")
 def token_shard(path: Path, described: Described) -> Shard:
     """A text to be tokenized: as a whole, because where one may be cut only its tokenizer knows."""
     content, where = described
-    return Shard("tokens", content | {"text": File(path, InputError).sha256()}, where | {"text": str(path.resolve())})
+    place = {"text": str(path.resolve()), "begin": 0, "end": -1}
+    return Shard("tokens", content | {"text": File(path, InputError).sha256()}, where | place)
 
 
 def tokenize(shard: Shard, store: Store) -> bytes:
@@ -38,11 +41,9 @@ def tokenize(shard: Shard, store: Store) -> bytes:
     model = open_described(shard)
     assert model.tokenizer is not None
     raw = _read(shard)
-    try:
+    with _placed(shard):
         ids = encode_for(model.config.vocab_size, model.tokenizer, raw.decode())
-    except UnicodeDecodeError as error:
-        raise InputError(f"{shard.where['text']} is not UTF-8 text: {error}") from None
-    check_text(ids)
+        check_text(ids)
     text = decode(model.tokenizer, ids)
     return np.array([len(text.split()), len(text.encode()), *ids], "<i8").tobytes()
 
@@ -78,7 +79,7 @@ def _score_windows(shard: Shard, store: Store) -> bytes:
 def text_score(text: Shard, shards: Sequence[Shard], store: Store) -> Score:
     """The score of a text, once its shards are computed: one exact sum over all windows."""
     words, nbytes, *ids = _tokens(store.folder, text.name)
-    values = np.concatenate([np.frombuffer(result(store, shard.name), "<f8") for shard in shards])
+    values = np.concatenate([np.frombuffer(store.result(shard.name), "<f8") for shard in shards])
     return Score(len(ids), sum(shard.size for shard in shards), words, nbytes, math.fsum(values))
 
 
@@ -93,16 +94,13 @@ def line_shards(kind: str, path: Path, described: Described, options: dict[str, 
     content, where = described
     where |= {"text": str(path.resolve()), "batch_size": batch_size}
     shards, begin, line = [], 0, 1
-    try:
-        with path.open("rb") as file:
-            while piece := b"".join(islice(file, LINES)):
-                count = len(_lines(piece, kind, f"{path}, from line {line} on"))
-                what = {"lines": hashlib.sha256(piece).hexdigest()}
-                place = {"begin": begin, "end": begin + len(piece), "line": line}
-                shards.append(Shard(kind, content | options | what, where | place, count))
-                begin, line = begin + len(piece), line + LINES
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    with _opened(path) as file:
+        while piece := b"".join(islice(file, LINES)):
+            place = {"begin": begin, "end": begin + len(piece), "line": line}
+            what = {"text": hashlib.sha256(piece).hexdigest()}
+            shard = Shard(kind, content | options | what, where | place)
+            shards.append(replace(shard, size=len(_lines(shard, piece))))
+            begin, line = begin + len(piece), line + LINES
     if not shards:
         raise InputError(f"{path} is empty")
     return [shard for shard in shards if shard.size]
@@ -110,11 +108,9 @@ def line_shards(kind: str, path: Path, described: Described, options: dict[str, 
 
 def _score_passages(shard: Shard, store: Store) -> bytes:
     """For each passage of some lines the log-likelihood of its last word, and 1 where that was guessed."""
-    lines, place = _lines_of(shard)
-    try:
+    lines = _lines(shard, _read(shard))
+    with _placed(shard):
         scoring = LastWordScoring(open_described(shard), lines, shard.where["batch_size"])
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from None
     for _ in scoring:
         pass
     return np.array(scoring.outcomes, "<f8").tobytes()
@@ -122,18 +118,16 @@ def _score_passages(shard: Shard, store: Store) -> bytes:
 
 def passages_score(shards: Iterable[Shard], store: Store) -> LastWords:
     """The score of all passages, once their shards are computed."""
-    values = np.concatenate([np.frombuffer(result(store, shard.name), "<f8").reshape(-1, 2) for shard in shards])
+    values = np.concatenate([np.frombuffer(store.result(shard.name), "<f8").reshape(-1, 2) for shard in shards])
     return LastWords(len(values), int(values[:, 1].sum()), math.fsum(values[:, 0]))
 
 
 def embed_lines(shard: Shard, store: Store) -> bytes:
     """The arrays of each line, as an .npz."""
-    lines, place = _lines_of(shard)
+    lines = _lines(shard, _read(shard))
     options = shard.content["taps"], shard.content["pool"], shard.where["batch_size"]
-    try:
+    with _placed(shard):
         found = embed(open_described(shard), lines, *options)
-    except InputError as error:
-        raise InputError(f"{place}: {error}") from None
     packed = io.BytesIO()
     arrays: dict[str, Any] = {f"{i}/{n}": value for i, states in enumerate(found) for n, value in states.items()}
     np.savez(packed, **arrays)
@@ -144,63 +138,63 @@ def embedded(shards: Iterable[Shard], store: Store) -> Iterator[dict[str, Array]
     """What `embed` yields, line by line, once the shards are computed."""
     for shard in shards:
         states: list[dict[str, Array]] = [{} for _ in range(shard.size)]
-        with np.load(io.BytesIO(result(store, shard.name))) as arrays:
+        with np.load(io.BytesIO(store.result(shard.name))) as arrays:
             for key in arrays.files:
                 i, name = key.split("/", 1)
                 states[int(i)][name] = arrays[key]
         yield from states
 
 
-def result(store: Store, name: str) -> bytes:
-    """The result of a shard that was computed; InputError where it is lost or was damaged since."""
-    found = store.read(name)
-    if found is None:
-        raise InputError(f"{store.folder / name} was removed or damaged; the same command makes it anew")
-    return found
-
-
 @lru_cache(maxsize=1)
 def _tokens(folder: Path, name: str) -> list[int]:
-    return np.frombuffer(result(Store(folder), name), "<i8").tolist()
+    return np.frombuffer(Store(folder).result(name), "<i8").tolist()
 
 
 _windows = lru_cache(maxsize=1)(windows)
 
 
-def _read(shard: Shard, begin: int = 0, end: int = -1) -> bytes:
-    """The bytes of a shard's text, which must be those that it is named by."""
-    path = Path(shard.where["text"])
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
-            file.seek(begin)
-            raw = file.read(end - begin if end >= 0 else -1)
+            yield file
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    if hashlib.sha256(raw).hexdigest() != shard.content["text" if end < 0 else "lines"]:
-        raise InputError(f"{path} has changed since the work was cut")
-    return raw
 
 
-def _lines_of(shard: Shard) -> tuple[list[str], str]:
-    """The texts of a shard of lines, and where they are, in words."""
-    place = f"{shard.where['text']}, from line {shard.where['line']} on"
-    return _lines(_read(shard, shard.where["begin"], shard.where["end"]), shard.kind, place), place
-
-
-def _lines(piece: bytes, kind: str, place: str) -> list[str]:
-    """Whole lines to texts: passages of JSON, or every line as it is."""
+@contextmanager
+def _placed(shard: Shard) -> Iterator[None]:
+    """Errors of a text say which it is, and where in it they are."""
+    place = shard.where["text"] + (f", from line {shard.where['line']} on" if "line" in shard.where else "")
     try:
-        text = piece.decode()
-        if kind == "passages":
-            passages = read_passages(text)
-            for i, passage in enumerate(passages, 1):
-                last_word(passage, f"passage {i} of these")
-            return passages
+        yield
     except UnicodeDecodeError as error:
         raise InputError(f"{place}: not UTF-8 text: {error}") from None
     except InputError as error:
         raise InputError(f"{place}: {error}") from None
-    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
-    if "" in lines:
-        raise InputError(f"{place}: line {lines.index('') + 1} of these is empty: it has no tokens")
-    return lines
+
+
+def _read(shard: Shard) -> bytes:
+    """The bytes of a shard's text, which must be those that it is named by."""
+    begin, end = shard.where["begin"], shard.where["end"]
+    with _opened(Path(shard.where["text"])) as file:
+        file.seek(begin)
+        raw = file.read(end - begin)  # all for -1 - 0
+    if hashlib.sha256(raw).hexdigest() != shard.content["text"]:
+        raise InputError(f"{shard.where['text']} has changed since the work was cut")
+    return raw
+
+
+def _lines(shard: Shard, piece: bytes) -> list[str]:
+    """Whole lines to texts: passages of JSON, or every line as it is."""
+    with _placed(shard):
+        text = piece.decode()
+        if shard.kind == "passages":
+            passages = read_passages(text)
+            for i, passage in enumerate(passages, 1):
+                last_word(passage, f"passage {i} of these")
+            return passages
+        lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+        if "" in lines:
+            raise InputError(f"line {lines.index('') + 1} of these is empty: it has no tokens")
+        return lines

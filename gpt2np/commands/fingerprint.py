@@ -18,9 +18,10 @@ def fingerprint(
 ) -> None:
     """Print SHA-256 of what a model computes: one line for each dtype if every way of computing gives the same bits.
 
-    The ways: one call, chunks, single tokens, a batch, a padded batch, a reused prefix, 1 and more threads. In float32
-    the hash should not depend on the machine, as long as it has fused multiply-add (docs/scale.md says where that was
-    seen); without, and in float64, other machines may have other last bits. Exit code 1 if ways differ.
+    The ways: one call, chunks, single tokens, a batch, a padded batch, a reused prefix, drafts, weights in 16 bits
+    where these hold them and in 32, 1 and more threads. In float32 the hash should not depend on the machine, as
+    long as it has fused multiply-add (docs/scale.md says where that was seen); without, and in float64, other
+    machines may have other last bits. Exit code 1 if ways differ.
     """
     from ..fingerprint import fingerprints
     from ..model import load

@@ -151,7 +151,7 @@ def test_a_full_disk_is_an_error_and_nothing_is_half_written(cut):
 
 def test_what_killed_workers_leave_is_removed(cut):
     _, shards, store, _ = cut
-    mine, foreign = store.folder / f"{shards[0].name}.host.1.tmp", store.folder / "windows-0.host.1.tmp"
+    mine, foreign = store.folder / f".{shards[0].name}.host.1.part", store.folder / ".windows-0.host.1.part"
     mine.write_bytes(b"half")
     foreign.write_bytes(b"half")
     engine.compute(text.score, shards, store)
