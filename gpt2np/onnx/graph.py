@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +160,14 @@ class Graph:
                 folded[output] = constant or output in constants
         self.fixed = {*constants, *(value for value, constant in folded.items() if constant)}
 
+    def dependants(self, values: Iterable[str]) -> set[str]:
+        """Some values and those that are made of them, not of their shapes alone."""
+        found = set(values)
+        for node in self.order:
+            if node.op not in ("Shape", "Size") and not found.isdisjoint(node.inputs):
+                found.update(o for o in node.outputs if o not in self.constants)  # a rewrite may have replaced it
+        return found
+
     def opset(self, domain: str = "") -> int:
         """Version of a domain's operators that the file asks for."""
         return self.opsets.get(domain, 1)
@@ -249,7 +257,7 @@ class Graph:
             name = node.inputs[0]
         return True
 
-    def ancestors(self, name: str, stop: frozenset[str] | set[str] = frozenset()) -> Iterator[str]:
+    def ancestors(self, name: str, stop: Container[str] = frozenset()) -> Iterator[str]:
         """Values that a value depends on, nearest first, itself included; not past `stop`, Shape, or constants."""
         seen, level = {name}, [name]
         while level:

@@ -29,17 +29,31 @@ def admit(ledger: Ledger, output_roles: Roles, taps: Mapping[str, TapLocation]) 
         _linear(ledger, "logits", borders.head)
         ledger.region("head", "ln_f", [borders.head.x], [borders.final.out], roles.CARRIER)
     _layer_norm(ledger, "ln_f", borders.final)
-    added = [b.addend.value for layer in borders.layers for b in layer]
-    starts = [*(lookup.out for lookup in borders.lookups), *added]
+    alike = ledger.probes[0].alike
     for i, (attention, mlp) in enumerate(borders.layers):
-        _attention(ledger, i, attention)
-        _mlp(ledger, i, mlp)
-    for i, (attention, mlp) in enumerate(borders.layers):
-        ledger.region("residual", f"h.{i - 1}.resid_post" if i else "embed", [attention.norm.x], starts, roles.RESIDUAL)
-        ledger.region("residual", f"h.{i}.resid_mid", [mlp.norm.x], starts, roles.RESIDUAL)
-    ledger.region("residual", f"h.{len(borders.layers) - 1}.resid_post", [borders.final.x], starts, roles.RESIDUAL)
+        if alike[i] is None:
+            _attention(ledger, i, attention)
+            _mlp(ledger, i, mlp)
+    _stream(ledger)
+    for like in alike:
+        if like is not None:
+            ledger.inherit(like)
     _embeddings(ledger)
     return tuple(ledger.close())
+
+
+def _stream(ledger: Ledger) -> None:
+    """The sums of the residual stream, each up to the one before it."""
+    borders, alike = ledger.probes[0].borders, ledger.probes[0].alike
+    layers, streams = borders.layers, borders.streams
+    starts = [*(lookup.out for lookup in borders.lookups), *(b.addend.value for layer in layers for b in layer)]
+    ledger.region("residual", "embed", streams[:1], starts, roles.RESIDUAL)
+    starts.append(streams[0])
+    for i, (_, mlp) in enumerate(layers):
+        for part, value in (("resid_mid", mlp.norm.x), ("resid_post", streams[i + 1])):
+            if alike[i] is None:
+                ledger.region("residual", f"h.{i}.{part}", [value], starts, roles.RESIDUAL)
+            starts.append(value)
 
 
 def _outputs(ledger: Ledger, output_roles: Roles, taps: Mapping[str, TapLocation]) -> None:
@@ -51,6 +65,8 @@ def _outputs(ledger: Ledger, output_roles: Roles, taps: Mapping[str, TapLocation
         elif role == "last_hidden_state":
             ledger.region("output", "ln_f", [output], [borders.final.out], roles.VIEW)
         elif layer is not None:
+            if probe.alike[layer] is not None:
+                continue
             branch = borders.layers[layer][0]
             twins, pasts = twins_of(probe, output, branch)
             tap = f"h.{layer}.attn.{'v' if role == 'present_value' else 'k'}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from ...errors import UnsupportedModelError
 from ..evaluate.evaluator import Evaluator
 from .blocks import Branch
+from .forms import Likeness
 from .linear import LinearFound, nearest_linears
 from .probe import Probe
 from .products import AttentionCore
@@ -20,20 +21,50 @@ from .taps import by_head, find_heads, merged_heads, stream, widest
 
 Array = np.ndarray
 
+IN_ORDER = "columns reordered"
+
 
 @dataclass(frozen=True)
 class AttentionFound:
     """What was found of an attention; its mask waits until all layers are known."""
 
+    i: int
+    branch: Branch
     heads: tuple[int, int]  # H, D
-    columns: tuple[tuple[LinearFound, Array], ...]  # of q, k and v: the map, and which of its columns, head by head
+    columns: tuple[tuple[int, Array], ...]  # of q, k and v: which map, and which of its columns, head by head
     factors: tuple[float, float, float]  # what q, k and v are multiplied by behind their maps
     offsets: tuple[Array, ...]  # (H, D) each: what is added to q, k and v behind their maps; none: nothing
+    added: tuple[Source, ...]  # the same as biases (HD,)
     row_order: Array  # of c_proj
     scale: float  # what q·k is multiplied by before the product's output
-    sources: dict[str, Source]
     taps: dict[str, TapLocation]
-    notes: tuple[str, ...]
+
+    def maps(self) -> list[tuple[LinearFound, Array]]:
+        """The maps of q, k and v, and which of their columns."""
+        return [(self.branch.maps[which], columns) for which, columns in self.columns]
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The weights."""
+        name = f"h.{self.i}.attn.c_proj"
+        found = {**_c_attn(self), **self.branch.out.sources(name)}
+        found[f"{name}.weight"] = self.branch.out.weight.taken(self.row_order, 0, "rows reordered")
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """Anything odd."""
+        notes = []
+        if IN_ORDER in _c_attn(self)[f"h.{self.i}.attn.c_attn.weight"].through:
+            order = _order_in_words(self.columns, self.heads)
+            notes.append(f"h.{self.i}.attn.c_attn: {order}; columns are reordered to q, k, v by head")
+        if (self.row_order != np.arange(len(self.row_order))).any():
+            notes.append(f"h.{self.i}: the heads are merged in another order; rows of c_proj are reordered")
+        return notes
+
+    def again(self, like: Likeness, branch: Branch) -> AttentionFound:
+        """The attention of a layer that is written like this one's."""
+        return replace(self, i=like.layer, branch=branch, taps=like.taps(self.taps))
 
 
 def read_attention(probe: Probe, i: int, branch: Branch) -> AttentionFound:
@@ -69,29 +100,22 @@ def read_attention(probe: Probe, i: int, branch: Branch) -> AttentionFound:
     # 2. Columns of the maps, in our order: q, k, v; each head after head.
     numbers = [np.rint(a).astype(np.int64) for a in (q, k[:, :, P:], v[:, :, P:])]
     columns = tuple(_columns(i, branch.maps, starts, n, what) for n, what in zip(numbers, "qkv", strict=True))
-    added: list[Source | None] = [None] * 3
+    added: tuple[Source, ...] = ()
     behind: tuple[Array, ...] = ()
     if offsets:
         behind = upright(core, *(m / f for m, f in zip(offsets, factors, strict=True)))
         behind = tuple(m.reshape(B, H, -1, D) for m in behind)
-        added = [_added_bias(probe, m, n, read) for m, n in zip(behind, numbers, strict=True)]
+        added = tuple(_added_bias(probe, m, n, read) for m, n in zip(behind, numbers, strict=True))
         probe.touched |= read
-    sources, notes = _c_attn(i, columns, added, (H, D))
     for what, array, index in (("past_key", k, 0), ("past_value", v, 1)):
         _check_past(probe, i, what, index, np.rint(array[:, :, :P]).astype(np.int64), codes)
 
     # 3. Rows of c_proj.
     row_order = _row_order(probe, i, branch, core, H, D)
-    sources |= branch.out.sources(f"{name}.c_proj")
-    sources[f"{name}.c_proj.weight"] = branch.out.weight.taken(row_order, 0, "rows reordered")
-    if (row_order != np.arange(H * D)).any():
-        notes.append(f"h.{i}: the heads are merged in another order; rows of c_proj are reordered")
-
     taps = _taps(probe, name, branch, (numbered, unit), (q, k[:, :, P:], v[:, :, P:]), row_order)
     scale = core.scores.alpha * factors[0] * factors[1]
-    return AttentionFound(
-        (H, D), columns, factors, tuple(m[0, :, -1] for m in behind), row_order, scale, sources, taps, tuple(notes)
-    )
+    offset = tuple(m[0, :, -1] for m in behind)
+    return AttentionFound(i, branch, (H, D), columns, factors, offset, added, row_order, scale, taps)
 
 
 def fail(probe: Probe, value: str, why: str) -> NoReturn:
@@ -150,10 +174,10 @@ def _row_order(probe: Probe, i: int, branch: Branch, core: AttentionCore, H: int
 
 def _columns(
     i: int, maps: tuple[LinearFound, ...], starts: Mapping[str, int], numbers: Array, what: str
-) -> tuple[LinearFound, Array]:
-    """Which columns of which map make q, k or v: numbers (B, H, T, D) -> (map, (HD,))."""
+) -> tuple[int, Array]:
+    """Which columns of which map make q, k or v: numbers (B, H, T, D) -> (which map, (HD,))."""
     B, _, T, _ = numbers.shape
-    for linear in maps:
+    for which, linear in enumerate(maps):
         width = linear.weight.shape[1]
         offset = numbers - starts[linear.out]
         if (offset < 0).any() or (offset >= B * T * width).any():
@@ -162,7 +186,7 @@ def _columns(
         expected = np.arange(B * T).reshape(B, 1, T, 1)
         if (row != expected).any() or (column != column[:1, :, :1]).any():
             break
-        return linear, column[0, :, 0].reshape(-1)
+        return which, column[0, :, 0].reshape(-1)
     raise UnsupportedModelError(f"{maps[0].node.describe()}: {what} of layer {i} mixes positions, maps, or the cache")
 
 
@@ -177,31 +201,25 @@ def _added_bias(probe: Probe, offset: Array, numbers: Array, read: set[str]) -> 
     return Source(bias.shape, tuple(sorted(large)), ("Add",), bias.copy)
 
 
-def _c_attn(
-    i: int, columns: tuple[tuple[LinearFound, Array], ...], added: list[Source | None], heads: tuple[int, int]
-) -> tuple[dict[str, Source], list[str]]:
+def _c_attn(found: AttentionFound) -> dict[str, Source]:
     """Weight and bias of c_attn: the maps' columns in our order."""
-    name = f"h.{i}.attn.c_attn"
-    step = "columns reordered"
+    name = f"h.{found.i}.attn.c_attn"
+    parts, added = found.maps(), found.added
 
-    def bias(m: LinearFound, c: Array, more: Source | None) -> Source:
-        own = (m.bias or zeros(m.weight.shape[1:], "no bias in the file")).taken(c, 0, step)
+    def bias(m: LinearFound, c: Array, more: Source | None = None) -> Source:
+        own = (m.bias or zeros(m.weight.shape[1:], "no bias in the file")).taken(c, 0, IN_ORDER)
         if more is None:
             return own
         return more if m.bias is None else own.plus(more)
 
-    biases = [bias(m, c, more) for (m, c), more in zip(columns, added, strict=True)]
-    parts = list(columns)
-    if len({m.out for m, _ in columns}) == 1:
-        linear = columns[0][0]
-        index = np.concatenate([c for _, c in columns])
+    biases = [bias(m, c, more) for (m, c), more in zip(parts, added or (None,) * 3, strict=True)]
+    if len({which for which, _ in found.columns}) == 1:
+        linear = parts[0][0]
+        index = np.concatenate([c for _, c in parts])
         parts = [(linear, index)]
-        biases = biases if any(added) else [bias(linear, index, None)]
-    weight = joined([m.weight.taken(c, 1, step) for m, c in parts], "Concat q, k, v")
-    notes = []
-    if step in weight.through:
-        notes.append(f"{name}: {_order_in_words(columns, heads)}; columns are reordered to q, k, v by head")
-    return {f"{name}.weight": weight, f"{name}.bias": joined(biases, "Concat q, k, v")}, notes
+        biases = biases if added else [bias(linear, index)]
+    weight = joined([m.weight.taken(c, 1, IN_ORDER) for m, c in parts], "Concat q, k, v")
+    return {f"{name}.weight": weight, f"{name}.bias": joined(biases, "Concat q, k, v")}
 
 
 def _check_past(probe: Probe, i: int, what: str, index: int, numbers: Array, codes: Mapping[str, Array]) -> None:
@@ -239,7 +257,7 @@ def _taps(
     return taps
 
 
-def _order_in_words(columns: tuple[tuple[LinearFound, Array], ...], heads: tuple[int, int]) -> str:
+def _order_in_words(columns: tuple[tuple[int, Array], ...], heads: tuple[int, int]) -> str:
     H, D = heads
     firsts = [int(c[0]) for _, c in columns]
     runs = all((c == c[0] + np.arange(H * D)).all() for _, c in columns)

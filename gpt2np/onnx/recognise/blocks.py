@@ -111,6 +111,11 @@ class Borders:
         return [lookup for lookup in (self.words, self.places, self.types) if lookup is not None]
 
     @property
+    def streams(self) -> list[str]:
+        """The residual stream before each layer, and behind the last one."""
+        return [*(attention.norm.x for attention, _ in self.layers), self.final.x]
+
+    @property
     def cores(self) -> list[AttentionCore]:
         """The attention of each layer."""
         return [attention.core for attention, _ in self.layers if attention.core is not None]

@@ -14,6 +14,7 @@ import numpy as np
 
 from ...errors import UnsupportedModelError
 from ..graph import Graph, Node
+from .forms import Likeness
 from .probe import Probe
 from .recognised import LENGTHS, Entry
 from .roles import LENGTH, SELECTING, SIZES, NodeCheck, adds_nothing, rounds
@@ -36,7 +37,7 @@ class Ledger:
         self.entries: dict[int, Entry] = {}  # by the node's id
         self.half = probes[0].half
         # What follows from sizes and from the file alone, but for rows of wpe that sizes choose: these are data.
-        rows = _dependants(graph, [lookup.out for lookup in probes[0].borders.lookups])
+        rows = graph.dependants(lookup.out for lookup in probes[0].borders.lookups)
         self.sizes, self.fixed = probes[0].size_values - rows, graph.fixed - rows
         self._fixed: dict[str, bool] = {}
         self._lengths: set[str] = set()  # values that say how many positions of a buffer count
@@ -54,6 +55,14 @@ class Ledger:
     def enter(self, node: Node, role: str, tap: str) -> None:
         """Note a node's role; the first one stays."""
         self.entries.setdefault(id(node), Entry(node, role, tap))
+
+    def inherit(self, like: Likeness) -> None:
+        """Enter a layer's nodes as those in their places in the layer that it is written like."""
+        producers = self.graph.producers
+        for first, here in like.names.items():
+            entry = self.entries.get(id(producers[first]))
+            if entry is not None:
+                self.enter(producers[here], entry.role, like.tap(entry.tap))
 
     def region(
         self, role: str, tap: str, ends: Iterable[str], starts: Iterable[str], allowed: Mapping[str, NodeCheck]
@@ -172,12 +181,3 @@ class Ledger:
             if node.op not in ("Shape", "Size"):
                 pending.extend(node.inputs)
         return [self.entries[id(n)] for n in self.graph.nodes if id(n) in self.entries]
-
-
-def _dependants(graph: Graph, values: list[str]) -> set[str]:
-    """Some values and those that are made of them, not of their shapes alone."""
-    found = set(values)
-    for node in graph.order:
-        if node.op not in ("Shape", "Size") and not found.isdisjoint(node.inputs):
-            found.update(o for o in node.outputs if o not in graph.constants)  # a rewrite may have replaced it by one
-    return found

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ...activations import ACTIVATIONS
 from ...errors import UnsupportedModelError
 from .blocks import Branch
+from .forms import Likeness
 from .probe import Probe
 from .recognised import TapLocation
 from .sources import Source
@@ -26,26 +27,42 @@ POINTS = np.concatenate([_BEND, _FAR, -_FAR])
 class MLPFound:
     """What was found of an MLP."""
 
-    sources: dict[str, Source]
+    i: int
+    branch: Branch
     taps: dict[str, TapLocation]
     activation: str
-    notes: tuple[str, ...]
+    error: float  # how far its values are off, at most
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """The weights."""
+        (fc,) = self.branch.maps
+        return {**fc.sources(f"h.{self.i}.mlp.c_fc"), **self.branch.out.sources(f"h.{self.i}.mlp.c_proj")}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Anything odd."""
+        (fc,) = self.branch.maps
+        what = f"{fc.node.describe()}: the {self.activation} behind it is off by up to {self.error:.1e}"
+        return (what,) if self.error > 1e-6 else ()
+
+    def again(self, like: Likeness, branch: Branch) -> MLPFound:
+        """The MLP of a layer that is written like this one's."""
+        return replace(self, i=like.layer, branch=branch, taps=like.taps(self.taps))
 
 
 def read_mlp(probe: Probe, i: int, branch: Branch) -> MLPFound:
     """The MLP of layer i."""
     (fc,) = branch.maps
     name = f"h.{i}.mlp"
-    sources = {**fc.sources(f"{name}.c_fc"), **branch.out.sources(f"{name}.c_proj")}
-    activation, notes = read_activation(probe, branch)
     taps = {f"{name}.c_fc": stream(widest(probe, fc.out)), f"{name}.gelu": stream(widest(probe, branch.out.x))}
     if not branch.out.bias_later:
         taps[f"{name}.out"] = stream(widest(probe, branch.out.out))
-    return MLPFound(sources, taps, activation, notes)
+    return MLPFound(i, branch, taps, *read_activation(probe, branch))
 
 
-def read_activation(probe: Probe, branch: Branch) -> tuple[str, tuple[str, ...]]:
-    """Which function lies between the two maps of an MLP: that whose values come out."""
+def read_activation(probe: Probe, branch: Branch) -> tuple[str, float]:
+    """Which function lies between the two maps of an MLP: that whose values come out; and how far off it is."""
     (fc,), out = branch.maps, branch.out
     shape = probe.known[fc.out].shape
     size = int(np.prod(shape))
@@ -70,6 +87,4 @@ def read_activation(probe: Probe, branch: Branch) -> tuple[str, tuple[str, ...]]
         what = f"{node.describe()} ends an activation that is none of {', '.join(errors)}; "
         what += f"nearest is {best}, off by up to {errors[best]:.2g}"
         probe.graph.object(UnsupportedModelError(what))
-    if errors[best] > 1e-6:
-        return best, (f"{fc.node.describe()}: the {best} behind it is off by up to {errors[best]:.1e}",)
-    return best, ()
+    return best, errors[best]

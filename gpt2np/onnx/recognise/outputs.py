@@ -21,14 +21,24 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 
-def find_outputs(probe: Probe, attentions: Sequence[AttentionFound], taps: Mapping[str, TapLocation]) -> Roles:
-    """The role of every output."""
+def find_outputs(
+    probe: Probe, caches: Mapping[str, int], attentions: Sequence[AttentionFound], taps: Mapping[str, TapLocation]
+) -> Roles:
+    """The role of every output; `caches` tells the layer of those that are made of an attention's maps."""
     graph = probe.graph
     roles = dict(probe.borders.output_roles)
-    for output in graph.outputs:
+    for output in sorted(graph.outputs, key=lambda o: caches.get(o.name, -1)):
         if output.name in roles:
             continue
-        found = _present(probe, output.name, attentions) or _tapped(probe, output.name, taps)
+        found: tuple[str, int | None] | None = None
+        if (layer := caches.get(output.name)) is not None:
+            like = probe.alike[layer]
+            if like is not None:
+                role, first = roles[next(a for a, b in like.names.items() if b == output.name)]
+                found = like.tap(role), None if first is None else layer
+            else:
+                found = _present(probe, output.name, layer, attentions[layer])
+        found = found or _tapped(probe, output.name, taps)
         if found is None:
             node = graph.producer(output.name)
             where = f" ({node.describe()})" if node else ""
@@ -74,32 +84,33 @@ def twins_of(probe: Probe, output: str, branch: Branch) -> tuple[dict[LinearFoun
     return twins, pasts
 
 
-def _present(probe: Probe, output: str, attentions: Sequence[AttentionFound]) -> tuple[str, int] | None:
-    for i, (branch, _) in enumerate(probe.borders.layers):
-        core = branch.core
-        assert core is not None
-        twins, pasts = twins_of(probe, output, branch)
-        if not twins:
-            continue
-        codes: dict[str, Array] = {}
-        start = 1
-        for name in [m.out for m in branch.maps] + sorted(set(pasts)):
-            size = probe.known[name].size
-            codes[name] = np.arange(start, start + size, dtype=np.float64).reshape(probe.known[name].shape)
-            start += size
-        for linear, m in twins.items():
-            codes[linear.out] = codes[m.out].reshape(probe.feed_linear(linear))
-        asked = output, core.scores.a, core.scores.b, core.heads.b
-        got, *arrived = probe.run_with(codes, *asked)
-        if attentions[i].offsets:
-            nothing, *offsets = probe.run_with({n: np.zeros_like(c) for n, c in codes.items()}, *asked)
-            got, arrived = got - nothing, [a - m for a, m in zip(arrived, offsets, strict=True)]
-        _, k, v = upright(core, arrived[0], np.rint(arrived[1] / attentions[i].factors[1]), arrived[2])
-        H, D = attentions[i].heads
-        k, v = (a.reshape(probe.B, H, -1, D) for a in (k, v))
-        for role, expected in (("present_key", k), ("present_value", v), ("present", np.stack([k, v]))):
-            if got.ndim == expected.ndim and probe.lengths:
-                got = got[..., : expected.shape[-2], :]
-            if got.shape == expected.shape and (got == expected).all():
-                return role, i
+def _present(probe: Probe, output: str, i: int, found: AttentionFound) -> tuple[str, int] | None:
+    """Whether an output holds the keys or values of layer i, or both."""
+    branch = probe.borders.layers[i][0]
+    core = branch.core
+    assert core is not None
+    twins, pasts = twins_of(probe, output, branch)
+    if not twins:
+        return None
+    codes: dict[str, Array] = {}
+    start = 1
+    for name in [m.out for m in branch.maps] + sorted(set(pasts)):
+        size = probe.known[name].size
+        codes[name] = np.arange(start, start + size, dtype=np.float64).reshape(probe.known[name].shape)
+        start += size
+    for linear, m in twins.items():
+        codes[linear.out] = codes[m.out].reshape(probe.feed_linear(linear))
+    asked = output, core.scores.a, core.scores.b, core.heads.b
+    got, *arrived = probe.run_with(codes, *asked)
+    if found.offsets:
+        nothing, *offsets = probe.run_with({n: np.zeros_like(c) for n, c in codes.items()}, *asked)
+        got, arrived = got - nothing, [a - m for a, m in zip(arrived, offsets, strict=True)]
+    _, k, v = upright(core, arrived[0], np.rint(arrived[1] / found.factors[1]), arrived[2])
+    H, D = found.heads
+    k, v = (a.reshape(probe.B, H, -1, D) for a in (k, v))
+    for role, expected in (("present_key", k), ("present_value", v), ("present", np.stack([k, v]))):
+        if got.ndim == expected.ndim and probe.lengths:
+            got = got[..., : expected.shape[-2], :]
+        if got.shape == expected.shape and (got == expected).all():
+            return role, i
     return None

@@ -12,6 +12,7 @@ from ...errors import UnsupportedModelError
 from ..evaluate.evaluator import Evaluator
 from ..graph import Graph, Node
 from .blocks import Borders
+from .forms import Likeness
 from .inputs import Inputs, declared_shape, element_type
 from .linear import LinearFound
 from .lookup import Lookup
@@ -65,12 +66,16 @@ class Probe:
     graph : Graph
     borders, inputs
         What has been found of it.
+    alike : list of Likeness or None
+        For each layer the first one that is written like it.
     wanted : Sizes
         To be run on, where the file does not declare others.
     """
 
-    def __init__(self, graph: Graph, borders: Borders, inputs: Inputs, wanted: Sizes = USUAL) -> None:
-        self.graph, self.borders, self.inputs = graph, borders, inputs
+    def __init__(
+        self, graph: Graph, borders: Borders, inputs: Inputs, alike: list[Likeness | None], wanted: Sizes = USUAL
+    ) -> None:
+        self.graph, self.borders, self.inputs, self.alike = graph, borders, inputs, alike
         self.roles, self.mask, self.lengths = inputs.roles, inputs.mask, inputs.lengths
         self.size_values = inputs.size_values
         self.known: dict[str, Array] = {}  # values of the probe at the borders of parts
@@ -134,20 +139,23 @@ class Probe:
                 32 * math.prod(sizes), lambda: f"input {name!r}, for which the probe is {list(sizes)},"
             )
 
-    def place(self, alike: Sequence[int] = ()) -> None:
+    def place(self) -> None:
         """Give the probe values at all borders.
 
-        A layer that is written like one before it, which `alike` tells for each, gets values of that one's shapes.
+        A layer that is written like one before it gets values of that one's shapes, if the stream before both has one.
         """
         borders = self.borders
         for lookup in borders.lookups:
             self.know(lookup.out, unknown((*self.rows(lookup).shape, lookup.table.shape[1])))
         for i, layer in enumerate(borders.layers):
-            if alike and alike[i] < i:
-                for branch, first in zip(layer, borders.layers[alike[i]], strict=True):
-                    for value, like in zip(branch.borders(), first.borders(), strict=True):
-                        self.know(value, self.known[like])
+            shape = self.evaluate(layer[0].norm.x).shape
+            like = self.alike[i]
+            if like is not None and shape == self.known[borders.layers[like.first][0].norm.x].shape:
+                for branch, first in zip(layer, borders.layers[like.first], strict=True):
+                    for value, placed in zip(branch.borders(), first.borders(), strict=True):
+                        self.know(value, self.known[placed])
                 continue
+            self.alike[i] = None
             for branch in layer:
                 shape = self.evaluate(branch.norm.x).shape
                 self.know(branch.norm.x, unknown(shape))
@@ -261,7 +269,7 @@ def longest_tried(graph: Graph, n_ctx: int) -> int:
     return min(n_ctx, math.isqrt(graph.budget.left // BYTES_OF_A_PAIR))
 
 
-def probes_of(usual: Probe, n_ctx: int, alike: Sequence[int]) -> list[Probe]:
+def probes_of(usual: Probe, n_ctx: int) -> list[Probe]:
     """The usual probe, and the same graph at other sizes, as far as the file declares none of its own."""
     probes, seen = [usual], {usual.sizes}
     half = n_ctx // 2
@@ -274,8 +282,8 @@ def probes_of(usual: Probe, n_ctx: int, alike: Sequence[int]) -> list[Probe]:
             wanted = Sizes(wanted.B, max(1, n_ctx - sizes.P), max(0, n_ctx - sizes.T))
             sizes, _ = sizes_allowed(usual.graph, usual.inputs, wanted)
         if sizes not in seen and sizes.S <= n_ctx:
-            probe = Probe(usual.graph, usual.borders, usual.inputs, wanted)
-            probe.place(alike)
+            probe = Probe(usual.graph, usual.borders, usual.inputs, usual.alike, wanted)
+            probe.place()
             probes.append(probe)
             seen.add(sizes)
     return probes

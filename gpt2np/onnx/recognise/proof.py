@@ -8,7 +8,7 @@ columns, so that nothing large is made of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +45,7 @@ class Findings:
     taps: Mapping[str, TapLocation]
 
 
-def prove(probes: Sequence[Probe], layers: Iterable[int], found: Findings) -> None:
+def prove(probes: Sequence[Probe], found: Findings) -> None:
     """Try what was found by the first probe at the others' sizes, in those layers that are written differently.
 
     Raises
@@ -61,8 +61,9 @@ def prove(probes: Sequence[Probe], layers: Iterable[int], found: Findings) -> No
         for output, (role, layer) in found.output_roles.items():
             if layer is None:
                 prove_shape(probe, output, role, declared[output], found.taps if probe is usual else {})
-    for i in layers:
-        branch, _ = usual.borders.layers[i]
+    for i, (branch, _) in enumerate(usual.borders.layers):
+        if usual.alike[i] is not None:
+            continue
         assert branch.core is not None
         presents = {output: role for output, (role, layer) in found.output_roles.items() if layer == i}
         for probe in probes[1:]:
@@ -180,7 +181,7 @@ def _codes(
     old, caches = _cache_codes(probe, i, found, rows)
     feeds |= caches
     expected = []
-    for what, (m, columns) in zip(("", "past_key", "past_value"), found.columns, strict=True):
+    for what, (m, columns) in zip(("", "past_key", "past_value"), found.maps(), strict=True):
         code = np.arange(1.0, B * T + 1).reshape(B, 1, T, 1)
         if not rows:
             code = np.broadcast_to((columns + float(firsts[m.out])).reshape(1, H, 1, D), (1, H, T, D))

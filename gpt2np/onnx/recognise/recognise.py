@@ -25,14 +25,13 @@ from ..normalise.build import build_graph
 from ..read.reader import ModelFile
 from .admit import admit
 from .attention import AttentionFound, read_attention
-from .blocks import find_borders
+from .blocks import Borders, find_borders
 from .embeddings import check_ids, find_positions
-from .forms import Forms
+from .forms import cache_outputs, find_alike
 from .head import HeadFound, read_head
 from .inputs import find_inputs
 from .ledger import Ledger
 from .mlp import MLPFound, read_mlp
-from .norm import LayerNormFound
 from .outputs import find_outputs, ports
 from .probe import Probe, longest_tried, probes_of
 from .proof import Findings, prove
@@ -99,19 +98,46 @@ def _origins(found: Recognised) -> dict[str, tuple[tuple[str, ...], ...]]:
 
 def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: list[str]) -> tuple[Entry, ...]:
     """Enter every node into the ledger, and try what was found at other sizes: n_ctx, one token behind a full cache."""
-    graph, forms = probe.graph, Forms(probe)
-    alike = [
-        forms.first_like(i, found.attentions[i], found.masks[i], found.output_roles) for i in range(config.n_layer)
-    ]
+    graph = probe.graph
     n_ctx = config.n_ctx - max(found.offset, 0)
     longest = longest_tried(graph, n_ctx)
     if longest < n_ctx:
         notes.append(f"masks and positions were read for up to {longest:,} of {n_ctx:,} positions: the file is small")
-    probes = probes_of(probe, longest, alike)
+    probes = probes_of(probe, longest)
     entries = admit(Ledger(graph, probes), found.output_roles, found.taps)
     if graph.refusals is None:
-        prove(probes, sorted(set(alike)), found)
+        prove(probes, found)
     return entries
+
+
+def read_norms(borders: Borders, sources: dict[str, Source], taps: dict[str, TapLocation]) -> dict[str, float]:
+    """Add the layer norms' weights and taps, and those of the stream between them; the epsilon of each."""
+    norms = {"ln_f": borders.final}
+    for i, (attention, mlp) in enumerate(borders.layers):
+        norms |= {f"h.{i}.ln_1": attention.norm, f"h.{i}.ln_2": mlp.norm}
+        taps[f"h.{i}.resid_mid"], taps[f"h.{i}.resid_post"] = stream(mlp.norm.x), stream(borders.streams[i + 1])
+    for name, norm in norms.items():
+        sources.update(norm.sources(name, borders.words.table.shape[1]))
+        taps[name] = stream(norm.out)
+    return {name: float(str(np.float32(norm.epsilon))) for name, norm in norms.items()}  # 1e-05, as float32 holds it
+
+
+def read_parts(probe: Probe) -> tuple[list[AttentionFound], list[MLPFound]]:
+    """The attentions and the MLPs; those that are written like earlier ones by what was found of these."""
+    attentions: list[AttentionFound] = []
+    mlps: list[MLPFound] = []
+    for i, (attention, mlp) in enumerate(probe.borders.layers):
+        like = probe.alike[i]
+        if like is not None:
+            before = attentions[like.first], mlps[like.first]
+            if like.has(before[0].taps) and like.has(before[1].taps) and not before[0].offsets:
+                attentions.append(before[0].again(like, attention))
+                mlps.append(before[1].again(like, mlp))
+                continue
+            probe.alike[i] = None
+        attentions.append(read_attention(probe, i, attention))
+        mlps.append(read_mlp(probe, i, mlp))
+    return attentions, mlps
 
 
 def read_graph(graph: Graph, condition: str = "") -> Recognised:
@@ -120,7 +146,8 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
     borders = find_borders(graph)
     inputs = find_inputs(graph, borders, condition)
     notes = inputs.notes
-    probe = Probe(graph, borders, inputs)
+    caches = cache_outputs(graph, borders)
+    probe = Probe(graph, borders, inputs, find_alike(graph, borders, inputs.roles, caches))
     check_ids(probe)
     probe.place()
     offset, positions = find_positions(probe)
@@ -131,38 +158,26 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
     # 2. Part by part
     sources: dict[str, Source] = {"wte.weight": borders.words.table, "wpe.weight": borders.places.table}
     taps: dict[str, TapLocation] = {"embed": stream(borders.layers[0][0].norm.x)}
-    epsilons: dict[str, float] = {}
-
-    def layer_norm(name: str, norm: LayerNormFound) -> None:
-        sources.update(norm.sources(name, borders.words.table.shape[1]))
-        epsilons[name] = float(str(np.float32(norm.epsilon)))  # 1e-05, as float32 holds it
-        taps[name] = stream(norm.out)
-
-    attentions, mlps = [], []
-    for i, (attention, mlp) in enumerate(borders.layers):
-        layer_norm(f"h.{i}.ln_1", attention.norm)
-        attentions.append(read_attention(probe, i, attention))
-        layer_norm(f"h.{i}.ln_2", mlp.norm)
-        mlps.append(read_mlp(probe, i, mlp))
-        after = borders.layers[i + 1][0].norm if i + 1 < len(borders.layers) else borders.final
-        taps[f"h.{i}.resid_mid"], taps[f"h.{i}.resid_post"] = stream(mlp.norm.x), stream(after.x)
-    layer_norm("ln_f", borders.final)
+    epsilons = read_norms(borders, sources, taps)
+    attentions, mlps = read_parts(probe)
     masks, mask_cut = read_masks(probe, attentions, half)
-    for i, (core, attended) in enumerate(zip(borders.cores, attentions, strict=True)):
-        location = scores_tap(probe, core, attended.heads[0], attended.scale, masks[i].scale)
-        taps[f"h.{i}.attn.scores"] = location
     head = read_head(probe)
     parts: list[AttentionFound | MLPFound | HeadFound] = [*attentions, *mlps, head]
     for part in parts:
         sources.update(part.sources)
         taps.update(part.taps)
         notes += part.notes
+    for i, (core, attended) in enumerate(zip(borders.cores, attentions, strict=True)):
+        taps[f"h.{i}.attn.scores"] = scores_tap(probe, core, attended.heads[0], attended.scale, masks[i].scale)
 
     # 3. What it is, and what is left over
     config, odd = make_config(graph, sources, epsilons, attentions, mlps, masks, head.tied, offset)
     notes += odd
     check_shapes(sources, config)
-    output_roles = find_outputs(probe, attentions, taps)
+    output_roles = find_outputs(probe, caches, attentions, taps)
+    for like in probe.alike:
+        if like is not None:
+            like.touch(probe.touched)
     ignored = find_leftovers(graph, sources, head.weight, probe.touched)
     for op, count in graph.roundings.items():
         notes.append(f"activations are rounded as the file is run, by {op} ({count} nodes); here they are not")

@@ -42,7 +42,8 @@ class ScoreProbe:
         self.dtype = np.dtype(np.int64) if port is None else element_type(port)
         self.floating = is_float(np.empty(0, self.dtype))
         rng = np.random.default_rng(0)
-        shapes = {core.scores.out: probe.known[core.scores.out].shape for core in probe.borders.cores}
+        cores = (core for core, like in zip(probe.borders.cores, probe.alike, strict=True) if like is None)
+        shapes = {core.scores.out: probe.known[core.scores.out].shape for core in cores}
         self.low = {name: rng.uniform(1, 2, shape) for name, shape in shapes.items()}
         self.high = {name: rng.uniform(-2, -1, shape) for name, shape in shapes.items()}
         self.runs: dict[Any, tuple[Evaluator, Evaluator]] = {}  # for each attention_mask; the layers share them
@@ -78,6 +79,9 @@ def read_masks(probe: Probe, attentions: Sequence[AttentionFound], half: bool) -
     found: list[MaskFound] = []
     cut = False
     for i, (core, attention) in enumerate(zip(probe.borders.cores, attentions, strict=True)):
+        if (like := probe.alike[i]) is not None:
+            found.append(found[like.first])
+            continue
         after, mask, error = 1.0, CAUSAL, None
         for shape, is_cut in given:
             try:

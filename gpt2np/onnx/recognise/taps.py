@@ -72,7 +72,7 @@ def number(probe: Probe, name: str) -> float | None:
 
 def find_heads(probe: Probe, value: str, numbers: Array, probes: tuple[Evaluator, Evaluator]) -> TapLocation | None:
     """On the way from the map to the product: a value that holds all new positions, split into heads."""
-    for candidate in probe.graph.ancestors(value):
+    for candidate in probe.graph.ancestors(value, probe.known.keys()):
         if candidate in probe.graph.synthetic:
             continue
         try:
