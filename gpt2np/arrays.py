@@ -27,7 +27,7 @@ def empty_aligned(shape: tuple[int, ...], dtype: Any) -> Array:
     dtype = np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     raw: Array = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    start = -raw.__array_interface__["data"][0] % ALIGNMENT
     aligned: Array = raw[start : start + size].view(dtype).reshape(shape)
     return aligned
 

@@ -95,14 +95,16 @@ class Graph:
         self._consumers: dict[str, list[Node]] = {}
         self.fixed: set[str] = set()  # values that follow from the file alone, once the graph is whole
         self._folded: dict[str, bool] = {}
-        self._read: dict[str, Array] = {}
+        self.linears: dict[str, Any] = {}  # the linear maps and layer norms that were found, or None, by their values
+        self.norms: dict[str, Any] = {}
+        self.kept: dict[str, Array] = {}  # constants that have been read
         self._last = ""  # which large constant among those was read last
-        self._input_names: set[str] = set()
+        self.input_names: set[str] = set()
 
     def ports(self, inputs: list[onnx.ValueInfoProto], outputs: list[onnx.ValueInfoProto]) -> None:
         """Set what the caller feeds and what is asked for."""
         self.inputs, self.outputs = inputs, outputs
-        self._input_names = {i.name for i in inputs}
+        self.input_names = {i.name for i in inputs}
 
     def add(self, node: Node) -> None:
         """Append a node."""
@@ -157,7 +159,8 @@ class Graph:
                     if not constant:
                         break
             for output in node.outputs:
-                folded[output] = constant or output in constants
+                if output:
+                    folded[output] = constant or output in constants
         self.fixed = {*constants, *(value for value, constant in folded.items() if constant)}
 
     def dependants(self, values: Iterable[str]) -> set[str]:
@@ -172,10 +175,6 @@ class Graph:
         """Version of a domain's operators that the file asks for."""
         return self.opsets.get(domain, 1)
 
-    def producer(self, name: str) -> Node | None:
-        """The node that computes a value; None for inputs, constants and unknown names."""
-        return self.producers.get(name)
-
     def output_index(self, name: str) -> int:
         """Which of its node's outputs a value is."""
         return self._indices[name]
@@ -184,37 +183,31 @@ class Graph:
         """The nodes that read a value."""
         return self._consumers.get(name, [])
 
-    def is_input(self, name: str) -> bool:
-        """Whether the caller feeds this value."""
-        return name in self._input_names
-
     def is_constant(self, name: str) -> bool:
         """Whether a value can be computed from the file alone."""
         if name in self.constants:
             return True
         if name in self._folded:
             return self._folded[name]
-        stack, waiting = [name], {name}
+        stack, waiting, folded, constants = [name], {name}, self._folded, self.constants
         while stack:
-            current = stack[-1]
-            if current in self._folded:
+            current, height = stack[-1], len(stack)
+            if current in folded:
                 waiting.discard(stack.pop())
-            elif current in self.constants:
-                self._folded[current] = True
-            elif current not in self.producers:
-                self._folded[current] = False
+            elif current in constants or current not in self.producers:
+                folded[current] = current in constants
             else:
-                inputs = [i for i in self.producers[current].inputs if i]
-                unknown = [i for i in inputs if i not in self._folded]
-                if any(self._folded.get(i) is False for i in inputs):
-                    self._folded[current] = False
-                elif unknown and unknown[0] in waiting:
-                    self._folded[current] = False  # a circle, which `check_order` refuses
-                elif unknown:
-                    stack.append(unknown[0])  # one at a time: most values turn out not to be constant early
-                    waiting.add(unknown[0])
-                else:
-                    self._folded[current] = bool(inputs)
+                constant: bool | None = False  # None: an input that is not known yet comes first
+                for i in self.producers[current].inputs:
+                    if i:
+                        constant = folded.get(i) if i not in constants else True
+                        if constant is None and i not in waiting:
+                            stack.append(i)  # one at a time: most values turn out not to be constant early
+                            waiting.add(i)
+                        if not constant:
+                            break
+                if constant is not None or len(stack) == height:
+                    folded[current] = bool(constant)  # a circle, which `check_order` refuses, is not
         return self._folded[name]
 
     def constant(self, name: str) -> Array:
@@ -222,14 +215,14 @@ class Graph:
         value = self.constants[name]
         if not isinstance(value, Tensor):
             return value
-        if name in self._read:
-            return self._read[name]
+        if name in self.kept:
+            return self.kept[name]
         array = value.load()
         if array.nbytes <= KEPT or self.keep:
-            self._read[name] = array
+            self.kept[name] = array
         elif array.nbytes <= KEPT_ONCE:  # a mask, which is read several times in a row
-            self._read.pop(self._last, None)
-            self._read[name], self._last = array, name
+            self.kept.pop(self._last, None)
+            self.kept[name], self._last = array, name
         return array
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -238,7 +231,10 @@ class Graph:
 
     def strip(self, name: str, through: frozenset[str] = VIEWS) -> str:
         """The value behind a chain of nodes that only change the view."""
-        return self.chain(name, through)[-1]
+        producers = self.producers
+        while (node := producers.get(name)) is not None and node.op in through and node.outputs[0] == name:
+            name = node.inputs[0]
+        return name
 
     def chain(self, name: str, through: frozenset[str] = VIEWS) -> list[str]:
         """The values met by `strip`, from the given one to the one behind."""
@@ -251,20 +247,38 @@ class Graph:
     def holds(self, name: str) -> bool:
         """Whether an integer value is (rows or parts of) a constant, not a rounded activation."""
         while name not in self.constants:
-            node = self.producer(name)
+            node = self.producers.get(name)
             if node is None or node.op not in LAYOUTS | {"Gather"} or "written_as" in node.attributes:
                 return False
             name = node.inputs[0]
         return True
 
-    def ancestors(self, name: str, stop: Container[str] = frozenset()) -> Iterator[str]:
-        """Values that a value depends on, nearest first, itself included; not past `stop`, Shape, or constants."""
-        seen, level = {name}, [name]
+    def ancestors(
+        self,
+        name: str,
+        stop: Container[str] = frozenset(),
+        ops: Container[str] | None = None,
+        limit: int | None = None,
+    ) -> Iterator[str]:
+        """Values that a value depends on, nearest first, itself included; not past `stop`, Shape, or constants.
+
+        Parameters
+        ----------
+        ops : container of str, optional
+            Only values that such operators compute.
+        limit : int, optional
+            So many values are looked at.
+        """
+        seen, level, looked_at = {name}, [name], 0
         while level:
             following = []
             for current in level:
-                yield current
                 node = self.producers.get(current)
+                if ops is None or (node is not None and node.op in ops):
+                    yield current
+                looked_at += 1
+                if looked_at == limit:
+                    return
                 if node is None or current in stop or node.op in ("Shape", "Size"):
                     continue
                 for i in node.inputs:

@@ -59,14 +59,14 @@ def float16(graph: Graph) -> tuple[set[str], set[int]]:
 
     found: set[int] = set()
     for node in graph.nodes:
-        if node.op == "Cast" and not narrows(node) and narrows(graph.producer(node.inputs[0])):
+        if node.op == "Cast" and not narrows(node) and narrows(graph.producers.get(node.inputs[0])):
             found.add(id(node))  # rounding that is written out
         if node.op == "Cast" or in_float32(node) or not any(o in half for o in node.outputs):
             continue
         sources = [i for i in node.inputs if i in half and i not in graph.constants]
         readers = [c for o in node.outputs for c in graph.consumers(o)]
-        alone = all(in_float32(graph.producer(i)) for i in sources) and all(in_float32(c) for c in readers)
-        alone = alone and any(graph.producer(i) for i in node.inputs)
+        alone = all(in_float32(graph.producers.get(i)) for i in sources) and all(in_float32(c) for c in readers)
+        alone = alone and any(graph.producers.get(i) for i in node.inputs)
         if not alone or ends & set(node.outputs):
             found.add(id(node))
     return half, found

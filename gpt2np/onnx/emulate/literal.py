@@ -25,7 +25,7 @@ Literally = bool | Literal["saturating", "optimised", "unrounded"]
 
 def _optimised_matmul(graph: Graph, node: Node) -> list[Node] | None:
     """By weights of 4 or 8 bits: becomes MatMulNBits of accuracy_level 4 (qdq_transformer in onnxruntime)."""
-    before, source = (graph.producer(name) for name in node.inputs)
+    before, source = (graph.producers.get(name) for name in node.inputs)
     if source is None or source.op != "DequantizeLinear" or source.inputs[0] not in graph.constants:
         return None
     if before is not None and before.op == "DequantizeLinear":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,34 +46,43 @@ class Evaluator:
             If it needs an operator that is not listed here, an input that was not given, or a node fails; or if
             the graph has a budget, and a node asks for more than is left of it.
         """
-        if name in self.values:
-            known: Array = self.values[name]
-            return known
-        values, constants, producers = self.values, self.graph.constants, self.graph.producers
-        stack = [name]
         with np.errstate(all="ignore"):
-            while stack:  # depth first without recursion: graphs are thousands of nodes deep
-                current = stack[-1]
-                if current in values:
-                    stack.pop()
-                    continue
-                if current in constants:
-                    values[current] = self.graph.constant(current)
-                    self.read.add(current)
-                    stack.pop()
-                    continue
-                node = producers.get(current)
-                if node is None:
-                    raise UnsupportedModelError(f"the value {current!r} is neither computed by a node nor given")
-                height = len(stack)
-                for i in node.inputs:
-                    if i and i not in values:
-                        stack.append(i)  # noqa: PERF401  a frame for each node costs more
-                if len(stack) == height:
+            return self.value(name)
+
+    def value(self, name: str) -> Array:
+        """The same where NumPy does not warn anyway (see `typed_errors`)."""
+        values, constants, producers = self.values, self.graph.constants, self.graph.producers
+        kept, short = self.graph.kept, self.short
+        stack = [name]
+        while stack:  # depth first without recursion: graphs are thousands of nodes deep
+            current = stack[-1]
+            if current in values:
+                stack.pop()
+                continue
+            if current in constants:
+                values[current] = kept[current] if current in kept else self.graph.constant(current)
+                self.read.add(current)
+                stack.pop()
+                continue
+            node = producers.get(current)
+            if node is None:
+                raise UnsupportedModelError(f"the value {current!r} is neither computed by a node nor given")
+            height = len(stack)
+            for i in node.inputs:
+                if i and i not in values:
+                    stack.append(i)  # noqa: PERF401  a frame for each node costs more
+            if len(stack) == height:
+                if node.op not in short or not self.shorten(node):
                     self.run(node)
-                    stack.pop()
+                stack.pop()
         value: Array = values[name]
         return value
+
+    short: Container[str] = ()  # operators for which `shorten` is asked
+
+    def shorten(self, node: Node) -> bool:
+        """Compute a node in another way than by its operator; False if it is not computed yet."""
+        return False
 
     def run(self, node: Node) -> None:
         """Compute a node's outputs; its inputs are there."""

@@ -23,12 +23,13 @@ def most_elements(node: Node, inputs: Sequence[Any]) -> int:
     rule = GROWING.get(node.op) or (_product if "MatMul" in node.op or "Gemm" in node.op else None)
     if rule is not None:
         return rule(node, inputs)
-    arrays = [part for i in inputs if i is not None for part in (i if isinstance(i, tuple) else (i,))]
-    together = sum(a.size for a in arrays)
-    try:
-        return max(together, math.prod(np.broadcast_shapes(*(a.shape for a in arrays))))
-    except ValueError:
-        return together
+    together, widest = 0, [1] * 32
+    for i in inputs:
+        for array in i if isinstance(i, tuple) else (i,) if i is not None else ():
+            together += array.size
+            for axis, size in enumerate(reversed(array.shape)):
+                widest[axis] = max(widest[axis], size)
+    return max(together, math.prod(widest))
 
 
 def _values(array: Array) -> int:

@@ -32,8 +32,8 @@ def _optional(inputs: Sequence[Any], index: int) -> Any:
 
 def axes(node: Node, inputs: Sequence[Any], index: int = 1) -> tuple[int, ...] | None:
     """Axes from the attribute (older opsets) or from an input (newer)."""
-    given = _optional(inputs, index)
-    axes = node.attributes.get("axes") if given is None else _ints(given)
+    given = inputs[index] if index < len(inputs) else None
+    axes = node.attributes.get("axes") if given is None else given.reshape(-1).tolist()
     return None if axes is None or len(axes) == 0 else tuple(axes)
 
 
@@ -64,8 +64,8 @@ def _divide(a: Array, b: Array) -> Array:
 
 def _reshape(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     x = inputs[0]
-    shape = _ints(inputs[1]) if len(inputs) > 1 else list(node.attributes["shape"])
-    if not node.attributes.get("allowzero", 0):
+    shape = inputs[1].reshape(-1).tolist() if len(inputs) > 1 else list(node.attributes["shape"])
+    if 0 in shape and not node.attributes.get("allowzero", 0):
         shape = [x.shape[i] if size == 0 else size for i, size in enumerate(shape)]
     if min(shape, default=0) < -1:  # NumPy takes any negative size for "what is left"; ONNX takes -1 alone
         raise ValueError(f"the sizes {shape}")
@@ -81,11 +81,16 @@ def _flatten(node: Node, inputs: Sequence[Any], opset: int) -> Array:
 def _unsqueeze(node: Node, inputs: Sequence[Any], opset: int) -> Array:
     x, new = inputs[0], axes(node, inputs) or ()
     rank = x.ndim + len(new)
-    places = {axis % rank for axis in new if -rank <= axis < rank}
+    places = set()
+    for axis in new:
+        if -rank <= axis < rank:
+            places.add(axis % rank)
     if len(places) < len(new):
         raise ValueError(f"axes {list(new)} of {rank}")
-    sizes = iter(x.shape)
-    return np.asarray(x.reshape([1 if axis in places else next(sizes) for axis in range(rank)]))
+    sizes = list(x.shape)
+    for place in sorted(places):
+        sizes.insert(place, 1)
+    return np.asarray(x.reshape(sizes))
 
 
 def _slice(node: Node, inputs: Sequence[Any], opset: int) -> Array:

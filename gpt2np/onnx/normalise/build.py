@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,10 @@ Array = np.ndarray
 Rules = Mapping[str, Callable[[Graph, Node], "list[Node] | None"]]
 
 
+# What an operator takes: inputs at least, types of attributes, attributes that it needs.
+_Signature = tuple[int, dict[str, int], frozenset[str]]
+_NOTHING: _Signature = (0, {}, frozenset())
+_INT, _TENSOR, _INTS = 2, 4, 7  # of onnx.AttributeProto.AttributeType
 # Attributes that say yes or no.
 SWITCHES = frozenset(
     {
@@ -67,7 +71,7 @@ def build_graph(
     builder = _Builder(file, graph, [fused.RULES, spellings.RULES, fold.RULES, more or {}])
     constants = {t.name for t in proto.graph.initializer} | {t.values.name for t in proto.graph.sparse_initializer}
     graph.ports([i for i in proto.graph.input if i.name not in constants], list(proto.graph.output))
-    builder.add(proto.graph, branch)
+    builder.add(proto.graph, branch, file.tensors)
     graph.check_order()
     return graph
 
@@ -76,39 +80,47 @@ class _Builder:
     def __init__(self, file: ModelFile, graph: Graph, rules: Sequence[Rules]) -> None:
         self.file, self.graph, self.rules = file, graph, rules
         self.aliases: dict[str, str] = {}  # constants under other names
+        self.rewritten = quantised.RULES.keys() | {op for some in rules for op in some}
 
-    def add(self, proto: onnx.GraphProto, branch: str) -> None:
-        self.add_initializers(proto)
+    def add(self, proto: onnx.GraphProto, branch: str, tensors: Mapping[str, Tensor]) -> None:
+        """Add a graph's nodes, and its initializers, as far as `tensors` does not hold these already."""
+        self.add_initializers(proto, tensors)
         opset = self.graph.opset()
         for node in proto.node:
             body = self._taken(node, branch) if branch else None
             if body is not None:
-                self.add(body, branch)
+                self.add(body, branch, {})
                 for inner, outer in zip(body.output, node.output, strict=True):
                     if inner.name != outer:
                         self.graph.add(Node("Identity", "", node.name, (inner.name,), (outer,), {}))
                 continue
-            _check_node(node, opset)
-            attributes = {}
-            for attribute in node.attribute:
-                attributes[attribute.name] = self._attribute(node, attribute)
-            if node.op_type == "Constant":
-                self.graph.constants[node.output[0]] = _constant_value(attributes)
-                continue
             domain = "" if node.domain == "ai.onnx" else node.domain
+            inputs, attributes = (
+                tuple(node.input),
+                self._attributes(node, _NOTHING if domain else _signature(node.op_type, opset)),
+            )
+            if node.op_type == "Constant":
+                held = attributes.get("value")
+                self.graph.constants[node.output[0]] = _constant_value(attributes) if held is None else held
+                continue
             op = f"{domain}.{node.op_type}" if domain else node.op_type
-            inputs = tuple(node.input)
             if not self.aliases.keys().isdisjoint(inputs):
                 inputs = tuple(self.aliases.get(i, i) for i in inputs)
             if op == "Identity" and inputs[0] in self.graph.constants:
                 self.aliases[node.output[0]] = inputs[0]
             if op in quantised.PACKED:
                 inputs = tuple(fold.unmoved(self.graph, i) for i in inputs)
-            self._rewrite(Node(op, domain, node.name, inputs, tuple(node.output), attributes))
+            made = Node(op, domain, node.name, inputs, tuple(node.output), attributes)
+            if op in self.rewritten:
+                self._rewrite(made)
+            else:
+                self.graph.add(made)
 
-    def add_initializers(self, proto: onnx.GraphProto) -> None:
+    def add_initializers(self, proto: onnx.GraphProto, tensors: Mapping[str, Tensor]) -> None:
         for tensor in proto.initializer:
-            self.graph.constants[tensor.name] = self.graph.initializers[tensor.name] = self.file.tensor(tensor)
+            name = tensor.name
+            held = tensors[name] if name in tensors else self.file.tensor(tensor)
+            self.graph.constants[name] = self.graph.initializers[name] = held
         for sparse in proto.sparse_initializer:
             name = sparse.values.name
             self.graph.constants[name] = self.graph.initializers[name] = sparse_tensor(self.file, sparse)
@@ -136,17 +148,37 @@ class _Builder:
             return None
         return next((a.g for a in node.attribute if a.name == f"{branch}_branch"), None)
 
+    def _attributes(self, node: onnx.NodeProto, signature: _Signature) -> dict[str, Any]:
+        """A node's attributes; raises unless it has the inputs and attributes that its operator needs."""
+        needed, types, required = signature
+        if not node.output:
+            raise UnsupportedModelError(f"{_describe(node)} computes nothing")
+        if len(node.input) < needed or not all(node.input[:needed]):
+            raise UnsupportedModelError(f"{_describe(node)} has {len(node.input)} inputs, and needs {needed}")
+        found: dict[str, Any] = {}
+        for attribute in node.attribute:
+            name, kind = attribute.name, attribute.type
+            if name in found or attribute.ref_attr_name or kind != types.get(name, kind) or name in SWITCHES:
+                _check_attribute(node, attribute, found, types)
+            if kind == _INT:
+                found[name] = attribute.i
+            elif kind == _INTS:
+                found[name] = list(attribute.ints)
+            elif kind == _TENSOR:
+                tensor = self.file.tensor(attribute.t, node.output[0])
+                found[name] = tensor if node.op_type == "Constant" else tensor.load()
+            else:
+                found[name] = self._attribute(node, attribute)
+        if not required <= found.keys():
+            raise UnsupportedModelError(
+                f"{_describe(node)} lacks its attribute {', '.join(sorted(required - found.keys()))}"
+            )
+        return found
+
     def _attribute(self, node: onnx.NodeProto, proto: onnx.AttributeProto) -> Any:
         import onnx
 
         kinds = onnx.AttributeProto
-        if proto.type == kinds.INT:
-            return proto.i
-        if proto.type == kinds.INTS:
-            return list(proto.ints)
-        if proto.type == kinds.TENSOR:
-            tensor = self.file.tensor(proto.t, node.output[0])
-            return tensor if node.op_type == "Constant" else tensor.load()
         if proto.type == kinds.SPARSE_TENSOR:
             return sparse_tensor(self.file, proto.sparse_tensor, node.output[0])
         if proto.type in (kinds.GRAPH, kinds.GRAPHS):
@@ -155,34 +187,23 @@ class _Builder:
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
-def _check_node(node: onnx.NodeProto, opset: int) -> None:
-    """Raise unless a node has the inputs that its operator needs, and attributes of the right types."""
-    if not node.output:
-        raise UnsupportedModelError(f"{_describe(node)} computes nothing")
-    own = node.domain in ("", "ai.onnx")
-    needed, types, required = _signature(node.op_type, opset) if own else (0, {}, frozenset())
-    if len(node.input) < needed or not all(node.input[:needed]):
-        raise UnsupportedModelError(f"{_describe(node)} has {len(node.input)} inputs, and needs {needed}")
-    if not node.attribute and not required:
-        return
-    names: set[str] = set()
-    for attribute in node.attribute:
-        name = attribute.name
-        if name in names:
-            raise UnsupportedModelError(f"{_describe(node)} has an attribute twice, {name}")
-        names.add(name)
-        if attribute.ref_attr_name:
-            raise UnsupportedModelError(
-                f"{_describe(node)}: its {name} is the attribute {attribute.ref_attr_name!r} of a function, "
-                "but it stands in none"
-            )
-        if name in SWITCHES and attribute.i not in (0, 1):  # runtimes differ in what they take for yes
-            raise UnsupportedModelError(f"{_describe(node)}: its {name} is {attribute.i}, neither 0 nor 1")
-        if attribute.type != types.get(name, attribute.type):
-            given, wanted = (attribute.AttributeType.Name(t) for t in (attribute.type, types[name]))
-            raise UnsupportedModelError(f"{_describe(node)}: its {name} is of type {given}, not {wanted}")
-    if not required <= names:
-        raise UnsupportedModelError(f"{_describe(node)} lacks its attribute {', '.join(sorted(required - names))}")
+def _check_attribute(
+    node: onnx.NodeProto, attribute: onnx.AttributeProto, before: Container[str], types: Mapping[str, int]
+) -> None:
+    """Raise unless an attribute is given once, as a value, of the right type, and a switch is 0 or 1."""
+    name = attribute.name
+    if name in before:
+        raise UnsupportedModelError(f"{_describe(node)} has an attribute twice, {name}")
+    if attribute.ref_attr_name:
+        raise UnsupportedModelError(
+            f"{_describe(node)}: its {name} is the attribute {attribute.ref_attr_name!r} of a function, "
+            "but it stands in none"
+        )
+    if name in SWITCHES and attribute.i not in (0, 1):  # runtimes differ in what they take for yes
+        raise UnsupportedModelError(f"{_describe(node)}: its {name} is {attribute.i}, neither 0 nor 1")
+    if attribute.type != types.get(name, attribute.type):
+        given, wanted = (attribute.AttributeType.Name(t) for t in (attribute.type, types[name]))
+        raise UnsupportedModelError(f"{_describe(node)}: its {name} is of type {given}, not {wanted}")
 
 
 def _describe(node: onnx.NodeProto) -> str:
@@ -190,7 +211,7 @@ def _describe(node: onnx.NodeProto) -> str:
 
 
 @cache
-def _signature(op: str, opset: int) -> tuple[int, dict[str, int], frozenset[str]]:
+def _signature(op: str, opset: int) -> _Signature:
     """What an operator of ONNX's own takes: inputs at least, types of attributes, attributes that it needs.
 
     Nothing is known of an operator that the opset does not have.
@@ -200,7 +221,7 @@ def _signature(op: str, opset: int) -> tuple[int, dict[str, int], frozenset[str]
     try:
         schema = defs.get_schema(op, opset, "")
     except defs.SchemaError:
-        return 0, {}, frozenset()
+        return _NOTHING
     number = AttributeProto.AttributeType.Value
     types = {name: number(a.type.name) for name, a in schema.attributes.items()}  # type: ignore[attr-defined]
     required = frozenset(name for name, attribute in schema.attributes.items() if attribute.required)
@@ -244,10 +265,9 @@ def _domain(domain: str) -> str:
 
 
 def _constant_value(attributes: dict[str, Any]) -> Tensor | Array:
-    for name in ("value", "sparse_value"):
-        if name in attributes:
-            value: Tensor | Array = attributes[name]
-            return value
+    if "sparse_value" in attributes:
+        value: Tensor | Array = attributes["sparse_value"]
+        return value
     for name, dtype in (("value_float", np.float32), ("value_floats", np.float32)):
         if name in attributes:
             return np.asarray(attributes[name], dtype)

@@ -16,7 +16,7 @@ Array = np.ndarray
 
 def small(graph: Graph, name: str) -> Array | None:
     """A constant of a few elements, computed if need be; else None."""
-    if not name or not graph.is_constant(name) or (name in graph.constants and np.prod(graph.shape(name)) > 64):
+    if not name or not graph.is_constant(name) or (name in graph.constants and math.prod(graph.shape(name)) > 64):
         return None
     if name in graph.constants:
         return graph.constant(name)
@@ -42,7 +42,7 @@ def unmoved(graph: Graph, name: str) -> str:
             held = graph.constant(current)
             if (held.shape, held.dtype) == (value.shape, value.dtype) and np.array_equal(held, value):
                 return current
-        elif (node := graph.producer(current)) is not None:
+        elif (node := graph.producers.get(current)) is not None:
             pending.extend(i for i in node.inputs if i)
     return name
 
@@ -67,7 +67,7 @@ def _without_effect(neutral: float, places: Sequence[int]) -> Callable[[Graph, N
             value = graph.constants.get(node.inputs[i])
             if value is None or len(value.shape) > 1 or math.prod(value.shape) != 1:
                 continue
-            if (graph.constant(node.inputs[i]) == neutral).all():
+            if graph.constant(node.inputs[i]).flat[0] == neutral:
                 return [rewritten(node, "Identity", (node.inputs[1 - i],), node.outputs[0])]
         return None
 
@@ -76,7 +76,7 @@ def _without_effect(neutral: float, places: Sequence[int]) -> Callable[[Graph, N
 
 def _there_and_back(graph: Graph, node: Node) -> list[Node] | None:
     """A Transpose that undoes the one before it is Identity."""
-    before = graph.producer(node.inputs[0])
+    before = graph.producers.get(node.inputs[0])
     if before is None or before.op != "Transpose":
         return None
     first, second = before.attributes.get("perm"), node.attributes.get("perm")

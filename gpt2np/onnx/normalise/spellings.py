@@ -27,11 +27,14 @@ def _declared(graph: Graph) -> list[int]:
 
 def _sum_in_its_place(graph: Graph, node: Node) -> list[Node] | None:
     """JAX's mean, a sum (B, T) that Reshape and Expand make (B, T, 1) before it is divided, with keepdims instead."""
+    before = graph.producers.get(node.inputs[0])
+    if before is None or before.op not in ("Reshape", "Expand") or scalar(graph, node.inputs[1]) is None:
+        return None
     lead = _declared(graph)
-    if scalar(graph, node.inputs[1]) is None or not lead:
+    if not lead:
         return None
     value, moved = node.inputs[0], False
-    while (maker := graph.producer(value)) is not None and maker.op in ("Reshape", "Expand"):
+    while (maker := graph.producers.get(value)) is not None and maker.op in ("Reshape", "Expand"):
         shape = small(graph, maker.inputs[1])
         if shape is None or shape.tolist() != [*lead, 1]:
             return None
@@ -49,9 +52,8 @@ def _sum_in_its_place(graph: Graph, node: Node) -> list[Node] | None:
 
 def _repeated_constant(graph: Graph, node: Node) -> list[Node] | None:
     """Arithmetic with a constant that is repeated along the batch first, as the other operand's batch would do it."""
-    lead = _declared(graph)
     for k, name in enumerate(node.inputs):
-        maker = graph.producer(name)
+        maker = graph.producers.get(name)
         if (
             maker is None
             or maker.op != "Expand"
@@ -59,14 +61,14 @@ def _repeated_constant(graph: Graph, node: Node) -> list[Node] | None:
             or graph.is_constant(node.inputs[1 - k])
         ):
             continue
-        shape, before = small(graph, maker.inputs[1]), graph.producer(maker.inputs[0])
+        shape, before = small(graph, maker.inputs[1]), graph.producers.get(maker.inputs[0])
         own = graph.shape(maker.inputs[0]) if maker.inputs[0] in graph.constants else None
         if own is None and before is not None and before.op == "Reshape":
             given = small(graph, before.inputs[1])
             own = None if given is None or (given < 1).any() else tuple(int(n) for n in given)
         if shape is None or own is None or len(own) != len(shape):
             continue
-        sizes = enumerate(zip(shape.tolist(), own, strict=True))
+        lead, sizes = _declared(graph), enumerate(zip(shape.tolist(), own, strict=True))
         fits = [new == old or (axis < len(lead) and new == lead[axis]) for axis, (new, old) in sizes]
         if all(fits):
             inputs = (*node.inputs[:k], maker.inputs[0], *node.inputs[k + 1 :])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -29,6 +29,7 @@ from .wire import PAYLOADS, VARINT, Walker
 if TYPE_CHECKING:
     import onnx
 
+Place = tuple[int, int]  # offset and length in a file
 ONNX_DOMAINS = ("", "ai.onnx")
 # Types of which several elements share a byte, lowest bits first.
 _BITS = {"UINT2": 2, "INT2": 2, "UINT4": 4, "INT4": 4, "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
@@ -78,13 +79,20 @@ class ModelFile:
         ModelFileError
             If its type, dims, payload or external file contradict each other.
         """
-        fields = {descriptor.number: value for descriptor, value in proto.ListFields()}  # those that are set
+        fields: dict[int, Any] = {}  # those that are set
+        for descriptor, value in proto.ListFields():
+            fields[descriptor.number] = value
         name = name or proto.name
         try:
             kind = _element_type(proto.data_type)
         except (KeyError, ValueError):
             raise ModelFileError(f"tensor {name!r} has the unknown element type {proto.data_type}") from None
-        shape = _shape(fields.get(1, ()), name)
+        shape, most = tuple(fields.get(1, ())), 1
+        for size in shape:
+            most = most * max(size, 1) if size >= 0 else 1 << 62
+        if len(shape) > 32 or most > 1 << 58:
+            what = "impossible shape" if len(shape) <= 32 else f"{len(shape)} dims"
+            raise ModelFileError(f"tensor {name!r} has the {what} {shape}")
         count = math.prod(shape)
         dtype, bits = kind.dtype, kind.bits
         nbytes = (count * (bits or 8 * dtype.itemsize) + 7) // 8
@@ -94,12 +102,11 @@ class ModelFile:
         def wrong(what: str) -> NoReturn:
             raise ModelFileError(f"{self.path}: tensor {name!r}, {kind.name} {list(shape)}: {what}")
 
-        marks = [entry.value for entry in fields.get(13, ()) if entry.key == self._marker]
-        if len(marks) > 1:
-            wrong("it is given twice")
-        payload = self._payloads[int(marks[0])] if marks else {}
-        stripped = {n: tuple(p) for n, p in payload.items() if sum(length for _, length in p)}
-        inline = [n for n, value in fields.items() if n in PAYLOADS and len(value)]
+        stripped = self._stripped(fields[13], wrong) if 13 in fields else {}  # 13: external_data
+        inline = []
+        for number in fields.keys() & PAYLOADS.keys():
+            if len(fields[number]):
+                inline.append(number)  # noqa: PERF401  a frame for each tensor costs more
         if len(stripped) + len(inline) > 1 or 3 in fields:  # 3: segment
             wrong("its values are given in more than one place")
 
@@ -132,6 +139,14 @@ class ModelFile:
         if not (entries <= given <= 10 * entries if wire == VARINT else given == nbytes):
             wrong(f"its {origin} holds {given} bytes, not {entries if wire == VARINT else nbytes}")
         return Tensor(name, dtype, shape, nbytes, origin, bits, wire == VARINT, self._file, pieces)
+
+    def _stripped(self, entries: Iterable[Any], wrong: Callable[[str], NoReturn]) -> dict[int, tuple[Place, ...]]:
+        """The places of a payload that the skeleton does not hold, by its field."""
+        marks = [entry.value for entry in entries if entry.key == self._marker]
+        if len(marks) > 1:
+            wrong("it is given twice")
+        payload = self._payloads[int(marks[0])] if marks else {}
+        return {n: tuple(p) for n, p in payload.items() if sum(length for _, length in p)}
 
     def _locate(self, proto: onnx.TensorProto, nbytes: int, wrong: Callable[[str], NoReturn]) -> tuple[File, int, str]:
         """The file with a tensor's external data, and the offset, both checked."""
@@ -184,16 +199,6 @@ def _element_type(data_type: int) -> _ElementType:
     name = TensorProto.DataType.Name(data_type)
     dtype = helper.tensor_dtype_to_np_dtype(data_type)
     return _ElementType(name, dtype, _BITS.get(name, 0), helper.tensor_dtype_to_field(data_type))
-
-
-def _shape(dims: Sequence[int], name: str) -> tuple[int, ...]:
-    """Dims, if NumPy could have them."""
-    shape = tuple(dims)
-    if len(shape) > 32:
-        raise ModelFileError(f"tensor {name!r} has {len(shape)} dims")
-    if any(d < 0 for d in shape) or math.prod(max(d, 1) for d in shape) > 1 << 58:
-        raise ModelFileError(f"tensor {name!r} has the impossible shape {shape}")
-    return shape
 
 
 def open_model(path: str | os.PathLike[str]) -> ModelFile:

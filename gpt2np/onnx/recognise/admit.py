@@ -132,7 +132,7 @@ def _scores(ledger: Ledger, tap: str, core: AttentionCore) -> None:
         seen.add(value)
         if value not in way:
             beside.append(value)
-        elif (made_by := graph.producer(value)) is not None:
+        elif (made_by := graph.producers.get(value)) is not None:
             pending.extend(i for i in made_by.inputs if i)
     ledger.region("scale and mask", tap, [core.masked], [core.scores.out, *beside], roles.SCORES)
     masks = ledger.probes[0].inputs.named("attention_mask")

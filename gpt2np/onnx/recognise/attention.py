@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NoReturn
@@ -120,7 +121,7 @@ def read_attention(probe: Probe, i: int, branch: Branch) -> AttentionFound:
 
 def fail(probe: Probe, value: str, why: str) -> NoReturn:
     """Raise an error that names the node behind a value."""
-    node = probe.graph.producer(value)
+    node = probe.graph.producers.get(value)
     raise UnsupportedModelError(f"{node.describe() if node else repr(value)}: {why}")
 
 
@@ -138,7 +139,7 @@ def _numbered(probe: Probe, branch: Branch, values: tuple[str, ...]) -> tuple[di
     start = 1
     for value in [*(m.out for m in branch.maps), *sorted(pasts)]:
         shape = probe.known[value].shape
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         codes[value] = np.arange(start, start + size, dtype=np.float64).reshape(shape)
         starts[value] = start
         start += size
@@ -197,7 +198,7 @@ def _added_bias(probe: Probe, offset: Array, numbers: Array, read: set[str]) -> 
     if (offset[:, :, -T:] != offset[:1, :, -1:]).any() or offset[:, :, :-T].any():
         raise UnsupportedModelError("what is added to queries, keys or values differs between positions")
     constants = probe.graph.constants
-    large = {n for n in read if np.prod(probe.graph.shape(n)) > 1 and constants[n].dtype.kind not in "iub"}
+    large = {n for n in read if math.prod(probe.graph.shape(n)) > 1 and constants[n].dtype.kind not in "iub"}
     return Source(bias.shape, tuple(sorted(large)), ("Add",), bias.copy)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ...errors import UnsupportedModelError
 from ..graph import VIEWS, Graph, Node
 from ..normalise.fold import scalar, small
-from .linear import LinearFound, match_linear, nearest_linears, vector
+from .linear import LINEAR_PATTERNS, LinearFound, match_linear, nearest_linears, vector
 from .lookup import Lookup, match_lookup
 from .norm import LayerNormFound, match_layer_norm
 from .products import AttentionCore, match_attention, match_product
@@ -18,15 +19,15 @@ Roles = dict[str, tuple[str, int | None]]  # of inputs or outputs: a role, and t
 
 def match_last_position(graph: Graph, name: str) -> str | None:
     """What a value is the last position of, (B, T, C) -> (B, 1, C) or (B, C)."""
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None:
         return None
     if node.op == "Transpose" and (time_first := _time_first(node)) is not None:  # x[:, [-1], :] in PyTorch
-        picked = graph.producer(time_first)
+        picked = graph.producers.get(time_first)
         index = small(graph, picked.inputs[1]) if picked is not None and picked.op == "GatherND" else None
         if picked is None or index is None or index.size != 1 or int(index.flat[0]) != -1:
             return None
-        whole = graph.producer(picked.inputs[0])
+        whole = graph.producers.get(picked.inputs[0])
         return _time_first(whole) if whole is not None and not picked.attributes.get("batch_dims") else None
     if node.op == "Gather" and node.attributes.get("axis", 0) in (1, -2):
         index = small(graph, node.inputs[1])
@@ -62,7 +63,7 @@ def addends(graph: Graph, name: str) -> list[Addend]:
     pending = [(name, name)]
     while pending:
         current, seen = pending.pop()
-        node = graph.producer(current)
+        node = graph.producers.get(current)
         if len(found) + len(pending) > len(graph.nodes) + 2:
             raise UnsupportedModelError(f"{seen!r} adds up the same values again and again: no GPT-2 does")
         if node is None:
@@ -70,7 +71,7 @@ def addends(graph: Graph, name: str) -> list[Addend]:
         elif node.op in VIEWS:
             pending.append((node.inputs[0], seen))
         elif node.op in ("Add", "Sum") and match_linear(graph, current) is None:
-            pending.extend((i, i) for i in reversed(node.inputs) if scalar(graph, i) != 0)
+            pending += [(i, i) for i in reversed(node.inputs) if i not in graph.fixed or scalar(graph, i) != 0]
         else:
             found.append(Addend(current, seen))
     return found
@@ -87,6 +88,7 @@ class Branch:
     core: AttentionCore | None = None  # of an attention
     maps: tuple[LinearFound, ...] = ()  # c_attn (or three maps), or c_fc
 
+    @cached_property
     def borders(self) -> list[str]:
         """The values at its borders."""
         core = [self.core.scores.out, self.core.heads.out] if self.core else []
@@ -104,6 +106,11 @@ class Borders:
     places: Lookup  # wpe
     types: Lookup | None  # wte once more, by token types
     layers: list[tuple[Branch, Branch]]  # an attention and an MLP each
+
+    @cached_property
+    def width(self) -> int:
+        """The widest of all maps' outputs."""
+        return max(m.weight.shape[-1] for layer in self.layers for branch in layer for m in (*branch.maps, branch.out))
 
     @property
     def lookups(self) -> list[Lookup]:
@@ -165,7 +172,7 @@ def find_top(graph: Graph) -> tuple[LinearFound | None, LayerNormFound, Roles]:
 
 def _refuse_classifier(graph: Graph, output: str) -> None:
     """Raise if an output is chosen from a linear map behind a layer norm: a class for each sequence, or a span."""
-    for _, value in zip(range(200), graph.ancestors(output), strict=False):
+    for value in graph.ancestors(output, limit=200):
         linear = match_linear(graph, value)
         if linear is not None and match_layer_norm(graph, graph.strip(linear.x)) is not None:
             width = linear.weight.shape[1]
@@ -184,12 +191,12 @@ def find_branches(graph: Graph, final: LayerNormFound) -> tuple[list[Lookup], li
     for addend in addends(graph, final.x):
         if (lookup := match_lookup(graph, addend.value)) is not None:
             lookups.append(lookup)
-        elif graph.is_constant(addend.value):
+        elif addend.value in graph.fixed:
             continue  # zero, or a bias that a fused node adds to the stream; `pair` finds out whose
         elif (linear := match_linear(graph, addend.value)) is not None:
             branches.append(find_branch(graph, addend, linear))
         else:
-            node = graph.producer(addend.value)
+            node = graph.producers.get(addend.value)
             where = node.describe() if node else f"the value {addend.value!r}"
             raise UnsupportedModelError(f"{where} adds to the residual stream, but is no embedding, attention or MLP")
     return lookups, branches
@@ -199,7 +206,7 @@ def find_branch(graph: Graph, addend: Addend, out: LinearFound) -> Branch:
     """Is this map the end of an attention or of an MLP?"""
     core: AttentionCore | None = None
     maps: list[LinearFound] = []
-    for value in graph.ancestors(out.x):
+    for value in graph.ancestors(out.x, ops=LINEAR_PATTERNS):
         if (linear := match_linear(graph, value)) is not None:
             maps = [linear]
             break
@@ -243,7 +250,7 @@ def pair(
             raise UnsupportedModelError(f"{branch.out.node.describe()} ends {kind} where the other is due")
         terms[branch.addend.value] += 1
         after = branches[n + 1].before if n + 1 < len(branches) else addends(graph, final.x)
-        added = Counter(a.value for a in after if graph.is_constant(a.value)) - biases - terms
+        added = Counter(a.value for a in after if a.value in graph.fixed) - biases - terms
         biases += added
         for name in added:
             bias = vector(graph, name, branch.out.weight.shape[1])
@@ -276,7 +283,7 @@ def tell_lookups(graph: Graph, lookups: list[Lookup]) -> tuple[Lookup, Lookup, L
         name = " ".join(lookup.table.origin)
         return (
             "wte" in name and "wpe" not in name,
-            graph.is_input(source),
+            source in graph.input_names,
             "position" not in source,
             "type" not in source,
             lookup.table.shape[0],
@@ -287,7 +294,7 @@ def tell_lookups(graph: Graph, lookups: list[Lookup]) -> tuple[Lookup, Lookup, L
     if len(inputs_behind(graph, words)) != 1:
         raise UnsupportedModelError(f"{words.node.describe()} does not look up the ids of an input")
     types = next((o for o in others if o.table.is_same(words.table)), None)
-    if (types is None) != (len(others) == 1) or (types and not graph.is_input(graph.strip(types.rows))):
+    if (types is None) != (len(others) == 1) or (types and graph.strip(types.rows) not in graph.input_names):
         raise UnsupportedModelError(
             f"GPT-2 starts with two embeddings, tokens and positions (and may look up token types in that of "
             f"the tokens); here are: {tables}"
@@ -297,4 +304,4 @@ def tell_lookups(graph: Graph, lookups: list[Lookup]) -> tuple[Lookup, Lookup, L
 
 def inputs_behind(graph: Graph, lookup: Lookup) -> list[str]:
     """The inputs whose values choose the rows."""
-    return [v for v in graph.ancestors(lookup.rows) if graph.is_input(v)] if lookup.rows else []
+    return [v for v in graph.ancestors(lookup.rows) if v in graph.input_names] if lookup.rows else []

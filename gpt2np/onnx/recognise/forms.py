@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..graph import VIEWS, Graph, Node
+from ..read.tensors import Tensor
 from .blocks import Borders, Branch, Roles
 from .linear import nearest_linears
 from .recognised import TapLocation
@@ -112,7 +113,7 @@ class _Layer:
         """The values by which the parts are told."""
         found: list[str] = []
         for branch in self.branches:
-            found += branch.borders()
+            found += branch.borders
             found += [branch.addend.value, branch.out.x, *(m.x for m in branch.maps)]
             if (core := branch.core) is not None:
                 found += [core.scores.a, core.scores.b, core.masked, core.heads.a, core.heads.b, *core.node.outputs]
@@ -235,4 +236,9 @@ def _fit(graph: Graph, a: str, b: str) -> bool:
 
 def _equal(graph: Graph, a: str, b: str) -> bool:
     """Whether two constants have the same type, shape and bits."""
-    return a == b or (_fit(graph, a, b) and graph.constant(a).tobytes() == graph.constant(b).tobytes())
+    if a == b or not _fit(graph, a, b):
+        return a == b
+    held = graph.constants[b]
+    # the earlier layer's is kept, as it is read again and again
+    other = held.load() if isinstance(held, Tensor) else held
+    return graph.constant(a).tobytes() == other.tobytes()

@@ -29,6 +29,7 @@ class Inputs:
     lengths: dict[str, str] = field(default_factory=dict)  # values that are lengths of the past: their roles
     notes: list[str] = field(default_factory=list)
     size_values: set[str] = field(default_factory=set)  # values that depend on sizes and constants alone
+    half: bool = False  # the file holds floats of 16 bits: rounding to them is its own
 
     def named(self, role: str) -> list[str]:
         """The inputs of a role."""
@@ -42,7 +43,7 @@ def find_inputs(graph: Graph, borders: Borders, condition: str = "") -> Inputs:
     if borders.types is not None:
         found.roles[graph.strip(borders.types.rows)] = "token_type_ids", None
     rows = borders.places.rows
-    if rows and graph.is_input(place := graph.strip(rows)):
+    if rows and (place := graph.strip(rows)) in graph.input_names:
         found.roles[place] = "position_ids", None
     for i, core in enumerate(borders.cores):
         _caches(graph, found, i, core)
@@ -64,6 +65,7 @@ def find_inputs(graph: Graph, borders: Borders, condition: str = "") -> Inputs:
             if graph.consumers(port.name):
                 found.notes.append(f"input {port.name!r} has no part in what the outputs are")
     found.size_values = _size_values(graph)
+    found.half = any(t.dtype.itemsize == 2 and t.dtype.kind not in "iub" for t in graph.initializers.values())
     return found
 
 
@@ -91,7 +93,7 @@ def _size_values(graph: Graph) -> set[str]:
 def _unknown(graph: Graph, found: Inputs, value: str, stop: str = "") -> list[str]:
     """The inputs behind a value that have no role yet."""
     behind = graph.ancestors(value, {stop, *found.roles})
-    return [name for name in behind if graph.is_input(name) and name not in found.roles]
+    return [name for name in behind if name in graph.input_names and name not in found.roles]
 
 
 def _caches(graph: Graph, found: Inputs, i: int, core: AttentionCore) -> None:
@@ -109,7 +111,7 @@ def _lengths(graph: Graph, found: Inputs) -> None:
     if not any(role.startswith("past") for role, _ in found.roles.values()):
         found.lengths.clear()
     for length, role in graph.lengths.items():
-        if graph.is_input(source := graph.strip(length)):
+        if (source := graph.strip(length)) in graph.input_names:
             found.roles[source] = role, None
         for value in _unknown(graph, found, length):
             found.roles[value] = "attention_mask", None  # whose sum is the length

@@ -17,7 +17,7 @@ from ..graph import Graph, Node
 from .forms import Likeness
 from .probe import Probe
 from .recognised import LENGTHS, Entry
-from .roles import LENGTH, SELECTING, SIZES, NodeCheck, adds_nothing, rounds
+from .roles import LENGTH, ROUNDS, SELECTING, SIZES, NodeCheck, adds_nothing, any_, rounds
 
 Array = np.ndarray
 
@@ -52,17 +52,17 @@ class Ledger:
         where = f"{role} of {tap}" if tap else role
         return UnsupportedModelError(f"{node.describe()}, in the {where}: {why}")
 
-    def enter(self, node: Node, role: str, tap: str) -> None:
-        """Note a node's role; the first one stays."""
-        self.entries.setdefault(id(node), Entry(node, role, tap))
-
     def inherit(self, like: Likeness) -> None:
         """Enter a layer's nodes as those in their places in the layer that it is written like."""
-        producers = self.graph.producers
+        entries, producers = self.entries, self.graph.producers
+        taps: dict[str, str] = {}
         for first, here in like.names.items():
-            entry = self.entries.get(id(producers[first]))
-            if entry is not None:
-                self.enter(producers[here], entry.role, like.tap(entry.tap))
+            entry, node = entries.get(id(producers[first])), producers[here]
+            if entry is not None and id(node) not in entries:
+                tap = entry.tap
+                if tap not in taps:
+                    taps[tap] = like.tap(tap)
+                entries[id(node)] = Entry(node, entry.role, taps[tap])
 
     def region(
         self, role: str, tap: str, ends: Iterable[str], starts: Iterable[str], allowed: Mapping[str, NodeCheck]
@@ -88,11 +88,13 @@ class Ledger:
             if node is None:
                 what = f"the {role} of {tap}" if tap else f"the {role}"
                 raise UnsupportedModelError(f"the input {value!r} takes part in {what}: it has no part there in GPT-2")
-            if why := allowed.get(node.op, adds_nothing)(self, node):
+            check = allowed.get(node.op, adds_nothing)
+            if check is not any_ and (why := check(self, node)):
                 raise self.refuse(node, role, tap, why)
             if value != node.outputs[0] and node.op not in ("Split", "SplitToSequence"):
                 raise self.refuse(node, role, tap, f"output {self.graph.output_index(value) + 1} has no part there")
-            self.enter(node, "rounding" if rounds(node) else role, tap)
+            if id(node) not in self.entries:  # the first role stays
+                self.entries[id(node)] = Entry(node, "rounding" if node.op in ROUNDS and rounds(node) else role, tap)
             pending.extend(node.inputs)
 
     def enter_sizes(self, value: str, tap: str = "") -> None:
@@ -110,9 +112,10 @@ class Ledger:
             check = SIZES.get(node.op)
             if check is None and not constant:
                 raise self.refuse(node, "arithmetic of sizes", tap, f"{node.op} has no part there")
-            if check is not None and (why := check(self, node)):
+            if check is not None and check is not any_ and (why := check(self, node)):
                 raise self.refuse(node, "constant" if constant else "arithmetic of sizes", tap, why)
-            self.enter(node, "constant" if constant else "sizes", "")
+            if id(node) not in self.entries:
+                self.entries[id(node)] = Entry(node, "constant" if constant else "sizes", "")
             if node.op not in ("Shape", "Size"):
                 pending.extend(node.inputs)
 
@@ -141,7 +144,7 @@ class Ledger:
 
     def is_fixed(self, name: str) -> bool:
         """Whether a value depends on no size that differs between calls."""
-        if self.graph.is_constant(name):
+        if name in self.graph.fixed:
             return True
         if name not in self._fixed:
             self._fixed[name] = self._find_fixed(name)
@@ -153,7 +156,7 @@ class Ledger:
             other = probe.evaluate(name)
             if here.shape != other.shape or (here != other).any():
                 return False
-        node = self.graph.producer(name)
+        node = self.graph.producers.get(name)
         if node is None:
             return False
         first = 1 if node.op in SELECTING else 0  # what is left of a vector of sizes may be fixed where others are not
@@ -170,7 +173,7 @@ class Ledger:
         pending, seen = [o.name for o in self.graph.outputs], set[str]()
         while pending:
             value = pending.pop()
-            node = self.graph.producer(value)
+            node = self.graph.producers.get(value)
             if not value or value in seen or node is None or value in self.graph.constants:  # the node was replaced
                 continue
             seen.add(value)

@@ -7,6 +7,7 @@ a new function in one of the lists.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -45,26 +46,26 @@ class LinearFound:
 
 def matrix(graph: Graph, name: str) -> Source | None:
     """A constant matrix (inputs, outputs); leading axes of one are dropped."""
-    if not name or not graph.is_constant(name):
+    if not name or name not in graph.fixed:
         return None
     source = constant_source(graph, name)
-    if len(source.shape) < 2 or int(np.prod(source.shape[:-2])) != 1:
+    if len(source.shape) < 2 or math.prod(source.shape[:-2]) != 1:
         return None
     return source.reshaped(source.shape[-2:])
 
 
 def vector(graph: Graph, name: str, size: int) -> Source | None:
     """A constant vector of that size; axes of one are dropped."""
-    if not name or not graph.is_constant(name):
+    if not name or name not in graph.fixed:
         return None
     source = constant_source(graph, name)
-    if source.shape and source.shape[-1] == size and int(np.prod(source.shape)) == size:
+    if source.shape and source.shape[-1] == size and math.prod(source.shape) == size:
         return source.reshaped((size,))
     return None
 
 
 def _gemm(graph: Graph, name: str) -> LinearFound | None:
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op not in ("Gemm", "com.microsoft.FusedGemm") or node.attributes.get("transA", 0):
         return None
     if node.attributes.get("activation"):
@@ -84,7 +85,7 @@ def _gemm(graph: Graph, name: str) -> LinearFound | None:
 
 
 def _matmul(graph: Graph, name: str) -> LinearFound | None:
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op not in PRODUCTS:
         return None
     weight = matrix(graph, node.inputs[1])
@@ -98,11 +99,11 @@ def _matmul(graph: Graph, name: str) -> LinearFound | None:
 
 def _biased(graph: Graph, name: str) -> LinearFound | None:
     """Any of the others, then Add with a vector."""
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op != "Add":
         return None
     for product, added in (node.inputs, node.inputs[::-1]):
-        if not graph.is_constant(added) or graph.is_constant(product):
+        if added not in graph.fixed or product in graph.fixed:
             continue
         linear = match_linear(graph, graph.strip(product))
         if linear is None:
@@ -115,17 +116,17 @@ def _biased(graph: Graph, name: str) -> LinearFound | None:
 
 def _scaled(graph: Graph, name: str) -> LinearFound | None:
     """A product, then Mul with one number or one per column: what is left of the scales of integer products."""
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op != "Mul":
         return None
     for product, factors in (node.inputs, node.inputs[::-1]):
-        if not graph.is_constant(factors) or graph.is_constant(product):
+        if factors not in graph.fixed or product in graph.fixed:
             continue
         linear = _matmul(graph, graph.strip(product, SAME))
         if linear is None or len(graph.consumers(product)) > 1:  # 0.5 * x of a GELU, whose x is read elsewhere too
             return None
         scale = constant_source(graph, factors)
-        if int(np.prod(scale.shape)) not in (1, linear.weight.shape[1]):
+        if math.prod(scale.shape) not in (1, linear.weight.shape[1]):
             return None
         return replace(linear, out=name, weight=linear.weight.times(scale))
     return None
@@ -133,7 +134,7 @@ def _scaled(graph: Graph, name: str) -> LinearFound | None:
 
 def _einsum(graph: Graph, name: str) -> LinearFound | None:
     """Sums over the last axes of x, with a weight of any rank: "btc,chd->bthd"."""
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op != "Einsum" or len(node.inputs) != 2:
         return None
     terms, _, out = node.attributes["equation"].replace(" ", "").replace("...", "").partition("->")
@@ -142,12 +143,12 @@ def _einsum(graph: Graph, name: str) -> LinearFound | None:
         new = [c for c in out if c not in x]
         summed = [c for c in x if c not in out]
         order = [*summed, *new]
-        shape = constant_shape(graph, weight) if graph.is_constant(weight) else ()
+        shape = constant_shape(graph, weight) if weight in graph.fixed else ()
         plain = x[len(x) - len(summed) :] == "".join(summed) and out == x[: len(x) - len(summed)] + "".join(new)
-        if not plain or sorted(order) != sorted(letters) or len(shape) != len(letters) or graph.is_constant(value):
+        if not plain or sorted(order) != sorted(letters) or len(shape) != len(letters) or value in graph.fixed:
             continue
         sizes = [shape[letters.index(c)] for c in order]
-        flat = int(np.prod(sizes[: len(summed)])), int(np.prod(sizes[len(summed) :]))
+        flat = math.prod(sizes[: len(summed)]), math.prod(sizes[len(summed) :])
         axes = [letters.index(c) for c in order]
         matrix = constant_source(graph, weight).then("Einsum", flat, lambda a: a.transpose(axes).reshape(flat))  # noqa: B023
         return LinearFound(value, name, matrix, None, node, summed=len(summed), sizes=tuple(sizes[len(summed) :]))
@@ -159,8 +160,8 @@ def _low_rank(graph: Graph, name: str) -> LinearFound | None:
 
     LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685), exported before it was merged.
     """
-    node = graph.producer(name)
-    if node is None or node.op != "Add" or any(graph.is_constant(i) for i in node.inputs):
+    node = graph.producers.get(name)
+    if node is None or node.op != "Add" or any(i in graph.fixed for i in node.inputs):
         return None
     for whole, branch in (node.inputs, node.inputs[::-1]):
         value = graph.strip(branch)
@@ -186,11 +187,14 @@ LINEAR_PATTERNS: dict[str, tuple[Callable[[Graph, str], LinearFound | None], ...
 
 def match_linear(graph: Graph, name: str) -> LinearFound | None:
     """The linear map that computes a value."""
-    node = graph.producers.get(name)
-    for pattern in () if node is None else LINEAR_PATTERNS.get(node.op, ()):
-        if (found := pattern(graph, name)) is not None:
-            return found
-    return None
+    if name not in graph.linears:
+        node, found = graph.producers.get(name), None
+        for pattern in () if node is None else LINEAR_PATTERNS.get(node.op, ()):
+            if (found := pattern(graph, name)) is not None:
+                break
+        graph.linears[name] = found
+    linear: LinearFound | None = graph.linears[name]
+    return linear
 
 
 def nearest_linears(graph: Graph, name: str) -> tuple[list[LinearFound], list[str]]:
@@ -200,18 +204,18 @@ def nearest_linears(graph: Graph, name: str) -> tuple[list[LinearFound], list[st
     seen, pending = {name}, [name]
     while pending:
         current = pending.pop(0)
-        if graph.is_input(current):
+        if current in graph.input_names:
             inputs.append(current)
             continue
         linear = match_linear(graph, current)
         if linear is not None:
             linears[linear.out] = linear
             continue
-        node = graph.producer(current)
+        node = graph.producers.get(current)
         if node is None or node.op in ("Shape", "Size"):
             continue
         for i in node.inputs[:1] if node.op in MOVES - {"Concat"} else node.inputs:  # not where it is cut
-            if i and i not in seen and not graph.is_constant(i):
+            if i and i not in seen and i not in graph.fixed:
                 seen.add(i)
                 pending.append(i)
     return list(linears.values()), inputs

@@ -27,7 +27,7 @@ class Lookup:
 
 def _slice(graph: Graph, name: str) -> Lookup | None:
     """Rows that follow each other."""
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op != "Slice":
         return None
     table = matrix(graph, node.inputs[0])
@@ -35,7 +35,7 @@ def _slice(graph: Graph, name: str) -> Lookup | None:
 
 
 def _gather(graph: Graph, name: str) -> Lookup | None:
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op != "Gather" or node.attributes.get("axis", 0) != 0:
         return None
     table = matrix(graph, node.inputs[0])
@@ -44,12 +44,12 @@ def _gather(graph: Graph, name: str) -> Lookup | None:
 
 def _dequantized_rows(graph: Graph, name: str) -> Lookup | None:
     """Rows of an integer table, then DequantizeLinear with one scale."""
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op not in ("DequantizeLinear", "com.microsoft.DequantizeLinear"):
         return None
     found = _gather(graph, node.inputs[0]) or _slice(graph, node.inputs[0])
     rest = [i for i in node.inputs[1:] if i]
-    if found is None or any(not graph.is_constant(i) or constant_shape(graph, i) not in ((), (1,)) for i in rest):
+    if found is None or any(i not in graph.fixed or constant_shape(graph, i) not in ((), (1,)) for i in rest):
         return None
 
     def dequantized(table: Array) -> Array:
@@ -61,7 +61,7 @@ def _dequantized_rows(graph: Graph, name: str) -> Lookup | None:
 
 def _folded(graph: Graph, name: str) -> Lookup | None:
     """Rows that were looked up when the file was made: positions of a fixed length, (T, C) or (1, T, C)."""
-    if not graph.is_constant(name) or name not in graph.constants:
+    if name not in graph.fixed or name not in graph.constants:
         return None
     table = matrix(graph, name)
     if table is None or table.shape[0] == 1:

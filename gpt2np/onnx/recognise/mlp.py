@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,7 +66,7 @@ def read_activation(probe: Probe, branch: Branch) -> tuple[str, float]:
     """Which function lies between the two maps of an MLP: that whose values come out; and how far off it is."""
     (fc,), out = branch.maps, branch.out
     shape = probe.known[fc.out].shape
-    size = int(np.prod(shape))
+    size = math.prod(shape)
     points = POINTS[:: -(-len(POINTS) // size)]
     (got,) = probe.run_with({fc.out: np.resize(points, shape)}, out.x)
     got = got.ravel()[: len(points)]
@@ -83,7 +84,7 @@ def read_activation(probe: Probe, branch: Branch) -> tuple[str, float]:
     rivals = sorted(errors.values())
     bfloat16 = probe.half and errors[best] < 4e-4 and errors[best] < 0.75 * rivals[1]
     if not errors[best] < (2e-4 if probe.half else 3e-5) and not bfloat16:
-        node = probe.graph.producer(probe.graph.strip(out.x)) or out.node
+        node = probe.graph.producers.get(probe.graph.strip(out.x)) or out.node
         what = f"{node.describe()} ends an activation that is none of {', '.join(errors)}; "
         what += f"nearest is {best}, off by up to {errors[best]:.2g}"
         probe.graph.object(UnsupportedModelError(what))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,14 +39,14 @@ class LayerNormFound:
 
 
 def _constant_vector(graph: Graph, name: str) -> Source | None:
-    if not name or not graph.is_constant(name):
+    if not name or name not in graph.fixed:
         return None
     source = constant_source(graph, name)
-    return source.reshaped(source.shape[-1:]) if source.shape and source.shape[-1] == np.prod(source.shape) else None
+    return source.reshaped(source.shape[-1:]) if source.shape and source.shape[-1] == math.prod(source.shape) else None
 
 
 def _fused_norm(graph: Graph, name: str) -> LayerNormFound | None:
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op not in ("LayerNormalization", "com.microsoft.LayerNormalization"):
         return None
     if graph.output_index(name) != 0:
@@ -56,29 +57,23 @@ def _fused_norm(graph: Graph, name: str) -> LayerNormFound | None:
 
 def _written_out_norm(graph: Graph, name: str) -> LayerNormFound | None:
     """Mean, difference, square, mean, root, quotient as nodes; then gain and bias."""
-    value, node = name, graph.producer(name)
+    value, node = name, graph.producers.get(name)
     parts: dict[str, Source | None] = {"Add": None, "Mul": None}
     for op in ("Add", "Mul"):
-        node = graph.producer(value)
+        node = graph.producers.get(value)
         if node is not None and node.op == op:
             for rest, vector in (node.inputs, node.inputs[::-1]):
                 source = _constant_vector(graph, vector)
-                if source is not None and not graph.is_constant(rest):
+                if source is not None and rest not in graph.fixed:
                     parts[op] = source
                     value = graph.strip(rest, SAME)
                     break
-    node = graph.producer(value)
+    node = graph.producers.get(value)
     if node is None or node.op not in ("Div", "Mul", "SimplifiedLayerNormalization", "RMSNormalization"):
         return None
-    if node.op in ("Div", "Mul") and any(graph.is_constant(i) for i in node.inputs):
+    if node.op in ("Div", "Mul") and any(i in graph.fixed for i in node.inputs):
         return None  # a scale, as of a quantised head
-    means = []
-    for depth, ancestor in enumerate(graph.ancestors(value)):
-        inner = graph.producer(ancestor)
-        if inner is not None and inner.op in MEANS:
-            means.append(inner)
-        if depth > 40:
-            break
+    means = [graph.producers[ancestor] for ancestor in graph.ancestors(value, ops=MEANS, limit=42)]
     if not means:
         return None
     x = next((m.inputs[0] for m in means if _is_mean_of_centred_input(graph, m, value)), None)
@@ -104,11 +99,11 @@ def _written_out_norm(graph: Graph, name: str) -> LayerNormFound | None:
 def _is_mean_of_centred_input(graph: Graph, mean: Node, value: str) -> bool:
     """Whether this is the mean that is taken off (not the mean of squares): its input reaches `value` by Sub."""
     minuend = graph.strip(mean.inputs[0], SAME)
-    for ancestor in list(zip(range(40), graph.ancestors(value), strict=False)):
-        node = graph.producer(ancestor[1])
-        if node is not None and node.op == "Sub" and graph.strip(node.inputs[0], SAME) == minuend:
+    for ancestor in graph.ancestors(value, ops=("Sub",), limit=40):
+        node = graph.producers[ancestor]
+        if graph.strip(node.inputs[0], SAME) == minuend:
             taken = graph.strip(node.inputs[1], SAME)
-            by = graph.producer(taken)
+            by = graph.producers.get(taken)
             if mean.op == "ReduceSum" and by is not None and by.op in ("Div", "Mul"):  # a sum, then 1 / C
                 taken = graph.strip(by.inputs[0], SAME)
             return taken in mean.outputs
@@ -141,12 +136,12 @@ def _rearranged_norm(graph: Graph, name: str) -> LayerNormFound | None:
 
     Gain and bias are those vectors with which a layer norm comes out.
     """
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op not in ("Add", "Sub", "Mul"):
         return None
-    near = [graph.producer(a) for _, a in zip(range(25), graph.ancestors(name), strict=False)]
-    for x in dict.fromkeys(graph.strip(n.inputs[0], SAME) for n in near if n is not None and n.op in MEANS):
-        between = [graph.producer(a) for _, a in zip(range(40), graph.ancestors(name, {x}), strict=False) if a != x]
+    near = [graph.producers[a].inputs[0] for a in graph.ancestors(name, ops=MEANS, limit=25)]
+    for x in dict.fromkeys(graph.strip(n, SAME) for n in near):
+        between = [graph.producers.get(a) for a in graph.ancestors(name, {x}, limit=40) if a != x]
         inputs = dict.fromkeys(i for n in between if n is not None for i in n.inputs if i)
         found = {i: _constant_vector(graph, i) for i in inputs}
         vectors = {i: source for i, source in found.items() if source is not None and source.shape[0] > 1}
@@ -166,12 +161,12 @@ def _rearranged_norm(graph: Graph, name: str) -> LayerNormFound | None:
 
 def _changed_norm(graph: Graph, name: str) -> LayerNormFound | None:
     """Any of the others, then one more bias."""
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or node.op != "Add":
         return None
     for value, added in (node.inputs, node.inputs[::-1]):
         bias = _constant_vector(graph, added)
-        if bias is None or graph.is_constant(value):
+        if bias is None or value in graph.fixed:
             continue
         norm = match_layer_norm(graph, graph.strip(value, SAME))
         if norm is not None and (norm.weight or norm.bias or bias).shape == bias.shape:
@@ -189,7 +184,8 @@ LAYER_NORM_PATTERNS: list[Callable[[Graph, str], LayerNormFound | None]] = [
 
 def match_layer_norm(graph: Graph, name: str) -> LayerNormFound | None:
     """The layer norm that computes a value."""
-    for pattern in LAYER_NORM_PATTERNS:
-        if (found := pattern(graph, name)) is not None:
-            return found
-    return None
+    if name not in graph.norms:
+        found = (pattern(graph, name) for pattern in LAYER_NORM_PATTERNS)
+        graph.norms[name] = next((norm for norm in found if norm is not None), None)
+    norm: LayerNormFound | None = graph.norms[name]
+    return norm

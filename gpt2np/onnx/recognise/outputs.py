@@ -40,7 +40,7 @@ def find_outputs(
                 found = _present(probe, output.name, layer, attentions[layer])
         found = found or _tapped(probe, output.name, taps)
         if found is None:
-            node = graph.producer(output.name)
+            node = graph.producers.get(output.name)
             where = f" ({node.describe()})" if node else ""
             raise UnsupportedModelError(
                 f"output {output.name!r}{where} is neither hidden states, logits, nor keys and values"

@@ -83,21 +83,19 @@ class Probe:
         self.base = _Shapes(graph, {}, self.touched)  # what follows from them, kept
         self.sizes, ids_shape = sizes_allowed(graph, inputs, wanted)
         self.B, self.T, self.P = self.sizes.B, self.sizes.T, self.sizes.P
-        # rounding to 16 bits is the file's own
-        self.half = any(t.dtype.itemsize == 2 and t.dtype.kind not in "iub" for t in graph.initializers.values())
+        self.half = inputs.half
         self._computed: dict[str, Array] = {}  # sizes, and what follows from them
         self._feed_inputs(ids_shape)
 
     def _feed_inputs(self, sizes: list[int]) -> None:
-        maps = [m for layer in self.borders.layers for branch in layer for m in (*branch.maps, branch.out)]
-        width = max(m.weight.shape[-1] for m in maps)
+        width = self.borders.width
         (ids,) = self.inputs.named("input_ids")
         self._check_room(ids, (self.B, self.sizes.S, width))
         for port in self.graph.inputs:
             role, shape = self.roles[port.name][0], declared_shape(port)
             dtype = element_type(port)
             if role == "input_ids":
-                self.know(port.name, np.arange(np.prod(sizes)).reshape(sizes).astype(dtype))
+                self.know(port.name, np.arange(math.prod(sizes)).reshape(sizes).astype(dtype))
             elif role == "token_type_ids":
                 self.know(port.name, np.zeros(sizes, dtype))
             elif role == "position_ids":
@@ -152,8 +150,8 @@ class Probe:
             like = self.alike[i]
             if like is not None and shape == self.known[borders.layers[like.first][0].norm.x].shape:
                 for branch, first in zip(layer, borders.layers[like.first], strict=True):
-                    for value, placed in zip(branch.borders(), first.borders(), strict=True):
-                        self.know(value, self.known[placed])
+                    for value, placed in zip(branch.borders, first.borders, strict=True):
+                        self.known[value] = self.base.values[value] = self.known[placed]
                 continue
             self.alike[i] = None
             for branch in layer:
@@ -185,12 +183,12 @@ class Probe:
 
     def evaluate(self, name: str) -> Array:
         """A value of the probe; activations are NaN, only their shape counts."""
-        return self.base(name)
+        return self.base.value(name)
 
     def run_with(self, feeds: dict[str, Array], *names: str) -> list[Array]:
         """Values of the probe, with some values replaced."""
         evaluator = self.evaluator(feeds)
-        return [evaluator(name) for name in names]
+        return list(map(evaluator.value, names))
 
     def evaluator(self, feeds: dict[str, Array]) -> Evaluator:
         """The probe, with some values replaced."""
@@ -205,7 +203,7 @@ class Probe:
     def rows(self, lookup: Lookup, feeds: dict[str, Array] | None = None) -> Array:
         """Which rows of its table a lookup takes."""
         if lookup.rows:
-            return Evaluator(self.graph, {**self.known, **(feeds or {})}, self.touched)(lookup.rows)
+            return Evaluator(self.graph, {**self.known, **(feeds or {})}, self.touched).value(lookup.rows)
         numbered = np.arange(lookup.table.shape[0], dtype=np.float64)[:, None]
         known = {n: v for n, v in self.known.items() if n != lookup.out}
         evaluator = Evaluator(self.graph, {**known, **(feeds or {}), lookup.node.inputs[0]: numbered})
@@ -224,34 +222,38 @@ ELEMENTWISE = frozenset(
 class _Shapes(Evaluator):
     """An evaluator that makes no array of what is unknown anyway."""
 
-    def run(self, node: Node) -> None:
-        if node.op in ELEMENTWISE:
-            inputs = [self.values[i] for i in node.inputs if i]
-            if any(map(is_unknown, inputs)):
-                self.values[node.outputs[0]] = unknown(_broadcast(node, [a.shape for a in inputs]))
-                return
-        elif node.op == "Concat":
-            inputs = [self.values[i] for i in node.inputs]
-            if all(map(is_unknown, inputs)) and len({a.ndim for a in inputs}) == 1:
-                shape, axis = list(inputs[0].shape), node.attributes["axis"]
-                shape[axis] = sum(a.shape[axis] for a in inputs)
-                self.values[node.outputs[0]] = unknown(shape)
-                return
-        super().run(node)
+    short = ELEMENTWISE | {"Concat"}
+
+    def shorten(self, node: Node) -> bool:
+        inputs, known = [], 0
+        for i in node.inputs:
+            if i:
+                array = self.values[i]
+                inputs.append(array)
+                known += not (array.dtype == np.float64 and array.ndim and not any(array.strides))  # see `unknown`
+        if node.op == "Concat":
+            if known or len({a.ndim for a in inputs}) != 1:
+                return False
+            sizes, axis = list(inputs[0].shape), node.attributes["axis"]
+            sizes[axis] = sum(a.shape[axis] for a in inputs)
+            shape = tuple(sizes)
+        elif known == len(inputs):
+            return False
+        else:
+            shape = inputs[0].shape
+            for a in inputs[1:]:
+                if a.shape != shape and (a.size != 1 or a.ndim > len(shape)):
+                    shape = _broadcast(node, [a.shape for a in inputs])
+                    break
+        self.values[node.outputs[0]] = unknown(shape)
+        return True
 
 
 def _broadcast(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    if all(shape == shapes[0] for shape in shapes):
-        return shapes[0]
     try:
         return np.broadcast_shapes(*shapes)
     except ValueError as error:
         raise UnsupportedModelError(f"{node.describe()} cannot be evaluated on {shapes}: {error}") from error
-
-
-def is_unknown(array: Array) -> bool:
-    """Whether this was made by `unknown`, or is a view of such a value."""
-    return array.dtype == np.float64 and array.ndim > 0 and not any(array.strides)
 
 
 def unknown(shape: Sequence[int]) -> Array:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -28,7 +26,7 @@ class Product:
 
 def match_product(graph: Graph, name: str) -> Product | None:
     """The product of two values neither of which is constant."""
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     if node is None or len(node.inputs) < 2:
         return None
     a, b = node.inputs[:2]
@@ -36,7 +34,7 @@ def match_product(graph: Graph, name: str) -> Product | None:
     if node.op not in PRODUCTS or attributes.get("transA", 0):
         return None
     transposed, alpha = bool(attributes.get("transB", 0)), attributes.get("alpha", 1.0)
-    if graph.is_constant(a) or graph.is_constant(b):
+    if a in graph.fixed or b in graph.fixed:
         return None
     return Product(a, b, transposed, alpha, name, node)
 
@@ -53,36 +51,28 @@ class AttentionCore:
     node: Node
 
 
-def _nearest(graph: Graph, name: str, accept: Callable[[str], Any], limit: int = 400) -> Any:
-    """What `accept` returns for the nearest ancestor that it accepts."""
-    for count, ancestor in enumerate(graph.ancestors(name)):
-        if (found := accept(ancestor)) is not None:
+def _nearest(graph: Graph, name: str, limit: int) -> Product | None:
+    """The nearest product among so many values that a value depends on."""
+    for ancestor in graph.ancestors(name, ops=PRODUCTS, limit=limit):
+        if (found := match_product(graph, ancestor)) is not None:
             return found
-        if count > limit:
-            break
     return None
 
 
 def match_attention(graph: Graph, name: str) -> AttentionCore | None:
     """Attention, looked for behind the input of c_proj."""
-    heads: Product | None = _nearest(graph, name, lambda n: match_product(graph, n), 40)
+    heads = _nearest(graph, name, 42)
     if heads is None:
         return None
-
-    def softmax(value: str) -> Node | None:
-        node = graph.producer(value)
-        return node if node is not None and node.op == "Softmax" else None
-
-    node: Node | None = _nearest(graph, heads.a, softmax, 40)
-    if node is None:
-        return None
-    between = []
-    for ancestor in graph.ancestors(heads.a):
-        if ancestor == node.outputs[0]:
+    guarded = False
+    for value in graph.ancestors(heads.a, ops=("Softmax", "IsNaN"), limit=42):
+        node = graph.producers[value]
+        if node.op == "Softmax":
             break
-        between.append(graph.producer(ancestor))
-    guarded = any(n is not None and n.op == "IsNaN" for n in between)
-    scores: Product | None = _nearest(graph, node.inputs[0], lambda n: match_product(graph, n), 200)
+        guarded = True
+    else:
+        return None
+    scores = _nearest(graph, node.inputs[0], 202)
     if scores is None:
         return None
     return AttentionCore(scores, node.inputs[0], heads.a, heads, guarded, node)

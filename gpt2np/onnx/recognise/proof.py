@@ -8,6 +8,7 @@ columns, so that nothing large is made of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -81,10 +82,10 @@ def prove_ids(probe: Probe) -> None:
     dtype, shape = probe.known[name].dtype, probe.known[name].shape
     port = next(p for p in probe.graph.inputs if p.name == name)
     free = [i for i, size in enumerate(declared_shape(port)) if not (isinstance(size, int) and size > 0)]
-    others = int(np.prod(shape)) // (shape[free[-1]] if free else 1)
+    others = math.prod(shape) // (shape[free[-1]] if free else 1)
     length = min(-(-V // others), AT_ONCE) if free else 1
     sizes = [length if free and i == free[-1] else size for i, size in enumerate(shape)]
-    step = int(np.prod(sizes))
+    step = math.prod(sizes)
     for start in range(0, V, step):
         ids = (np.arange(start, start + step) % V).astype(dtype).reshape(sizes)
         rows = probe.rows(words, {name: ids})
@@ -214,7 +215,7 @@ def _cache_codes(probe: Probe, i: int, found: AttentionFound, rows: bool) -> tup
 
 def _same(array: Array, shape: tuple[int, ...], code: Array, factor: float) -> bool:
     """Whether an array of any leading axes holds a code, (B, H, T, D) or broadcast to that, times a factor."""
-    if array.size != int(np.prod(shape)) or array.shape[-2:] != shape[-2:]:
+    if array.size != math.prod(shape) or array.shape[-2:] != shape[-2:]:
         return False
     array = array.reshape(shape)
     return bool((array == code).all() if factor == 1 else np.allclose(array, code * factor, rtol=1e-9, atol=0))

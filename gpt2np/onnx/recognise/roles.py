@@ -82,10 +82,13 @@ def _fixed(ledger: Ledger, node: Node) -> str:
 def _guard(ledger: Ledger, node: Node) -> str:
     """Where(IsNaN(x), 0, x), as exporters write it for rows that may see no key."""
     graph = ledger.graph
-    asked = graph.producer(graph.strip(node.inputs[0], frozenset({"Identity"})))
+    asked = graph.producers.get(graph.strip(node.inputs[0], frozenset({"Identity"})))
     same = asked is not None and asked.op == "IsNaN" and graph.strip(asked.inputs[0]) == graph.strip(node.inputs[2])
     zero = small(graph, node.inputs[1])
     return "" if same and zero is not None and zero.size == 1 and not zero.any() else "it is no guard against NaN"
+
+
+ROUNDS = frozenset({"Cast", "Identity"})  # operators that `rounds` tells apart
 
 
 def rounds(node: Node) -> bool:
@@ -102,7 +105,7 @@ def adds_nothing(ledger: Ledger, node: Node) -> str:
         return f"{node.op} has no part there in GPT-2"
     value, other = (node.inputs[i] for i in (data[0], 1 - data[0]))
     probe = ledger.probes[0]
-    if not ledger.graph.is_constant(other) or not (probe.evaluate(other) == neutral).all():
+    if other not in ledger.graph.fixed or not (probe.evaluate(other) == neutral).all():
         return f"{node.op} has no part there in GPT-2"
     same = probe.evaluate(node.outputs[0]).shape == probe.evaluate(value).shape
     return "" if same else f"it makes {probe.evaluate(value).shape} {probe.evaluate(node.outputs[0]).shape}"

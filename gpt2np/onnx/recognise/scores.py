@@ -93,7 +93,7 @@ def read_masks(probe: Probe, attentions: Sequence[AttentionFound], half: bool) -
                 given, cut, error = [(shape, is_cut)], is_cut, None
                 break
         if error is not None:
-            node = probe.graph.producer(core.masked)
+            node = probe.graph.producers.get(core.masked)
             where = node.describe() if node else repr(core.masked)
             probe.graph.object(UnsupportedModelError(f"{where}: the mask of layer {i}: {error}"))
         usual = attention.heads[1] ** -0.5

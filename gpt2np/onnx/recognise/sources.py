@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -155,7 +156,7 @@ def constant_source(graph: Graph, name: str) -> Source:
         if current in graph.constants:
             if current not in origin and current not in graph.synthetic:
                 origin.append(current)
-        elif (node := graph.producer(current)) is not None:
+        elif (node := graph.producers.get(current)) is not None:
             if node.op != "Identity":
                 steps.insert(0, node.attributes.get("written_as", node.op))
             pending.extend(i for i in node.inputs if i)
@@ -165,7 +166,7 @@ def constant_source(graph: Graph, name: str) -> Source:
         if not isinstance(value, Tensor):
             return Source(graph.shape(direct), (direct,), (), lambda: np.array(value))
         return Source(value.shape, (direct,), (), value.load, value if value.dtype.kind == "f" else None)
-    origin.sort(key=lambda o: -int(np.prod(graph.shape(o))))  # the weight itself before its scales
+    origin.sort(key=lambda o: -math.prod(graph.shape(o)))  # the weight itself before its scales
     shape = constant_shape(graph, name)
 
     def read() -> Array:
@@ -181,7 +182,7 @@ def constant_shape(graph: Graph, name: str) -> tuple[int, ...]:
     """Shape of a constant value, found without reading large tensors where the nodes are common ones."""
     if name in graph.constants:
         return graph.shape(name)
-    node = graph.producer(name)
+    node = graph.producers.get(name)
     assert node is not None, name
     if node.op in ("Identity", "Cast", "CastLike", "DequantizeLinear", "com.microsoft.DequantizeLinear"):
         return constant_shape(graph, node.inputs[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -98,7 +99,7 @@ def find_leftovers(
         if name in used:
             continue
         floating = is_float(np.empty(0, tensor.dtype)) if tensor.dtype.kind != "O" else False
-        size = int(np.prod(tensor.shape))
+        size = math.prod(tensor.shape)
         if head is not None and name in head.origin:
             ignored.append((name, "the head: the same bytes as wte"))
         elif name in touched:
