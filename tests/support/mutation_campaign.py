@@ -250,6 +250,7 @@ class Campaign:
     bases: dict[str, Base]
     seed: int = 0
     sound: bool = False
+    first: int = 0  # the number to begin with: a campaign that was ended goes on from there
     counts: Counter[str] = field(default_factory=Counter)
 
     def make(self, base: Base, number: int) -> tuple[str, onnx.ModelProto] | None:
@@ -289,7 +290,7 @@ class Campaign:
 
     def run(self, count: int, folder: Path) -> Iterator[Finding]:
         """`count` mutants that run, of the bases in turn."""
-        yield from self._count(count, (self.one(self.base(n), n, folder) for n in itertools.count()))
+        yield from self._count(count, (self.one(self.base(n), n, folder) for n in itertools.count(self.first)))
 
     def base(self, number: int) -> Base:
         return list(self.bases.values())[number % len(self.bases)]
@@ -299,7 +300,7 @@ class Campaign:
         yield from self._count(count, self._apart(folder, workers))
 
     def _apart(self, folder: Path, workers: int) -> Iterator[Finding | None]:
-        numbers = itertools.count()
+        numbers = itertools.count(self.first)
         while True:
             with ProcessPoolExecutor(workers, get_context("spawn"), _start, (self, folder)) as pool:
                 waiting: deque[tuple[int, Future[Finding | None]]] = deque()
@@ -331,6 +332,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="begin with this number: go on with one that was ended")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--base", action="append", help="only this file; may be repeated")
     parser.add_argument("--sound", action="store_true", help="harmless rewrites, which must load")
@@ -350,7 +352,7 @@ def main() -> int:
             print(campaign.one(base, int(number), folder))
             return 0
         bases = {name: Base(name, path) for name, path in files.items() if not args.base or name in args.base}
-        campaign = Campaign(bases, args.seed, args.sound)
+        campaign = Campaign(bases, args.seed, args.sound, args.first)
         for finding in campaign.run_apart(args.count, folder, args.workers):
             if args.all or finding.verdict.word.isupper():
                 print(f"{finding.verdict.word} {finding.name} {finding.what}: {finding.verdict.why}", flush=True)
