@@ -45,6 +45,8 @@ class MaskRule:
     # scores give, or what the scores give without a mask.
     blind_rows: Literal["zeros", "nan", "masked", "unmasked"] = "zeros"
     adds: bool = False  # attention_mask is added to the scores: it does not say 1 or 0
+    # What other layers have in the place of `value`: it does not matter as long as scores stay away from all of them.
+    others: tuple[float, ...] = ()
 
     def describe(self) -> str:
         """One phrase about later keys, as `gpt2np info` prints it."""
@@ -54,6 +56,7 @@ class MaskRule:
             "none": "later keys are not masked",
             "given": "attention_mask says which keys each query sees",
         }[self.kind]
+        text += "".join(f", in some layers {value:g}" for value in self.others)
         return f"{text}, where query i sees keys up to i{self.shift:+d}" if self.shift else text
 
     @property
@@ -63,7 +66,8 @@ class MaskRule:
 
     def effects(self, attention_mask: Array | None) -> list[Effect]:
         """What may happen to hidden scores in a call."""
-        effects = [] if self.kind == "none" else [(float(self.kind == "added"), self.value)]
+        later = () if self.kind == "none" else (self.value, *self.others)
+        effects = [(float(self.kind == "added"), value) for value in later]
         if attention_mask is not None:
             effects += [self.padding, self.padding_later]
             if attention_mask.ndim == 4 and attention_mask.dtype.kind == "f":
@@ -106,9 +110,17 @@ class Mask:
 
     added: Array  # (B, 1, T, S)
     keep: Array | None = None  # (B, 1, T, S) bool
+    safe: SafeScores | None = None  # scores must be so
 
     def __call__(self, scores: Array) -> Array:
-        """Masked scores, (B, H, T, S)."""
+        """Masked scores, (B, H, T, S); raises ScoresReachMask where they are not `safe`."""
+        if self.safe is not None:
+            seen = ~np.isneginf(self.added)
+            highest = np.where(seen, scores, -np.inf).max(axis=-1)
+            hidden = np.where(seen, -np.inf, scores).max(axis=-1) + self.safe.added
+            wrong = (highest < self.safe.lowest) | (highest > self.safe.highest) | (highest < hidden)
+            if (wrong & seen.any(axis=-1)).any():
+                raise ScoresReachMask
         kept = scores if self.keep is None else np.where(self.keep, scores, 0)
         return np.asarray(kept + self.added)
 
@@ -141,8 +153,9 @@ def mask_for(
     """The mask of T new positions over S keys, or None where that is the causal mask alone.
 
     It is what the file's graph does, as the rule describes it, with -inf for every hidden score that cannot be
-    noticed in the result while scores are safe (`MaskRule.safe_scores`); `whole`: without this shortcut. A row of -inf
-    alone gives zeros. `attention_mask`: as `call.checked_call` returns it.
+    noticed in the result while scores are safe (`MaskRule.safe_scores`); `whole`: without this shortcut, or, where
+    layers differ, with a check that scores are safe. A row of -inf alone gives zeros. `attention_mask`: as
+    `call.checked_call` returns it.
     """
     if rule.is_causal and attention_mask is None and not whole:
         return None
@@ -184,10 +197,11 @@ def mask_for(
         factor[unseen], mask[unseen] = 1, 0
 
     # 3. The same in numbers of `dtype`, with -inf where no one can tell.
-    if not whole:
+    if not whole or rule.others:
         mask[~blind & (mask < NEGLIGIBLE)] = -np.inf
     mask[np.isfinite(mask) & (mask < -1e300)] = np.finfo(dtype).min  # the lowest number in a float64 file
     with np.errstate(over="ignore"):  # twice float32's lowest number is -inf, in the graph too
         mask = mask.astype(dtype)
     keep = (factor == 1) | np.isinf(mask) | (mask < FAR)  # a score vanishes beside such a number
-    return Mask(mask, None if keep.all() else keep)
+    safe = rule.safe_scores(attention_mask, dtype) if whole and rule.others else None
+    return Mask(mask, None if keep.all() else keep, safe)

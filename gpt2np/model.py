@@ -19,7 +19,7 @@ from . import reference
 from .cache import KVCache
 from .call import Call, check_ids, check_positions, checked_call
 from .config import GPT2Config
-from .errors import ContextOverflowError, InputError, ModelFileError, TokenizerError
+from .errors import ContextOverflowError, InputError, ModelFileError, TokenizerError, UnsupportedModelError
 from .masks import ScoresReachMask, mask_for
 from .paths import embedded_model_path
 from .weights import Array, GPT2Weights, WeightSources, assemble, check_sources
@@ -193,7 +193,13 @@ class GPT2:
                     return self._computed(self._kernels, self._weights, call, cache, logits, mask, watch, safe)
         mask = mask_for(rule, hidden, B, T, start + T, self.dtype, whole=rule.can_be_noticed(hidden))
         textbook = reference if self.engine == "numba" else self._kernels
-        return self._computed(textbook, self.weights, call, cache, logits, mask or reference.causal_mask, watch)
+        try:
+            return self._computed(textbook, self.weights, call, cache, logits, mask or reference.causal_mask, watch)
+        except ScoresReachMask:
+            values = ", ".join(f"{value:g}" for value in (rule.value, *rule.others))
+            raise UnsupportedModelError(
+                f"scores come near the numbers that hide later keys, which differ between the layers ({values})"
+            ) from None
 
     def _computed(
         self, kernels: ModuleType, w: GPT2Weights, call: Call, cache: KVCache, logits: bool | Literal["last"], *how: Any

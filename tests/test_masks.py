@@ -1,11 +1,13 @@
 """Masks of a finite number hide a key only while scores keep away from that number."""
 
 import numpy as np
+import onnx
 import pytest
 
 import gpt2np
 from gpt2np import reference
 from gpt2np.convert.writer import write_model
+from gpt2np.errors import UnsupportedModelError
 from gpt2np.masks import CAUSAL, MaskRule, SafeScores, mask_for
 from gpt2np.model import GPT2
 from gpt2np.session import InferenceSession
@@ -109,3 +111,43 @@ def test_padded_queries_that_see_nothing_take_the_kernels_too():
     got, expected = (m(padded, attention_mask=keep, position_ids=positions) for m in (model, textbook))
     np.testing.assert_allclose(got.last_hidden_state, expected.last_hidden_state, 1e-4, 1e-4)
     np.testing.assert_array_equal(got.logits[:, 3:], model(ids).logits)
+
+
+def mixed(path, values, sources):
+    """A file whose layers hide later keys by these numbers."""
+    write_model(path, tiny_config(n_layer=len(values)), sources, opset=10, lm_head=False)
+    model = onnx.load(path)
+    makers = {output: node for node in model.graph.node for output in node.output}
+    for i, value in enumerate(values):
+        tensor = makers[f"/h.{i}/attn/Constant_24_output_0"].attribute[0].t
+        assert onnx.numpy_helper.to_array(tensor) == 1e4
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.float32(-value)))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy"])
+def test_layers_may_hide_keys_by_different_numbers(tmp_path, engine):
+    """-65504 in one layer and -10000 in another: the same model, as long as no score comes near them."""
+    path = mixed(tmp_path / "model.onnx", (-65504.0, -1e4, -1e9), tiny_sources(tiny_config(n_layer=3)))
+    session = InferenceSession(path, engine=engine)
+    assert any("-10000, -65504, -1e+09" in note for note in session.model.recognised.notes)
+    for sizes in ((2, 9), (1, 1), (1, 20)):
+        feeds = feeds_for(session.model.recognised, *sizes)
+        np.testing.assert_allclose(session.run(None, feeds)[0], runtime(path).run(None, feeds)[0], 1e-3, 1e-5)
+    cache = session.model.new_cache()
+    one_by_one = np.stack([session.model.next_logits([token], cache) for token in (3, 1, 4)], axis=1)
+    np.testing.assert_allclose(one_by_one, session.model([[3, 1, 4]]).logits, 1e-3, 1e-4)
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy"])
+@pytest.mark.parametrize("factor", [100, 1e4])
+def test_scores_near_numbers_that_differ_between_layers_are_refused(tmp_path, engine, factor):
+    session = InferenceSession(mixed(tmp_path / "model.onnx", (-65504.0, -1e4), far_out(factor)), engine=engine)
+    with pytest.raises(UnsupportedModelError, match=r"differ between the layers \(-10000, -65504\)"):
+        session.run(None, feeds_for(session.model.recognised, 2, 9))
+
+
+def test_numbers_that_do_not_hide_keys_must_be_the_same(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="layer 1 is masked otherwise"):
+        InferenceSession(mixed(tmp_path / "model.onnx", (-1e4, -5.0), tiny_sources(tiny_config())))

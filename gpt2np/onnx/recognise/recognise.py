@@ -171,7 +171,7 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
         taps[f"h.{i}.attn.scores"] = scores_tap(probe, core, attended.heads[0], attended.scale, masks[i].scale)
 
     # 3. What it is, and what is left over
-    config, odd = make_config(graph, sources, epsilons, attentions, mlps, masks, head.tied, offset)
+    config, odd = make_config(graph, sources, epsilons, attentions, mlps, masks, head.tied, offset, bool(inputs.mask))
     notes += odd
     check_shapes(sources, config)
     output_roles = find_outputs(probe, caches, attentions, taps)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ...config import GPT2Config
 from ...errors import UnsupportedModelError, WeightError
+from ...masks import MaskRule
 from ...weights import weight_shapes
 from ..evaluate.operators import is_float
 from ..graph import Graph
@@ -29,6 +31,7 @@ def make_config(
     masks: Sequence[MaskFound],
     tied: bool,
     offset: int,
+    takes_mask: bool,
 ) -> tuple[GPT2Config, list[str]]:
     """The hyper-parameters, and notes of what is odd about them."""
     V, C = sources["wte.weight"].shape
@@ -36,10 +39,11 @@ def make_config(
     H, D = heads[0]
     if len(set(heads)) > 1:
         raise UnsupportedModelError(f"the layers have different heads: {sorted(set(heads))}")
-    mask = Counter(found.mask for found in masks).most_common(1)[0][0]
+    rules = masks_in_common([found.mask for found in masks], takes_mask)
+    mask = Counter(rules).most_common(1)[0][0]
     for i, found in enumerate(masks):
-        if found.mask != mask:
-            usual = next(j for j, other in enumerate(masks) if other.mask == mask)
+        if rules[i] != mask:
+            usual = rules.index(mask)
             what = f"layer {i} is masked otherwise ({found.mask.describe()}) than layer {usual} ({mask.describe()})"
             graph.object(UnsupportedModelError(what))
     activations = {i: found.activation for i, found in enumerate(mlps)}
@@ -51,6 +55,9 @@ def make_config(
     overrides += [(f"h.{i}.mlp.activation", a) for i, a in activations.items() if a != activation]
     overrides += [(f"h.{i}.attn.scale", s) for i, s in scales.items() if s != scale]
     notes = [f"{n} is {v}, unlike in the other layers" for n, v in overrides]
+    if mask.others:
+        values = ", ".join(f"{value:g}" for value in (mask.value, *mask.others))
+        notes.append(f"layers hide later keys by different numbers: {values}")
     if mask.shift:
         notes.append(f"query i sees keys up to i{mask.shift:+d}: GPT-2 sees keys up to i")
     if not np.isclose(scale, D**-0.5, rtol=1e-3):
@@ -72,6 +79,19 @@ def make_config(
         overrides=tuple(overrides),
     )
     return config, notes
+
+
+def masks_in_common(masks: Sequence[MaskRule], takes_mask: bool) -> list[MaskRule]:
+    """The layers' masks; one rule for all where they differ only in numbers that are far below any score.
+
+    With an attention_mask a query may see no key, and then such a number decides what it gets.
+    """
+    first = masks[0]
+    values = sorted({mask.value for mask in masks}, reverse=True)
+    alike = [replace(mask, value=first.value, blind_rows=first.blind_rows) == first for mask in masks]
+    if takes_mask or len(values) == 1 or not all(alike) or not all(mask.is_causal for mask in masks):
+        return list(masks)
+    return [replace(mask, value=values[0], blind_rows="masked", others=tuple(values[1:])) for mask in masks]
 
 
 def _usual(found: Mapping[Any, Any], gpt2: Any) -> Any:
