@@ -148,7 +148,9 @@ def test_casts_to_16_bits_are_entered_as_rounding(tmp_path):
             form.nodes.insert(0, helper.make_node("Cast", ["half"], ["ln_f.bias"], to=FLOAT))
         path = form.save(tmp_path / "model.onnx")
         if half:
-            assert [e.node.outputs for e in read(path).ledger if e.role == "rounding"] == [("rounded",)]
+            found = read(path)
+            assert [e.node.outputs for e in found.ledger if e.role == "rounding"] == [("rounded",)]
+            assert "rounds values to 16 bits, by 1 Cast nodes (at embed)" in " ".join(found.notes)
         else:
             with pytest.raises(UnsupportedModelError, match="rounds to 16 bits in a file whose weights have more"):
                 read(path)
@@ -206,3 +208,84 @@ def test_keys_that_show_only_behind_a_longer_past_are_noticed(tmp_path, hidden):
     form.head(form.blocks(form.embed(ids, "past_key_0", 2), forms.written_out(capped, past=True)))
     with pytest.raises(UnsupportedModelError, match="the mask of layer 0"):
         read(form.save(tmp_path / "model.onnx"))
+
+
+@pytest.mark.parametrize("change", ["", "bool", "int8", "Mod", "reversed"])
+def test_token_types_must_be_those_that_are_given(tmp_path, change):
+    form = forms.Form()
+    ids, types = (form.input(name, np.int64, "B", "T") for name in ("ids", "token_type_ids"))
+    if change in ("bool", "int8"):
+        there = form.op("Cast", types, to=TensorProto.BOOL if change == "bool" else TensorProto.INT8)
+        types = form.op("Cast", there, to=TensorProto.INT64)
+    elif change == "Mod":
+        types = form.op("Mod", types, form.constant(2, np.int64))
+    elif change == "reversed":
+        types = form.op("Slice", types, form.ints(-1), form.ints(-(2**62)), form.ints(1), form.ints(-1))
+    x = form.op("Add", form.embed(ids), form.op("Gather", "wte.weight", types))
+    form.head(form.blocks(x, forms.written_out(forms.causal)))
+    path = form.save(tmp_path / "model.onnx")
+    if change in ("", "int8"):  # its vocabulary is small
+        assert [p.role for p in read(path).inputs] == ["input_ids", "token_type_ids"]
+    else:
+        with pytest.raises(UnsupportedModelError):
+            read(path)
+
+
+@pytest.mark.parametrize("where", ["before", "behind", "not at all"])
+def test_an_activation_that_changes_with_the_length_is_refused(tmp_path, where):
+    class Form(forms.Form):
+        def op(self, op, *inputs, **how):
+            if op != "Gelu" or where == "not at all":
+                return super().op(op, *inputs, **how)
+            share = super().op(
+                "Div", super().op("Cast", self.size(inputs[0], 1), to=FLOAT), self.constant(4.0, np.float32)
+            )
+            x = super().op("Mul", inputs[0], share) if where == "before" else inputs[0]
+            x = super().op("Gelu", x, **how)
+            return super().op("Mul", x, share) if where == "behind" else x
+
+    form = Form()
+    form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), forms.written_out(forms.causal)))
+    path = form.save(tmp_path / "model.onnx")
+    if where == "not at all":
+        read(path)
+    else:
+        with pytest.raises(UnsupportedModelError, match="changes with the number of positions"):
+            read(path)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("change", ["", "weight", "bias", "norm"])
+def test_keys_that_are_handed_out_come_from_the_weights_that_are_used(tmp_path, layer, change):
+    """A second copy of c_attn may make the presents, as optimisers leave it; another map may not."""
+
+    def attention(form, i, x):
+        q, k, v = (forms.split_heads(form, part) for part in forms.qkv(form, i, x))
+        names = {part: f"h.{i}.attn.c_attn.{part}" for part in ("weight", "bias")}
+        if change in names and i == layer:
+            held = numpy_helper.to_array(next(t for t in form.initializers if t.name == names[change])).copy()
+            held.flat[-1] += 0.5
+            names[change] = form.constant(held)
+        source = form.op("Mul", x, form.constant(1.5, np.float32)) if change == "norm" and i == layer else x
+        again = form.op("Add", form.op("MatMul", source, names["weight"]), names["bias"])
+        parts = [f"again_{what}_{i}" for what in "qkv"]
+        form.op("Split", again, out=parts, axis=2, num_outputs=3)
+        for what, part in zip(("key", "value"), parts[1:], strict=True):
+            form.op(
+                "Identity",
+                forms.split_heads(form, part),
+                out=form.output(f"present_{what}_{i}", "B", forms.H, "S", forms.D),
+            )
+        scores = form.op("MatMul", q, form.op("Transpose", k, perm=[0, 1, 3, 2]))
+        scores = forms.causal(form, form.op("Mul", scores, form.constant(forms.D**-0.5, np.float32)))
+        heads = form.op("MatMul", form.op("Softmax", scores, axis=-1), v)
+        return form.op("Reshape", form.op("Transpose", heads, perm=[0, 2, 1, 3]), form.ints(0, 0, forms.C))
+
+    form = forms.Form()
+    form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), attention))
+    path = form.save(tmp_path / "model.onnx")
+    if not change:
+        assert {p.role for p in read(path).outputs} == {"logits", "present_key", "present_value"}
+    else:
+        with pytest.raises(UnsupportedModelError, match=f"_{layer}'"):
+            read(path)

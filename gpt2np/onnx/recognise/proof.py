@@ -21,6 +21,7 @@ from .blocks import Branch, Roles
 from .embeddings import position_rows
 from .inputs import declared_shape
 from .linear import LinearFound
+from .lookup import Lookup
 from .masks import keys_in_words, mask_shapes, per_query
 from .outputs import twins_of
 from .probe import Probe
@@ -55,7 +56,9 @@ def prove(probes: Sequence[Probe], found: Findings) -> None:
         If it does not hold there.
     """
     usual = probes[0]
-    prove_ids(usual)
+    prove_ids(usual, usual.borders.words, "input_ids")
+    if usual.borders.types is not None:
+        prove_ids(usual, usual.borders.types, "token_type_ids")
     declared = {o.name: len(declared_shape(o)) for o in usual.graph.outputs}
     for probe in probes:
         prove_positions(probe, found.offset, found.positions)
@@ -74,11 +77,10 @@ def prove(probes: Sequence[Probe], found: Findings) -> None:
                 prove_present(probe, output, role, i, branch, found.attentions[i])
 
 
-def prove_ids(probe: Probe) -> None:
-    """Every token id must look up its own row of wte."""
-    words = probe.borders.words
+def prove_ids(probe: Probe, words: Lookup, role: str) -> None:
+    """Every token id, or type, must look up its own row of wte."""
     V = words.table.shape[0]
-    (name,) = probe.inputs.named("input_ids")
+    (name,) = probe.inputs.named(role)
     dtype, shape = probe.known[name].dtype, probe.known[name].shape
     port = next(p for p in probe.graph.inputs if p.name == name)
     free = [i for i, size in enumerate(declared_shape(port)) if not (isinstance(size, int) and size > 0)]

@@ -11,6 +11,7 @@ activation is the function whose values come out. Neither admits a node: that is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -81,7 +82,7 @@ def _recognise(file: ModelFile, refusals: list[UnsupportedModelError] | None) ->
     branches = [read_graph(build_graph(file, b, refusals), condition) for b in ("then", "else")]
     branches.sort(key=lambda r: not any(p.role.startswith("past") for p in r.inputs))
     found, other = branches
-    if found.config != other.config or _origins(found) != _origins(other):
+    if _what(found) != _what(other):
         raise UnsupportedModelError(f"the branches of the If on {condition!r} are two different models")
     return replace(found, taps={})  # what is inside a branch cannot be an output of the file
 
@@ -92,8 +93,11 @@ def merged_condition(file: ModelFile) -> str:
     return next((n.input[0] for n in file.proto.graph.node if n.op_type == "If" and n.input[0] in inputs), "")
 
 
-def _origins(found: Recognised) -> dict[str, tuple[tuple[str, ...], ...]]:
-    return {name: (source.origin, source.through) for name, source in found.sources.items()}
+def _what(found: Recognised) -> tuple[object, ...]:
+    """What two branches of one file must have in common."""
+    weights = {name: (source.origin, source.through) for name, source in found.sources.items()}
+    outputs = [(port.name, port.role, port.layer) for port in found.outputs]
+    return found.config, found.positions, weights, outputs, found.head_padding is None
 
 
 def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: list[str]) -> tuple[Entry, ...]:
@@ -108,6 +112,19 @@ def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: li
     if graph.refusals is None:
         prove(probes, found)
     return entries
+
+
+def rounding_notes(graph: Graph, entries: Sequence[Entry]) -> list[str]:
+    """What in a file is of a lower precision than its result here."""
+    notes = [
+        f"activations are rounded as the file is run, by {op} ({count} nodes); here they are not"
+        for op, count in graph.roundings.items()
+    ]
+    casts = [entry for entry in entries if entry.role == "rounding" and entry.node.op == "Cast"]
+    if casts:
+        where = ", ".join(dict.fromkeys(entry.tap for entry in casts[:3]))
+        notes.append(f"the graph rounds values to 16 bits, by {len(casts)} Cast nodes (at {where}); here they are not")
+    return notes
 
 
 def read_norms(borders: Borders, sources: dict[str, Source], taps: dict[str, TapLocation]) -> dict[str, float]:
@@ -179,10 +196,9 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
         if like is not None:
             like.touch(probe.touched)
     ignored = find_leftovers(graph, sources, head.weight, probe.touched)
-    for op, count in graph.roundings.items():
-        notes.append(f"activations are rounded as the file is run, by {op} ({count} nodes); here they are not")
     findings = Findings(offset, positions, attentions, masks, mask_cut, output_roles, taps)
     entries = admit_and_prove(probe, config, findings, notes)
+    notes += rounding_notes(graph, entries)
     if config.mask.adds:
         inputs.roles[inputs.mask] = "attention_bias", None
     graph.budget = None  # what is evaluated from now on has been looked at
