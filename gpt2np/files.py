@@ -179,6 +179,18 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def write_arrays(
+    target: Path | IO[bytes], arrays: Iterable[tuple[str, np.ndarray]], compression: int = zipfile.ZIP_STORED
+) -> None:
+    """Arrays as `np.savez` writes them, but one after the other, and of no date: the same arrays make the same file."""
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, value in arrays:
+            entry = zipfile.ZipInfo(f"{name}.npy")
+            entry.compress_type = compression
+            with archive.open(entry, "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, value, allow_pickle=False)
+
+
 def read_arrays(path: Path, kind: type[Gpt2npError] = ModelFileError) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, by name: writable, each the caller's own.
 

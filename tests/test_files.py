@@ -14,7 +14,7 @@ import pytest
 
 import gpt2np.files
 from gpt2np.errors import ModelFileError, TraceError
-from gpt2np.files import File, json_object, read_arrays
+from gpt2np.files import File, json_object, read_arrays, write_arrays
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
@@ -108,6 +108,20 @@ def test_arrays_come_back_as_numpy_wrote_them(tmp_path: Path) -> None:
             assert found[name].dtype == array.dtype
             assert found[name].flags.writeable
             np.testing.assert_array_equal(found[name], array, strict=True)
+
+
+def test_the_same_arrays_make_the_same_file(tmp_path: Path) -> None:
+    """So that a recorded trace that did not change shows no change in git."""
+    arrays = {"a/b": np.asfortranarray(np.ones((2, 3))), "c": np.array(1.5, np.float16)}
+    for how in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        for name in ("x.npz", "y.npz"):
+            write_arrays(tmp_path / name, arrays.items(), how)
+        with zipfile.ZipFile(tmp_path / "x.npz") as archive:
+            assert {member.date_time for member in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+        assert (tmp_path / "x.npz").read_bytes() == (tmp_path / "y.npz").read_bytes()
+        with np.load(tmp_path / "x.npz") as found:
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(found[name], array, strict=True)
 
 
 def npy(header: str, content: bytes = b"") -> bytes:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..embed import embed
 from ..errors import InputError
-from ..files import File
+from ..files import File, write_arrays
 from ..score import LastWords, LastWordScoring, Score, check_text, last_word, read_passages, score_windows, windows
 from ..tokenizer import decode, encode_for
 from ..weights import Array
@@ -129,8 +129,7 @@ def embed_lines(shard: Shard, store: Store) -> bytes:
     with _placed(shard):
         found = embed(open_described(shard), lines, *options)
     packed = io.BytesIO()
-    arrays: dict[str, Any] = {f"{i}/{n}": value for i, states in enumerate(found) for n, value in states.items()}
-    np.savez(packed, **arrays)
+    write_arrays(packed, ((f"{i}/{n}", value) for i, states in enumerate(found) for n, value in states.items()))
     return packed.getvalue()
 
 

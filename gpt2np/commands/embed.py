@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
-from ..files import replacing
+from ..files import replacing, write_arrays
 from ..weights import Array
 from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
 from ._shards import ClusterOption, ResultsOption, WorkersOption, open_shards, wanted
@@ -114,15 +113,11 @@ def _write(path: Path, suffix: str, found: Iterator[dict[str, Array]], taps: Seq
         with path.open("wb") as file:
             np.save(file, _stack([states[taps[0]] for states in found]))
         return
-    with zipfile.ZipFile(path, "w") as archive:
-        if pooled:
-            rows = list(found)
-            for tap in taps:
-                _add(archive, tap, _stack([states[tap] for states in rows]))
-            return
-        for i, states in enumerate(found):  # not np.savez, which needs all of them in memory
-            for name, value in states.items():
-                _add(archive, f"{name}/{i}", value)
+    if pooled:
+        rows = list(found)
+        write_arrays(path, ((tap, _stack([states[tap] for states in rows])) for tap in taps))
+    else:  # one by one: all of them may not fit in memory
+        write_arrays(path, ((f"{name}/{i}", value) for i, states in enumerate(found) for name, value in states.items()))
 
 
 def _stack(rows: list[Array]) -> Array:
@@ -133,9 +128,3 @@ def _stack(rows: list[Array]) -> Array:
             "which one array cannot hold: write an .npz file, or choose --pool"
         )
     return np.stack(rows)
-
-
-def _add(archive: zipfile.ZipFile, name: str, value: Array) -> None:
-    entry_of_no_date = zipfile.ZipInfo(f"{name}.npy")  # so that the same arrays make the same file
-    with archive.open(entry_of_no_date, "w", force_zip64=True) as entry:
-        np.lib.format.write_array(entry, value)

@@ -13,6 +13,7 @@ import base64
 import json
 import os
 import platform
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import TraceError
-from ..files import json_object, replacing
+from ..files import json_object, replacing, write_arrays
 from ..weights import Array
 from .dumps import is_dump, read_dump
 
@@ -72,7 +73,7 @@ def save(path: Path, trace: Trace, stats_only: bool = False) -> None:
     manifest, arrays = described(Trace(trace.inputs, trace.outputs, taps, trace.manifest), stats_only or done)
     text = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
     with replacing(path) as draft, open(draft, "wb") as file:
-        np.savez_compressed(file, manifest=text, **arrays)  # type: ignore[arg-type]
+        write_arrays(file, {"manifest": text, **arrays}.items(), zipfile.ZIP_DEFLATED)
         file.flush()
         os.fsync(file.fileno())
 
