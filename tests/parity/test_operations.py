@@ -84,7 +84,8 @@ def run_graph(program: Program, call: Call, tap: str, x: list[np.ndarray]) -> np
 
     names = [f"x{i}" for i in range(len(x))]
     piece = OPERATIONS[split_tap(tap)[1]].graph(program, call, tap, names, "y")
-    feeds = {**dict(zip(names, x, strict=True)), **piece.feeds}
+    given = {**dict(zip(names, x, strict=True)), **piece.feeds}
+    feeds = {n: np.ascontiguousarray(v) for n, v in given.items()}  # onnx before 1.23 gathers from no other array
     info = [
         onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
         for n, v in feeds.items()

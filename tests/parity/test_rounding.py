@@ -33,7 +33,7 @@ from gpt2np.parity.rounding import saturates
 from gpt2np.parity.run import parity
 from gpt2np.parity.text import lines_of
 from gpt2np.session import InferenceSession
-from runtime import DATA, Array, assert_close, feeds_for, runtime
+from runtime import DATA, HALF, Array, assert_close, feeds_for, runtime, since
 from tiny import tiny_config, tiny_sources
 
 x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="these are the formulas for x86")
@@ -166,7 +166,12 @@ def test_float16_files_round_as_onnx_runtime_does(tmp_path, opset, blocked, keep
     assert exact > 0.05
 
 
-@pytest.mark.parametrize("name", ["dynamo_20", "dynamo_23", "fused_past", "old_past", "optimum_past"])
+DYNAMO_23 = pytest.param("dynamo_23", marks=since("1.25", "Attention that rounds each step"))
+
+
+@pytest.mark.parametrize(
+    "name", ["dynamo_20", DYNAMO_23, "fused_past", "old_past", pytest.param("optimum_past", marks=HALF)]
+)
 def test_float16_versions_of_real_exports_round_as_onnx_runtime_does(tmp_path, name):
     """Among them the fused operators, which round once for all that they do, and Attention, which rounds each step."""
     path = tmp_path / "half.onnx"
@@ -230,7 +235,9 @@ def test_dynamic_quantisation_of_fused_operators(tmp_path):
         (QuantFormat.QDQ, QuantType.QInt8, QuantType.QInt8, True),
         (QuantFormat.QDQ, QuantType.QUInt8, QuantType.QUInt8, False),
         (QuantFormat.QDQ, QuantType.QInt16, QuantType.QInt8, False),
-        (QuantFormat.QDQ, QuantType.QUInt8, QuantType.QInt4, True),
+        pytest.param(
+            QuantFormat.QDQ, QuantType.QUInt8, QuantType.QInt4, True, marks=since("1.24", "a quantiser of int4 weights")
+        ),
         (QuantFormat.QOperator, QuantType.QUInt8, QuantType.QInt8, False),
         (QuantFormat.QOperator, QuantType.QUInt8, QuantType.QUInt8, True),
     ],
@@ -297,7 +304,11 @@ def save_product(path: Path, K: int, op: str, constants: list[Array | None], **a
 @pytest.mark.parametrize("block", [16, 32, 128])
 @pytest.mark.parametrize(
     ("bits", "zeros"),
-    [(2, "none"), (2, "packed"), (4, "none"), (4, "packed"), (4, "float"), (8, "none"), (8, "packed")],
+    [
+        *((4, zeros) for zeros in ("none", "packed", "float")),
+        *(pytest.param(8, zeros, marks=since("1.23", "8-bit MatMulNBits")) for zeros in ("none", "packed")),
+        *(pytest.param(2, zeros, marks=since("1.24", "2-bit MatMulNBits")) for zeros in ("none", "packed")),
+    ],
 )
 @pytest.mark.parametrize("K", [32, 42, 150])
 def test_packed_matrices_are_read_exactly(tmp_path, K, bits, block, zeros):
@@ -367,7 +378,7 @@ def test_dequantised_matrices_are_read_exactly(tmp_path, dtype, shape, scales):
     np.testing.assert_array_equal(got, runtime(path).run(None, {})[0].astype(np.float32))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=since("1.23", "8-bit MatMulNBits"))])
 def test_activations_of_accuracy_level_4_are_rounded_in_blocks(tmp_path, bits):
     rng = np.random.default_rng(bits)
     K, N, block = 42, 5, 16

@@ -8,11 +8,21 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 
 from gpt2np.onnx.recognise import LENGTHS, Port, Recognised
 
 Array = np.ndarray
 DATA = Path(__file__).parents[1] / "data"
+
+
+def since(version: str, what: str) -> pytest.MarkDecorator:
+    """Skip a test where ONNX Runtime is older than `version`, the first with `what`."""
+    numbers = [tuple(map(int, text.split(".")[:2])) for text in (onnxruntime.__version__, version)]
+    return pytest.mark.skipif(numbers[0] < numbers[1], reason=f"{what}: ONNX Runtime {version} or newer")
+
+
+HALF = since("1.32", "a converter to float16 whose Cast nodes load")
 
 
 def feeds_for(
