@@ -1,7 +1,7 @@
 """GPT-2 124M on one CPU in gpt2np and in its peers, in 32, 16, 8 and 4 bits: time, share of the machine, error.
 
-    python benchmarks/peers.py [--model MODEL] [--python PYTHON] [--bits 32,16,8,4] [--rounds 5] [--seconds S]
-                               [--work FOLDER] [--readme README.md]
+    python benchmarks/peers.py [--model MODEL] [--python PYTHON] [--bits 32,16,8,4] [--parties NAME,NAME,...]
+                               [--rounds 5] [--seconds S] [--work FOLDER] [--readme README.md]
 
 All parties have the same weights, in the files that each of them reads: MODEL is anything that `gpt2np convert` reads;
 without it random weights are made by `gpt2np synth`, on which errors are those of random weights. PYTHON is an
@@ -49,12 +49,12 @@ PROMPTS, PROMPT = 8, 32  # error: over the scores after so many prompts of so ma
 class Race:
     """What was measured so far (`results`, kept in a file), and how to measure more."""
 
-    def __init__(self, work: Path, python: str) -> None:
+    def __init__(self, work: Path, python: str, parties: list[str]) -> None:
         import numpy as np
 
         from gpt2np.convert.folder import open_source
 
-        self.work, self.python = work, python
+        self.work, self.python, self.parties = work, python, parties
         self.file = work / "peers.json"
         self.config = open_source(work / "past")[0]
         empty: dict[str, Any] = {"errors": {}, "absent": {}, "rounds": {}}
@@ -84,7 +84,7 @@ class Race:
         """Each party alone: |scores - float64's| / |float64's|, over all prompts (Frobenius norms)."""
         import numpy as np
 
-        for name in (name for name, row in PARTIES.items() if bits in row[1]):
+        for name in (name for name in self.parties if bits in PARTIES[name][1]):
             if f"{name}/{bits}" in self.results["errors"]:
                 continue
             party = self.start(name, bits)
@@ -111,10 +111,11 @@ class Race:
         return np.load(file)
 
     def measure_times(self, bits: int, rounds: int, seconds: float) -> None:
-        """Rounds in which all parties of so many bits take turns, until there are `rounds` of them."""
-        names = [name for name, row in PARTIES.items() if f"{name}/{bits}" in self.results["errors"]]
+        """Rounds in which the parties of so many bits take turns, until each was in `rounds` of them."""
+        names = [name for name in self.parties if f"{name}/{bits}" in self.results["errors"]]
         done = self.results["rounds"].setdefault(str(bits), []) if names else []
-        if not names or len(done) >= rounds:
+        left = max((rounds - sum(name in r["1"] for r in done) for name in names), default=0)
+        if left <= 0:
             return
         with ThreadPoolExecutor() as pool:
             started = pool.map(lambda name: self.start(name, bits), names)
@@ -124,7 +125,7 @@ class Race:
             for length in (1, min(256, self.config.n_ctx - 2)):
                 party("run", self.ids[:length], 2)
         began = last = time.monotonic()
-        while len(done) < rounds:
+        for _ in range(left):
             done.append(self.one_round(parties, ceilings))
             self.save()
             took, last = time.monotonic() - last, time.monotonic()
@@ -235,6 +236,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has the peers")
     parser.add_argument("--bits", default="32,16,8,4")
+    parser.add_argument("--parties", default=",".join(PARTIES), help="only these; rounds may have different ones")
     parser.add_argument("--rounds", type=int, default=5, help="0: files and errors alone")
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--work", type=Path, default=Path("build/peers"))
@@ -248,13 +250,16 @@ def main() -> None:
         return serve(arguments.serve, arguments.file, {arguments.serve: made})
 
     make_files(arguments.model, arguments.work)
-    race = Race(arguments.work, arguments.python)
+    race = Race(arguments.work, arguments.python, arguments.parties.split(","))
     race.results["machine"] = machine() + versions(arguments.python)
     race.results.setdefault("weights", str(arguments.model or RANDOM))
     for bits in map(int, arguments.bits.split(",")):
         race.measure_errors(bits)
         if arguments.rounds:
             race.measure_times(bits, arguments.rounds, arguments.seconds)
+    if not any(race.results["rounds"].values()):
+        print("\n".join(f"{party}: error {error:.1e}" for party, error in race.results["errors"].items()))
+        return None
     works = [*map(str, LENGTHS), *(f"after {length}" for length in CACHED)]
     print(report(race, works))
     if arguments.readme:
