@@ -94,7 +94,7 @@ def parity(
     from ._terminal import check_writable, search_clock
 
     check_writable(None if str(json) == "-" else json, junit, markdown, html, save_trace, quiet=quiet)
-    names = tuple(dict.fromkeys([*run.parse_checks(checks), *(["taps"] if html is not None else [])]))
+    names = run.parse_checks(checks)
     given: list[str | None] = list(model) if model else [None]
     models = [parties.model_path(named_model(one)) for one in given]
     options = capture.Options(

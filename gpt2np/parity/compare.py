@@ -15,6 +15,7 @@ from .cases import Case
 from .metrics import Budget, Metrics, TopK, measure, top_k
 from .parties import OnnxRef, Ort, Ours, Recorded, Runner, TraceRunner
 from .places import kept_output, seen_rows
+from .report import number
 from .shapes import Fit, fit
 from .subject import Subject
 from .trace import versions
@@ -146,6 +147,7 @@ def _compare_arrays(
     if result.metrics.left_out:
         rows_out = result.metrics.left_out // max(a.shape[-1], 1)
         result.left_out = result.left_out or f"{rows_out:,} rows of padding, which no real token sees (--padding)"
+        _note_padding(result, a, b, keep)
     if budgets.arbiter is not None and case is not None and result.metrics.failing and budgets.is_auto(result.output):
         result.noise = budgets.arbiter.noise(result, case, a, b)
     for array, who in ((a, result.actual), (b, result.expected)):
@@ -154,6 +156,14 @@ def _compare_arrays(
             result.notes.append(f"{result.output} of {who} is {array.dtype}, the other one {other.dtype}")
         elif array.dtype.kind in "iub" and other.dtype.kind == "f":
             result.notes.append(f"{result.output} of {who} holds integers ({array.dtype})")
+
+
+def _note_padding(result: Comparison, a: Array, b: Array, keep: Array | None) -> None:
+    """Say that rows which are not compared differ: a port's owner may be looking at them."""
+    behind = None if keep is None else measure(a, b, result.budget, ~np.broadcast_to(keep, a.shape))
+    if behind is not None and behind.failing:
+        where = f"in its rows of padding, by up to {number(behind.max_abs)}, where nothing is defined"
+        result.notes.append(f"{result.output} of {result.actual} differs from {result.expected} {where}")
 
 
 def _in_one_shape(

@@ -154,6 +154,21 @@ def tensor_of(tap: str, graph: Tensors, tensors: Mapping[str, str], config: GPT2
         heads = tensor_of(f"h.{layer}.attn.heads", graph, tensors, config)
         product = graph.nodes.get(behind(heads, graph, "Transpose")) if heads else None
         return str(product.input[0]) if product is not None and product.op_type == "MatMul" else None
+    if part == "attn.scores":
+        probs = tensor_of(f"h.{layer}.attn.probs", graph, tensors, config)
+        return scores_of(probs, graph) if probs else None
+    return None
+
+
+def scores_of(probs: str, graph: Tensors) -> str | None:
+    """Upwards from the probabilities: the first product, or what divides it or multiplies it by the scale."""
+    pending = [probs]
+    while pending:
+        node = graph.nodes.get(pending.pop(0))
+        if node is not None and node.op_type == "MatMul":
+            scaled = [n for n in graph.nodes.values() if n.op_type in ("Div", "Mul") and node.output[0] in n.input]
+            return str(scaled[0].output[0] if scaled else node.output[0])
+        pending += node.input if node is not None else ()
     return None
 
 

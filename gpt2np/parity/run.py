@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from ..errors import Gpt2npError, InputError
 from ..weights import Array
@@ -61,6 +63,8 @@ def parity(
         budgets.arbiter = Arbiter(model)
     if any(not c.recorded for c in cases) and not (options.prompts or options.random or options.ids):
         add_once(report.findings, f"no test_data_set_* beside {model.path.name}: compared on random prompts")
+    if model.whole:
+        add_once(report.findings, *rows_not_finite(model))
     if not cases:
         report.not_compared.append(f"no test_data_set_* beside {model.path}: give --data, --prompt or --random")
     rounding = None
@@ -79,7 +83,7 @@ def parity(
         report.checks += run_checks(names, model, ours, runners, cases, budgets(final), options.seed)
         audit = matrix(report.checks)
         report.tables += [audit] if audit is not None else []
-    if cases and ("taps" in options.checks or report.exit_code == 1):
+    if cases and ("taps" in options.checks or watch is not None or report.exit_code == 1):
         if model.found is None:
             without_original(report, model, cases, captured, clock)
         else:
@@ -89,6 +93,18 @@ def parity(
     if save_trace is not None and cases and model.whole:
         traces.save(save_trace, record(model, ours, cases[0]))
     return report
+
+
+def rows_not_finite(model: Subject) -> Iterator[str]:
+    """NaN and infinities in rows of wpe and wte, which show only where an input reads the row."""
+    for name in ("wpe.weight", "wte.weight"):
+        value = model.recognised.sources[name].load()
+        bad = ~np.isfinite(value).all(axis=1)
+        if bad.any():
+            row = int(bad.argmax())
+            column = int((~np.isfinite(value[row])).argmax())
+            more = f", and {int(bad.sum()) - 1:,} more rows are not finite" if bad.sum() > 1 else ""
+            yield f"{name}[{row}, {column}] is {value[row, column]}{more}: wrong wherever an input reads it"
 
 
 def check_options(options: Options) -> None:
@@ -136,7 +152,11 @@ def explain(
     report: Report, model: Subject, ours: Ours | None, others: Sequence[Runner], cases: Sequence[Case],
     captured: Mapping[str, Outputs], asked: bool, clock: Clock | None = None,
 ) -> None:  # fmt: skip
-    """Tap by tap on one input; then the record itself; then the file against the recorded data."""
+    """Tap by tap on one input; then the record itself; then the file against the recorded data.
+
+    asked: whether the taps are judged though nothing failed; a page shows them without judging.
+    """
+    every = asked or report.watch is not None
     failing = {c.case for c in report.comparisons if not c.ok and (c.metrics is not None or c.problem)}
     usable = []
     for case in cases:
@@ -147,7 +167,7 @@ def explain(
             add_once(report.not_compared, f"taps on {case.name}: {error}")
     if not usable:
         return
-    case = pick(usable, model, failing) if failing or not asked else max(usable, key=lambda c: size(model, c))
+    case = pick(usable, model, failing) if failing or not every else max(usable, key=lambda c: size(model, c))
     call = model.call(case.feeds)
     found = where_not_finite(model, call, report.comparisons)
     if found is not None:
@@ -161,7 +181,7 @@ def explain(
         if rounds(model)[0] == "activations to 8 bits":
             add_once(report.not_compared, f"local errors of {other.name}: the file rounds activations, which they show")
             continue
-        if not asked and ours is not None and all(c.ok for c in between):
+        if not every and ours is not None and all(c.ok for c in between):
             continue
         outputs = [given.get(a.name, {}), given.get(other.name, {})]
         both = [o for o in outputs if isinstance(o, Mapping)]

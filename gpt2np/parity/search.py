@@ -76,28 +76,17 @@ def investigate(
         add_once(report.not_compared, f"taps of {b.name}: {error}")
         rows = []
     rows = [r for r in rows if r.local_b is not None]
-    held = {r.tap for r in rows}
-    missing = [t for t in model.taps() if t not in held]
-    inside = held - {t for p in model.recognised.outputs for t in taps_of(p)}
-    if missing and not inside:
-        add_once(report.not_compared, f"the operations one by one: {b.name} gives outputs alone")
-    elif missing:
-        few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        add_once(report.not_compared, f"taps that {b.name} does not give: {few}")
     row = first_divergence(rows)
-    if rows:
-        report.rows[f"{a.name} - {b.name}"] = rows
-        report.details.setdefault("taps", {})[f"{a.name} - {b.name}"] = [r.as_dict() for r in rows]
-        if inside:
-            report.tables.append(tap_table(rows, case.name, a.name, b.name, every))
-        if inside:
-            judge(report, rows, row, b.name, asked)
+    inside = show_taps(report, model, rows, (case.name, a.name, b.name), every, bool(failing or asked), asked)
     if isinstance(given, Diagnosis):
         settle(report, given, case.name)
         return None, {}
     if row is None or not (failing or inside):
         if failing:
             report.headline = report.headline or only_noise(model, failing, rows)
+        return None, {}
+    if not (failing or asked):  # shown on a page: what was not asked for changes no verdict
+        add_once(report.findings, f"{row.tap} differs by itself, though all outputs agree: --checks taps judges that")
         return None, {}
     locate(report, model, rows, row)
     say_who(report, row, a.name, b.name)
@@ -106,6 +95,32 @@ def investigate(
     settle(report, from_taps(model.program, call, row, party.name, arrays, clock), case.name)
     report.details["divergent"] = {"tap": row.tap, "party": party.name, "case": case.name}
     return row, arrays
+
+
+def show_taps(
+    report: Report, model: Subject, rows: Sequence[TapRow], names: tuple[str, str, str], every: bool, counts: bool,
+    asked: bool,
+) -> set[str]:  # fmt: skip
+    """The taps as a table and as data, and what was not given; returns those that are no outputs.
+
+    names: the case, A, B; counts: whether a divergence fails, as it does where something failed or taps were asked for.
+    """
+    case, a, b = names
+    held = {r.tap for r in rows}
+    missing = [t for t in model.taps() if t not in held]
+    inside = held - {t for p in model.recognised.outputs for t in taps_of(p)}
+    if missing and not inside:
+        add_once(report.not_compared, f"the operations one by one: {b} gives outputs alone")
+    elif missing:
+        few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        add_once(report.not_compared, f"taps that {b} does not give: {few}")
+    if rows:
+        report.rows[f"{a} - {b}"] = list(rows)
+        report.details.setdefault("taps", {})[f"{a} - {b}"] = [r.as_dict() for r in rows]
+        if inside:
+            report.tables.append(tap_table(rows, case, a, b, every))
+            judge(report, rows, first_divergence(rows) if counts else None, b, asked)
+    return inside
 
 
 def judge(report: Report, rows: Sequence[TapRow], row: TapRow | None, party: str, asked: bool) -> None:

@@ -99,6 +99,7 @@ def compare_wiring(report: Report, model: Subject, other: Subject, case: Case, c
         sources = model.recognised.sources.items()
         return {s.tensor.name for n, s in sources if n.startswith(f"h.{layer}.mlp.") and s.tensor is not None}
 
+    add_once(report.findings, f"{name_of(other)} is no GPT-2 that gpt2np can place: {other.problem}")
     sound = Sound(model.program, call, taps, {t: places[t].tensor for t in taps}, stand_in, read)
     place_wiring(report, sound, other, theirs, case.name, clock)
     if report.place is None:
@@ -118,7 +119,6 @@ def place_wiring(
     partners = align(taps, allowances(sound, other.is_float16), sound.own_names, theirs.values)
     missing = [t for t in taps if t not in partners]
     report.details["wiring"] = {"partners": partners, "without": missing}
-    add_once(report.findings, f"{name} is no GPT-2 that gpt2np can place: {other.problem}")
     report.facts[:0] = dropped_layers(sound, theirs)
     if not missing:
         return
@@ -138,7 +138,7 @@ def place_wiring(
             diagnosis.guesses.insert(0, guess)
         settle(report, diagnosis, case)
     if report.diagnosis is None:
-        report.headline = f"first divergence {first}; {words}"
+        report.headline = f"first divergence {first}; none of the usual mistakes explains it"
     order = list(taps)
     shown = order[max(0, order.index(first) - 6) : order.index(first) + 6]
     rows = [(t, partners.get(t, ""), "" if t in partners else "FIRST" if t == first else "none") for t in shown]

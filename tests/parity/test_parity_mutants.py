@@ -25,6 +25,8 @@ QUICK = {
     ("taps", "mask in blocks of 4"), ("taps", "dropout on out"), ("taps", "c_fc dead column"),
     ("taps", "logits in integers"),
     ("taps", "head 2 unscaled"), ("taps", "position 5 of out"), ("taps", "wte int8"), ("taps", "log-softmaxed logits"),
+    ("taps", "GELU 0.0447"), ("taps", "rotary embedding"), ("taps", "out cut off to integers"),
+    ("logits", "all maps misread"), ("logits", "positions twice"), ("logits", "logits capped"),
     ("outputs", "GELU by erf everywhere"), ("outputs", "tokens shifted"), ("outputs", "scale by layer"),
     ("outputs", "c_proj bias negated"), ("outputs", "centred logits"),
     *(("cache", name) for name in CACHE_BUGS), ("file", "fp16_activation"),
@@ -40,7 +42,7 @@ NAMES = [
     *(("file", name) for name in MUTANTS),
     *(
         (kind, name)
-        for kind in ("taps", "outputs")
+        for kind in ("taps", "outputs", "logits")
         for name, bug in PORTS.items()
         if kind == "taps" or bug.outputs_tell
     ),

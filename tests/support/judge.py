@@ -1,6 +1,7 @@
 """How often the debugger is right: files and ports with one mistake, and right ones, judged kind by kind.
 
-    python tests/support/judge.py [--kind file,taps,outputs,cache,wiring,rewired,record,clean] [--only WORD] [--verbose]
+    python tests/support/judge.py [--only WORD] [--verbose]
+        [--kind file,taps,outputs,logits,cache,wiring,rewired,record,clean]
 
 Everything is made from a small GPT-2 that the program writes itself. For each case: is the first place right, is
 the cause among the first two, is a cause named "most likely" that is not one of the case's, is a right one failed.
@@ -27,7 +28,8 @@ from wiring_mutants import WIRINGS, rewired
 from wrong_records import IDS, OTHER, RECORDS
 
 # wiring: a file beside the one whose wiring it changed; rewired: such a file alone, against the right one's outputs
-KINDS = ("file", "taps", "outputs", "cache", "wiring", "rewired", "record", "clean")
+# logits: a port's logits and nothing else
+KINDS = ("file", "taps", "outputs", "logits", "cache", "wiring", "rewired", "record", "clean")
 SIZES = "3,4,64,32,96"
 
 
@@ -118,7 +120,8 @@ def from_ports(source: Path, bugs: dict[str, Bug], kinds: tuple[str, ...]) -> It
             def run(folder: Path, bug: Bug = bug, kind: str = kind) -> Verdict:
                 port = port_of(model.weights, bug)
                 presents = port.run(ids)
-                arrays = {f"output{i + 2}": p for i, p in enumerate(presents)} | {"output1": port.taps["logits"][None]}
+                arrays = {f"output{i + 2}": p for i, p in enumerate(presents)} if kind != "logits" else {}
+                arrays["output1"] = port.taps["logits"][None]
                 np.savez(folder / "port.npz", **({**arrays, **port.taps} if kind == "taps" else arrays))
                 return diff(source, folder / "port.npz", {"input1": ids[None]})
 
@@ -270,7 +273,7 @@ def cases(folder: Path, kinds: list[str]) -> Iterator[Case]:
     if "file" in kinds:
         yield from from_files(base)
         yield from from_files(lm, ["untied_head", "untied_head_slightly"])
-    yield from from_ports(lm, PORTS, tuple(k for k in ("taps", "outputs") if k in kinds))
+    yield from from_ports(lm, PORTS, tuple(k for k in ("taps", "outputs", "logits") if k in kinds))
     yield from from_wirings(base, tuple(k for k in ("wiring", "rewired") if k in kinds))
     if "record" in kinds:
         yield from from_records(base)

@@ -174,7 +174,27 @@ def zeroed(wpe: Array) -> Array:
     return wpe
 
 
+def rotated(x: Array) -> Array:
+    """(B, H, T, D) turned by the positions, as rotary embeddings do."""
+    half = x.shape[-1] // 2
+    angles = np.arange(x.shape[2])[:, None] / 10000.0 ** (np.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)], -1)
+
+
+def sinusoids(self: Port, i: None, ids: Array, positions: Array) -> Array:
+    half = self.w.wpe.shape[1] // 2
+    angles = positions[..., None] / 10000.0 ** (np.arange(half) / half)
+    return self.w.wte[ids] + np.concatenate([np.sin(angles), np.cos(angles)], -1)
+
+
+def misread(x: Array, w: Array, b: Array) -> Array:
+    """A linear map whose (in, out) weight is read as (out, in)."""
+    return x @ w.reshape(w.shape[::-1]).T + b
+
+
 F = np.float32
+ROTARY = (rotated, rotated, np.asarray)  # what becomes of q, k, v
 PORTS: dict[str, Bug] = {
     # embedding
     "positions from 1": Bug(
@@ -187,6 +207,10 @@ PORTS: dict[str, Bug] = {
         ("scaled_embedding",),
         {"embed": lambda s, i, ids, p: s.w.wte[ids] * F(math.sqrt(s.w.wte.shape[1])) + s.w.wpe[p]},
     ),
+    "positions twice": Bug(
+        "embed", ("scaled_embedding",), {"embed": lambda s, i, ids, p: s.w.wte[ids] + 2 * s.w.wpe[p]}
+    ),
+    "sinusoids for wpe": Bug("embed", ("positions",), {"embed": sinusoids}),
     "tokens shifted": Bug(
         "embed", ("token_shift",), {"embed": lambda s, i, ids, p: s.w.wte[np.roll(ids, 1, 1)] + s.w.wpe[p]}
     ),
@@ -243,6 +267,32 @@ PORTS: dict[str, Bug] = {
         ("head_split",),
         {"split": lambda s, i, x: np.stack([y.reshape(len(x), s.H, x.shape[1], -1) for y in np.split(x, 3, -1)])},
     ),
+    "c_attn misread everywhere": Bug("h.0.attn.q", ("transposed",), linear("c_attn", misread), None),
+    "all maps misread": Bug(
+        "h.0.attn.q",
+        ("transposed",),
+        {k: v for n in ("c_attn", "out", "c_fc", "mlp") for k, v in linear(n, misread).items()},
+        None,
+    ),
+    "rotary embedding": Bug(
+        "h.0.attn.q",
+        ("rotary",),
+        {"split": lambda s, i, x: np.stack([f(y) for f, y in zip(ROTARY, Port.split(s, i, x), strict=True)])},
+        None,
+    ),
+    "keys and values of one head": Bug(
+        "h.0.attn.k",
+        ("shared_heads",),
+        {
+            "split": lambda s, i, x: np.stack(
+                [
+                    y[:, : s.H if n == 0 else 1].repeat(1 if n == 0 else s.H, 1)
+                    for n, y in enumerate(Port.split(s, i, x))
+                ]
+            )
+        },
+        None,
+    ),
     # scores, mask, softmax
     "no scale": Bug("h.1.attn.scores", ("scale",), {"scores": lambda s, i, q, k: q @ k.swapaxes(-1, -2)}),
     "scale 1 / D": Bug(
@@ -284,6 +334,7 @@ PORTS: dict[str, Bug] = {
     "c_proj of layer 2": Bug("h.1.attn.out", ("other_layer",), from_layer("out", 2)),
     "c_proj bias twice": Bug("h.1.attn.out", ("bias_twice",), linear("out", lambda x, w, b: x @ w + 2 * b)),
     "c_proj bias negated": Bug("h.1.attn.out", ("bias_negated",), linear("out", lambda x, w, b: x @ w - b)),
+    "out cut off to integers": Bug("h.1.attn.out", ("integers",), mapped("out", np.trunc)),
     "dropout on out": Bug("h.1.attn.out", ("dropout",), mapped("out", dropped), outputs_tell=False),
     # residual and MLP
     "no residual": Bug("h.1.resid_mid", ("missing_residual",), {"resid_mid": lambda s, i, x, y, n: y}),
@@ -313,6 +364,15 @@ PORTS: dict[str, Bug] = {
         ("gelu_constant",),
         {"gelu": lambda s, i, x: 0.5 * x * (1 + np.tanh(F(0.797885) * (x + F(0.44715) * x**3)))},
     ),
+    "GELU 0.0447": Bug(
+        "h.1.mlp.gelu",
+        ("gelu_constant",),
+        {"gelu": lambda s, i, x: 0.5 * x * (1 + np.tanh(F(0.7978845608) * (x + F(0.0447) * x**3)))},
+        outputs_tell=False,
+    ),
+    "GELU twice": Bug(
+        "h.0.mlp.gelu", ("gelu_form",), {"gelu": lambda s, i, x: Port.gelu(s, i, Port.gelu(s, i, x))}, None
+    ),
     "mlp.c_proj of layer 0": Bug("h.1.mlp.out", ("other_layer",), from_layer("mlp", 0)),
     "mlp bias missing": Bug("h.1.mlp.out", ("missing_bias",), linear("mlp", lambda x, w, b: x @ w)),
     "MLP twice": Bug(
@@ -327,6 +387,9 @@ PORTS: dict[str, Bug] = {
     "centred logits": Bug("logits", ("logits_form",), mapped("logits", lambda x: x - x.mean(-1, keepdims=True))),
     "logits in integers": Bug("logits", ("integers",), mapped("logits", np.trunc)),
     "logits at temperature 0.7": Bug("logits", ("factor",), mapped("logits", lambda x: x / F(0.7))),
+    "logits capped": Bug("logits", ("logits_form",), mapped("logits", lambda x: 30 * np.tanh(x / 30))),
+    "logits to 2 decimals": Bug("logits", ("rounding",), mapped("logits", lambda x: np.round(x, 2))),
+    "ln_f twice": Bug("ln_f", ("norm_form",), {"ln_f": lambda s, i, x: Port.ln_f(s, i, Port.ln_f(s, i, x))}),
     "logits in fp16": Bug("logits", ("rounding",), mapped("logits", narrow), outputs_tell=False),
     "last position everywhere": Bug("logits", ("last_everywhere",), mapped("logits", last_everywhere)),
     "head reads the stream": Bug("ln_f", ("missing_norm",), {"ln_f": lambda s, i, x: x}),

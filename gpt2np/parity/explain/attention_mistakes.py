@@ -15,7 +15,7 @@ from ...weights import Array
 from ..operations import Run, masked_softmax, split_tap, tap_inputs
 from ..program import Program
 from .gradients import F64
-from .mistakes import own_weights
+from .mistakes import misread, own_weights
 from .problem import Guess, Problem, afterwards, fit
 
 
@@ -58,9 +58,9 @@ def c_attn(problem: Problem, layer: int) -> Iterator[Guess]:
             letters = "".join("qkv"[w] for w in which)
             text = f"the {letters} part of {name}.weight were transposed"
             yield Guess("transposed", taps[which[0]], text, weights={f"{name}.weight": new})
-    for flipped in (weight.reshape(3 * H * D, C).T, weight.T.reshape(C, 3 * H * D)):
-        text = f"{name}.weight were read as ({3 * H * D}, {C}) and transposed"
+    for text, flipped in misread(f"{name}.weight", weight):
         yield Guess("transposed", taps[0], text, weights={f"{name}.weight": flipped})
+    yield from _heads_and_positions(problem, taps)
 
     def unmoved(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
         value = p.run(tap, call, x, dtype)  # (B, H, T, D)
@@ -88,6 +88,31 @@ def c_attn(problem: Problem, layer: int) -> Iterator[Guess]:
             changed[part] = 0
             text = f"the {'qkv'[w]} part of {name}.bias were missing"
             yield Guess("missing_bias", tap, text, weights={f"{name}.bias": changed})
+
+
+def _heads_and_positions(problem: Problem, taps: list[str]) -> Iterator[Guess]:
+    """What other transformers do with q, k and v: rotary positions, keys and values that all heads share."""
+    p, D = problem.program, problem.program.config.head_size
+
+    def run(change: Callable[[Array, Call], Array]) -> Run:
+        return lambda q, call, tap, x, dtype: change(p.run(tap, call, x, dtype), call)
+
+    def rotated(x: Array, call: Call, pairs: bool) -> Array:
+        angles = call.position_ids[:, None, :, None] / 10000.0 ** (np.arange(D // 2) * 2 / D)
+        first, second = (x[..., ::2], x[..., 1::2]) if pairs else (x[..., : D // 2], x[..., D // 2 :])
+        sine, cosine = np.sin(angles).astype(x.dtype), np.cos(angles).astype(x.dtype)
+        turned = first * cosine - second * sine, first * sine + second * cosine
+        return np.stack(turned, axis=-1).reshape(x.shape) if pairs else np.concatenate(turned, axis=-1)
+
+    if D % 2 == 0 and problem.call.input_ids.shape[1] > 1:
+        for pairs, words in ((False, "halves"), (True, "neighbours")):
+            turn = run(lambda x, call, pairs=pairs: rotated(x, call, pairs))  # type: ignore[misc]
+            text = f"q and k were rotated by their positions (rotary embedding, of {words})"
+            yield Guess("rotary", taps[0], text, runs=dict.fromkeys(taps[:2], turn))
+    if problem.program.config.n_head > 1:
+        share = run(lambda x, call: np.broadcast_to(x[:, :1], x.shape))
+        text = "all heads had the keys and values of head 0"
+        yield Guess("shared_heads", taps[1], text, runs=dict.fromkeys(taps[1:], share))
 
 
 def _head_orders(problem: Problem, layer: int) -> Iterator[tuple[list[int], tuple[int, ...], int]]:

@@ -49,7 +49,7 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         return {
             "tap": self.tap, "who": self.who, "text": self.text, "suspects": self.suspects, "case": self.case,
-            "where": self.where, "guesses": [g.as_dict() for g in self.guesses],
+            "where": self.where, "guesses": [g.as_dict(self.who) for g in self.guesses],
         }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ def embedding(problem: Problem) -> Iterator[Guess]:
     yield from _positions(problem)
     yield from _tokens(problem)
     yield from _matrices(problem)
+    yield from _other_positions(problem)
 
 
 def _positions(problem: Problem) -> Iterator[Guess]:
@@ -116,6 +117,34 @@ def _matrices(problem: Problem) -> Iterator[Guess]:
                             weights={f"{name}.weight": new})  # fmt: skip
 
 
+def _other_positions(problem: Problem) -> Iterator[Guess]:
+    """Position vectors that are not wpe's, or not once: sinusoids, added twice, with fitted factors, normalised."""
+    p, call = problem.program, problem.call
+    C, N = p.config.n_embd, p.config.n_ctx
+    angles = np.arange(N)[:, None] / 10000.0 ** (np.arange((C + 1) // 2) * 2 / C)
+    halves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)[:, :C]
+    pairs = np.stack([np.sin(angles), np.cos(angles)], axis=2).reshape(N, -1)[:, :C]
+    for words, table in (("sines, then cosines", halves), ("sines and cosines in turn", pairs)):
+        text = f"positions were sinusoids ({words}), not wpe"
+        yield Guess("positions", "embed", text, weights={"wpe.weight": table})
+    for what, tokens, positions in (("position", 1.0, 2.0), ("token", 2.0, 1.0)):
+        text = f"the {what} vectors were added twice"
+        yield Guess("scaled_embedding", "embed", text, runs={"embed": _stretched(tokens, positions)})
+
+    def normalised(x: Array) -> Array:
+        centred = x - x.mean(axis=-1, keepdims=True)
+        return np.asarray(centred / np.sqrt((centred * centred).mean(axis=-1, keepdims=True) + 1e-5))
+
+    text = "the embedding were normalised (mean 0, variance 1)"
+    yield Guess("norm_form", "embed", text, runs=afterwards(problem, "embed", normalised))
+    seen = problem.observed.get("embed")
+    if seen is not None and np.isfinite(seen).all():
+        parts = [_stretched(*pair)(p, call, "embed", [], F64).ravel() for pair in ((1.0, 0.0), (0.0, 1.0))]
+        (a, b), *_ = np.linalg.lstsq(np.stack(parts, axis=1), seen.ravel(), rcond=None)
+        text = f"the token vectors were multiplied by {a:.6g}, the position vectors by {b:.6g}"
+        yield Guess("scaled_embedding", "embed", text, runs={"embed": _stretched(float(a), float(b))}, fitted=2)
+
+
 def _stretched(tokens: float, positions: float) -> Run:
     def run(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
         rows = p.weights("wpe.weight", dtype)[call.position_ids]
@@ -185,8 +214,18 @@ def head(problem: Problem) -> Iterator[Guess]:
     forms: list[tuple[str, Callable[[Array], Array]]] = [
         ("the logits were put through a softmax", lambda x: np.exp(log_softmax(x))),
         ("the logits were put through a log-softmax", log_softmax),
-        ("each row of logits were centred (its mean taken off)", lambda x: x - x.mean(axis=-1, keepdims=True)),
-        ("each row of logits had its largest taken off", lambda x: x - x.max(axis=-1, keepdims=True)),
+        (
+            "each row of logits were centred (shifted by one constant, its mean; its softmax is the same)",
+            lambda x: x - x.mean(axis=-1, keepdims=True),
+        ),
+        (
+            "each row of logits had its largest taken off (its softmax is the same)",
+            lambda x: x - x.max(axis=-1, keepdims=True),
+        ),
+        *(
+            (f"the logits were capped: {c} tanh(logits / {c})", lambda x, c=c: c * np.tanh(x / c))
+            for c in (10, 15, 20, 30, 50)
+        ),
     ]
     for text, change in forms:
         yield Guess("logits_form", "logits", text, runs=of_rows(change))

@@ -91,9 +91,11 @@ def _stretched(problem: Problem, tap: str) -> Iterator[Guess]:
     value, expected = problem.observed[tap], problem.values[tap]
     factor = float((value * expected).sum() / (expected * expected).sum())
     low, high = float(value.min()), float(value.max())
+    sides = [f"below at {low:.6g}"] if low > expected.min() else []
+    sides += [f"above at {high:.6g}"] if high < expected.max() else []
     for cause, text, change in (
         ("factor", f"multiplied by {factor:.6g}", partial(np.multiply, factor)),
-        ("clipped", f"clipped to {low:.6g} ... {high:.6g}", partial(np.clip, a_min=low, a_max=high)),
+        ("clipped", f"clipped {' and '.join(sides)}", partial(np.clip, a_min=low, a_max=high)),
     ):
         guess = Guess(cause, tap, f"{tap} were {text}", runs=afterwards(problem, tap, change), fitted=1)
         yield problem.judge(guess)

@@ -73,6 +73,8 @@ def activation(problem: Problem, tap: str) -> Iterator[Guess]:
         if name != now:
             yield Guess("gelu_form", tap, f"the activation were {other.title}", title, runs=form(other.function))
     yield Guess("gelu_form", tap, "there were no activation at all", title, runs=form(lambda x: x))
+    once = ACTIVATIONS[now].function
+    yield Guess("gelu_form", tap, "the activation were applied twice", title, runs=form(lambda x: once(once(x))))
     if now != "gelu_tanh":
         return
     right = math.sqrt(2 / math.pi)
@@ -172,6 +174,11 @@ def layer_norm(problem: Problem, tap: str) -> Iterator[Guess]:
     yield Guess("missing_norm", tap, f"{tap} were not applied", runs={tap: lambda p, call, name, x, dtype: x[0]})
     text = "the mean were not taken off (RMS norm)"
     yield Guess("no_centring", tap, text, runs={tap: norm_run(centre=False)})
+
+    def twice(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+        return norm_run()(p, call, tap, [norm_run()(p, call, tap, x, dtype)], dtype)
+
+    yield Guess("norm_form", tap, f"{tap} were applied twice", runs={tap: twice})
     ones = {f"{tap}.weight": np.ones(p.config.n_embd)}
     yield Guess("missing_weight", tap, f"{tap}.weight were not applied", weights=ones)
     yield from own_weights(problem, tap, tap)
@@ -221,6 +228,13 @@ def other_weights(problem: Problem, tap: str, name: str, others: list[str]) -> I
             yield Guess("weights_exchanged", tap, text, weights={**one, f"{other}.{kind}": mine[kind]})
 
 
+def misread(name: str, weight: Array) -> Iterator[tuple[str, Array]]:
+    """A matrix whose memory is taken for that of its transpose, either way."""
+    rows, columns = weight.shape
+    yield f"{name} were read as ({columns}, {rows}) and transposed", weight.reshape(columns, rows).T
+    yield f"{name} were transposed and read as ({rows}, {columns})", weight.T.reshape(rows, columns)
+
+
 def linear(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
     """Guesses at a linear map that makes one tap: transposed, heads in another order, another's weights."""
     p = problem.program
@@ -231,8 +245,7 @@ def linear(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
     if rows == columns:
         yield Guess("transposed", tap, f"{key} were transposed", weights={key: weight.T})
     else:
-        for flipped in (weight.reshape(columns, rows).T, weight.T.reshape(rows, columns)):
-            text = f"{key} were read as ({columns}, {rows}) and transposed"
+        for text, flipped in misread(key, weight):
             yield Guess("transposed", tap, text, weights={key: flipped})
     if part == "attn.out":
         H = p.config.n_head
@@ -270,6 +283,10 @@ def dead_columns(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
             yield Guess("dead_column", tap, text, weights={f"{name}.weight": new_weight, f"{name}.bias": new_bias})
 
 
+def decimals(n: int) -> Callable[[Array], Array]:
+    return lambda x: np.asarray(np.round(x, n))
+
+
 def whole_results(problem: Problem, tap: str) -> Iterator[Guess]:
     """What can be done to a result as a whole, where that result was seen."""
     if tap not in problem.observed:
@@ -278,14 +295,14 @@ def whole_results(problem: Problem, tap: str) -> Iterator[Guess]:
     def last(x: Array) -> Array:
         return np.broadcast_to(x[..., -1:, :], x.shape)
 
-    for cause, text, change in (
+    changes: list[tuple[str, str, Callable[[Array], Array]]] = [
         ("integers", f"{tap} were rounded to integers", np.rint),
         ("integers", f"{tap} were cut off to integers", np.trunc),
-        (
-            "last_everywhere",
-            f"every position of {tap} were the last one",
-            last,
-        ),
+        ("last_everywhere", f"every position of {tap} were the last one", last),
         ("negated", f"{tap} were negated", np.negative),
-    ):
+    ]
+    for cause, text, change in changes:
         yield Guess(cause, tap, text, runs=afterwards(problem, tap, change))
+    for n in (1, 2, 3, 4):
+        text = f"{tap} were rounded to {n} decimals"
+        yield Guess("rounding", tap, text, runs=afterwards(problem, tap, decimals(n)))

@@ -25,7 +25,7 @@ from ..operations import Run, split_tap, tap_inputs, tap_names, tap_weights
 from ..places import kept
 from ..program import Program
 from .gradients import F32, F64
-from .rounding import kind_of, rounded
+from .rounding import BITS, kind_of, rounded
 
 NOISE_FACTOR = 10.0  # a guess explains an error if it leaves no more than so many times float32's own error
 CERTAIN = 0.96  # rank of what the file itself shows (two layers with one weight) though it cannot be undone
@@ -118,9 +118,10 @@ class Guess:
     def applied(self, program: Program) -> Program:
         return program.with_(self.weights, self.runs)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, who: str) -> dict[str, Any]:
+        """Plain data; `who` is the party that the sentence is about."""
         names = ("cause", "tap", "text", "now", "removed", "explains", "likely", "evidence")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "sentence": self.sentence(who)}
 
 
 class Problem:
@@ -161,8 +162,11 @@ class Problem:
         squares = 0.0
         with np.errstate(all="ignore"):
             for tap in self.observed:
-                error = self.as_stored(tap, low[tap]) - self.as_stored(tap, self.values[tap])
-                squares += float(np.square(error * self.weights[tap]).sum())
+                error = np.abs(low[tap] - self.values[tap])
+                if self.stored[tap]:  # an error may carry a number over to the next that the type holds
+                    step = 2.0 ** (1 - BITS[self.stored[tap]]) * np.abs(self.values[tap])
+                    error = np.sqrt(np.minimum(error, step) * step)
+                squares += float(np.square(self.defined(tap, error) * self.weights[tap]).sum())
         self.noise = math.sqrt(squares)
         self.only: dict[str, Array] = {}  # where alone guesses are made, as masks; see `confined`
 

@@ -34,7 +34,7 @@ from .mistakes import (
     residual,
     whole_results,
 )
-from .problem import Guess, Problem, name_likely, norm_names, one_thread, weight_names
+from .problem import CLOSE, Guess, Problem, name_likely, norm_names, one_thread, weight_names
 from .rounding_mistakes import narrow_everywhere, narrow_types
 from .solve import absent_biases, dead_column, single_elements
 from .where import describe, inside
@@ -130,7 +130,9 @@ def search(problem: Problem, spare: Mapping[str, Array], recorded: bool) -> list
         guess.removed = 0.1 if found.explained else guess.removed
         guess.likely = not found.explained and len({g.tap for g in shown}) == 1 and guess.removed > 0.9
         found.keep(guess)
-    return [g for g in found.ranked() if g.removed > SHOWN]
+    ranked = [g for g in found.ranked() if g.removed > SHOWN]
+    near = bool(ranked) and ranked[0].removed >= CLOSE and not ranked[0].fitted  # then what is left has no shape
+    return [g for g in ranked if not (near and g.cause == "imprecise")]
 
 
 def catalogue(problem: Problem, tap: str, alone: bool = False) -> Iterator[Guess]:
@@ -213,7 +215,22 @@ def everywhere(problem: Problem) -> Iterator[Guess]:
             runs = {tap: run for g in same for tap, run in g.runs.items()}
             text = f"{same[0].text}, and so in all {len({split_tap(g.tap)[0] for g in same})} layers"
             yield Guess(same[0].cause, same[0].tap, text, same[0].now, weights=weights, runs=runs)
+    yield all_maps_misread(problem)
     yield from narrow_everywhere(problem)
+
+
+def all_maps_misread(problem: Problem) -> Guess:
+    """The weights of every linear map taken for (out, in): checkpoints of GPT-2 hold (in, out)."""
+
+    def run(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+        name = linear_of(tap)
+        weight = problem.program.weights(f"{name}.weight", dtype)
+        flipped = {f"{name}.weight": weight.reshape(weight.shape[::-1]).T}
+        return problem.program.with_(flipped).run(tap, call, x, dtype)
+
+    taps = [tap for tap in problem.taps if split_tap(tap)[1] in MAPS]
+    text = "the weights of all linear maps were read as (out, in) and transposed"
+    return Guess("transposed", taps[0] if taps else problem.taps[0], text, runs=dict.fromkeys(taps, run))
 
 
 def spare_weights(problem: Problem, spare: Mapping[str, Array]) -> Iterator[Guess]:
