@@ -77,7 +77,8 @@ def investigate(
         rows = []
     rows = [r for r in rows if r.local_b is not None]
     row = first_divergence(rows)
-    inside = show_taps(report, model, rows, (case.name, a.name, b.name), every, bool(failing or asked), asked)
+    judged = asked or report.exit_code == 1  # what was not asked for changes no verdict
+    inside = show_taps(report, model, rows, (case.name, a.name, b.name), every, judged, asked)
     if isinstance(given, Diagnosis):
         settle(report, given, case.name)
         return None, {}
@@ -85,7 +86,7 @@ def investigate(
         if failing:
             report.headline = report.headline or only_noise(model, failing, rows)
         return None, {}
-    if not (failing or asked):  # shown on a page: what was not asked for changes no verdict
+    if not judged:  # they are shown on a page
         add_once(report.findings, f"{row.tap} differs by itself, though all outputs agree: --checks taps judges that")
         return None, {}
     locate(report, model, rows, row)
