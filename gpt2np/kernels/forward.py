@@ -17,10 +17,10 @@ from ..reference import Tap, no_tap, split_heads
 from ..weights import MLP, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear
 from . import loops, threads, vectors
 from .jit import DiskCache, config
-from .loops import PIECE_QUERIES, PIECE_ROWS, TERMS, VisibleKeys
+from .loops import PIECE_PANELS, PIECE_QUERIES, PIECE_ROWS, TERMS, VisibleKeys
 from .panels import pack_matrix
 from .threads import pool, run_pieces
-from .tile import FORMS, PANEL, ROWS
+from .tile import FORMS, PANEL, ROWS, STREAMS
 from .vectors import ACTIVATION_CODES, LANES, activate_in_place
 
 ANY = SafeScores()
@@ -38,7 +38,8 @@ def needs_compilation() -> bool:
 def scratch_for(count: int, dtype: Any, C: int = 0, S: int = 0, D: int = 0) -> Array:
     """Memory for `count` threads: for linear maps, layer norms of C numbers, and attention over S keys of size D."""
     length, width = -(-S // PANEL) * PANEL, -(-D // PANEL) * PANEL
-    size = max((PIECE_ROWS + TERMS) * PANEL, LANES + C, length * (D + width + ROWS) + ROWS * (width + 1) + LANES)
+    linear = (PIECE_ROWS * PIECE_PANELS + TERMS) * PANEL
+    size = max(linear, LANES + C, length * (D + width + ROWS) + ROWS * (width + 1) + LANES)
     return empty_aligned((count, -(-size // 16) * 16), dtype)
 
 
@@ -52,9 +53,10 @@ def _linear_into(
     terms: int = TERMS,
 ) -> None:  # fmt: skip
     """out = activation(x @ weight + bias), or out += that: (R, K) @ (K, N) -> (R, N)."""
-    pieces = len(weight.data) * -(-len(x) // PIECE_ROWS)
+    group = STREAMS[len(x)] if len(x) < len(STREAMS) else PIECE_PANELS if len(x) > PIECE_ROWS else 1
+    pieces = -(-len(weight.data) // group) * -(-len(x) // PIECE_ROWS)
     work = (READ_COST + len(x)) * weight.data.size
-    arguments = x, weight.data, bias, ACTIVATION_CODES[activation], added, terms, out
+    arguments = x, weight.data, bias, ACTIVATION_CODES[activation], added, terms, group, out
     run_pieces(pieces, work, loops.linear_range, loops.linear_parallel, scratch, *arguments)
 
 

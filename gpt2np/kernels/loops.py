@@ -20,84 +20,114 @@ from ..arrays import Array
 from . import tile
 from .jit import jit
 from .threads import next_chunk
-from .tile import PANEL, ROWS, fma, wide, widen_row
+from .tile import PANEL, ROWS, STREAMS, fma, is_narrow, wide, widen_row
 from .vectors import LANES, activate_in_place, add, copy, exp, highest, span, total, transpose_block
 
 TERMS = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
 PIECE_ROWS = 48  # rows that share one pass over a panel of weights; a multiple of every ROWS
+PIECE_PANELS = 4  # panels that share one pass over these rows, at most
 PIECE_QUERIES = 96  # queries that share one transposition of the keys; likewise
 
 tile_1, tile_2, tile_4, tile_full = (tile.make_tile(rows) for rows in (1, 2, 4, ROWS))
+streams_1, streams_2, streams_3 = (tile.make_tile(rows, (*STREAMS, 1, 1, 1)[rows]) for rows in (1, 2, 3))
 
 
 # ------------------------------------------------------------------------------------------------ linear maps
 
 
 @jit()
-def multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride):
+def multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, terms, out, out_start, out_stride):
     """One panel: out[r] += a[r] @ b for r < rows, see `tile.make_tile`."""
     r = 0
     while r < rows:
         left = rows - r
         a_row, out_row = a_start + r * a_stride, out_start + r * out_stride
         if left >= ROWS:
-            tile_full(a, a_row, a_stride, b, b_start, b_stride, depth, out, out_row, out_stride)
+            tile_full(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
             r += ROWS
         elif left >= 4:
-            tile_4(a, a_row, a_stride, b, b_start, b_stride, depth, out, out_row, out_stride)
+            tile_4(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
             r += 4
         elif left >= 2:
-            tile_2(a, a_row, a_stride, b, b_start, b_stride, depth, out, out_row, out_stride)
+            tile_2(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
             r += 2
         else:
-            tile_1(a, a_row, a_stride, b, b_start, b_stride, depth, out, out_row, out_stride)
+            tile_1(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
             r += 1
 
 
 @jit()
-def linear_range(first, last, scratch, x, weight, bias, activation, added, terms, out):
+def multiply_few(rows, a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride):
+    """STREAMS[rows] panels at once, for less than len(STREAMS) rows."""
+    if rows == 1:
+        streams_1(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride)
+    elif rows == 2:
+        streams_2(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride)
+    else:
+        streams_3(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride)
+
+
+@jit()
+def add_product(rows, x, row, weight, panel, panels, terms, totals, block):
+    """totals (rows, panels * PANEL) += rows of x @ panels of weight, in chains of so many terms.
+
+    Weights in 16 bits are widened by the tile if it is one, else block by block for all tiles, into `block`.
+    """
+    K, width = x.shape[1], panels * PANEL
+    if rows < len(STREAMS) and panels == STREAMS[rows]:
+        multiply_few(rows, x, row * K, K, weight, panel * PANEL * K, PANEL, PANEL * K, K, terms, totals, 0, width)
+        return
+    step = K if rows <= ROWS else terms
+    for k in range(0, K, step):
+        depth = min(step, K - k)
+        for p in range(panels):
+            place = ((panel + p) * K + k) * PANEL
+            if is_narrow(weight) and rows > ROWS:
+                for d in range(depth):
+                    widen_row(weight, place + d * PANEL, depth * PANEL, block, d * PANEL)
+                multiply(rows, x, row * K + k, K, block, 0, PANEL, depth, depth, totals, p * PANEL, width)
+            else:
+                multiply(rows, x, row * K + k, K, weight, place, PANEL, depth, terms, totals, p * PANEL, width)
+
+
+@jit()
+def linear_range(first, last, scratch, x, weight, bias, activation, added, terms, group, out):
     """out (R, N) = activation(x (R, K) @ weight + bias), or with `added` out += that; weight: see `Panels`.
 
-    A piece is one panel of columns for PIECE_ROWS rows. terms: of one chain, see TERMS; no more
-    than these where weights are kept in 16 bits. Those are widened by the tile if it is one, else once for all tiles.
+    A piece is `group` panels of columns for PIECE_ROWS rows. terms: of one chain, see TERMS; no more than these where
+    weights are kept in 16 bits.
     """
-    (R, K), N = x.shape, out.shape[1]
+    R, N = len(x), out.shape[1]
     row_pieces = -(-R // PIECE_ROWS)
+    block = scratch[PIECE_ROWS * PIECE_PANELS * PANEL :][: TERMS * PANEL]
     for piece in range(first, last):
-        column, row = piece // row_pieces * PANEL, piece % row_pieces * PIECE_ROWS
-        rows, width = min(PIECE_ROWS, R - row), min(PANEL, N - column)
-        totals, block = scratch[: rows * PANEL], scratch[PIECE_ROWS * PANEL : (PIECE_ROWS + TERMS) * PANEL]
-        widen_first = weight.itemsize < x.itemsize and rows > ROWS
+        panel, row = piece // row_pieces * group, piece % row_pieces * PIECE_ROWS
+        rows, panels = min(PIECE_ROWS, R - row), min(group, len(weight) - panel)
+        column, stride = panel * PANEL, panels * PANEL
+        width, totals = min(stride, N - column), scratch[: rows * stride]
 
         # 1. the bias, then the product, block by block of the sum; what one block reads stays in the caches
         totals[:] = 0
         if bias.size > 0:
             for r in range(rows):
-                copy(bias[column : column + width], totals[r * PANEL : r * PANEL + width])
-        for k in range(0, K, terms):
-            depth = min(terms, K - k)
-            if widen_first:
-                for d in range(depth):
-                    widen_row(weight, column * K + (k + d) * PANEL, depth * PANEL, block, d * PANEL)
-                multiply(rows, x, row * K + k, K, block, 0, PANEL, depth, totals, 0, PANEL)
-            else:
-                multiply(rows, x, row * K + k, K, weight, column * K + k * PANEL, PANEL, depth, totals, 0, PANEL)
+                copy(bias[column : column + width], totals[r * stride : r * stride + width])
+        add_product(rows, x, row, weight, panel, panels, terms, totals, block)
 
         # 2. the activation, and the way out: stored, or added to the residual stream
         activate_in_place(totals, activation)
         for r in range(rows):
             if added:
-                add(totals[r * PANEL : r * PANEL + width], out[row + r, column : column + width])
+                add(totals[r * stride : r * stride + width], out[row + r, column : column + width])
             else:
-                copy(totals[r * PANEL : r * PANEL + width], out[row + r, column : column + width])
+                copy(totals[r * stride : r * stride + width], out[row + r, column : column + width])
 
 
 @jit(parallel=True)
-def linear_parallel(ticket, workers, pieces, smallest, scratch, x, weight, bias, activation, added, terms, out):
+def linear_parallel(ticket, workers, pieces, smallest, scratch, x, weight, bias, activation, added, terms, group, out):
     for worker in prange(workers):
         first, last = next_chunk(ticket, workers, pieces, smallest)
         while first < pieces:
-            linear_range(first, last, scratch[worker], x, weight, bias, activation, added, terms, out)
+            linear_range(first, last, scratch[worker], x, weight, bias, activation, added, terms, group, out)
             first, last = next_chunk(ticket, workers, pieces, smallest)
 
 
@@ -272,11 +302,7 @@ def score_queries(rows, qkv, query, stride, D, room, length, wide):
     """scores[r, j] = q[r] . k[j] for j < wide; the queries are numbers query + r * stride ... of qkv."""
     room.scores[: rows * length] = 0
     for j in range(0, wide, PANEL):
-        for d in range(0, D, TERMS):
-            multiply(
-                rows, qkv, query + d, stride, room.keys, j * D + d * PANEL, PANEL, min(TERMS, D - d),
-                room.scores, j, length,
-            )  # fmt: skip
+        multiply(rows, qkv, query, stride, room.keys, j * D, PANEL, D, TERMS, room.scores, j, length)
 
 
 @jit()
@@ -323,14 +349,15 @@ def weigh_values(limits, finite, room, length, values, value_start, width):
             value = value_start + j * width + d
             if finite or j + TERMS <= shortest:
                 multiply(
-                    rows, room.scores, j, length, values, value, width, min(TERMS, longest - j), room.heads, d, width
-                )
+                    rows, room.scores, j, length, values, value, width, min(TERMS, longest - j), TERMS,
+                    room.heads, d, width,
+                )  # fmt: skip
             else:
                 for r in range(rows):
                     if j < limits[r]:
                         multiply(
                             1, room.scores, r * length + j, length, values, value, width, min(TERMS, limits[r] - j),
-                            room.heads, r * width + d, width,
+                            TERMS, room.heads, r * width + d, width,
                         )  # fmt: skip
 
 

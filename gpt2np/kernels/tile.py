@@ -47,6 +47,10 @@ def _has(feature: str) -> bool:
 # A full tile leaves registers for b[k] and a[r, k]: 8 x 32 float32 sums take 16 of AVX-512's 32 registers,
 # 6 x 16 take 12 of AVX2's 16 and 24 of arm64's 32. More rows than these bring no speed.
 PANEL, ROWS = (32, 8) if _has("avx512f") else (16, 6)
+# A product of so few rows takes as long as it takes to read b, and a Zen 3 reads several panels at once a fifth sooner
+# than one after another: a processor's own prefetching begins anew at each page of each stream, and only that.
+# STREAMS[rows] panels for less than len(STREAMS) rows; other machines, where this was not measured, read one.
+STREAMS = (1, 4, 2, 2) if _has("avx2") and not _has("avx512f") else (1,)
 SQUARE = 16  # rows and columns that `transpose` turns at once
 # Without an instruction for float16 LLVM would call a function that may not be there.
 _float16 = config.DISABLE_JIT or platform.machine().lower() in ("arm64", "aarch64") or _has("f16c")
@@ -54,84 +58,57 @@ FORMS = ("bfloat16", "float16") if _float16 else ("bfloat16",)  # in which b may
 AHEAD = 2 * SQUARE  # so many rows further it has the memory read already
 
 
-def make_tile(rows: int) -> Callable[..., None]:
-    """The tile with a fixed number of rows.
+def make_tile(rows: int, panels: int = 1) -> Callable[..., None]:
+    """The tile with a fixed number of rows, over so many panels at once.
 
-        tile(a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride)
+        tile(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride)
 
-    computes out[r, c] += sum over k < depth of a[r, k] * b[k, c], for r < rows and c < PANEL, each sum by itself
-    started from zero. The arrays are C-contiguous, of any shape and one float dtype; b may also be in one of FORMS.
-    a[r, k] is their element number a_start + r * a_stride + k in memory order, and so on. depth >= 1.
+    computes out[r, c] += sum over k of a[r, k] * b[k, c] for r < rows and c < panels * PANEL, block by block: a sum
+    over the first `terms` k by itself, started from zero, then one over the next, until all of `depth` is done.
+    The arrays are C-contiguous, of any shape and one float dtype; b may also be in one of FORMS. a[r, k] is their
+    element number a_start + r * a_stride + k in memory order, and so on; panels of b are b_next elements apart.
+    depth, terms >= 1.
     """
+    width = panels * PANEL
 
-    def tile_in_python(a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride):
+    def tile_in_python(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride):
         def window(array, start, stride, height, width):
             strides = (stride * array.itemsize, array.itemsize)
             return np.lib.stride_tricks.as_strided(array.reshape(-1)[start:], (height, width), strides)
 
         left = window(a, a_start, a_stride, rows, depth).astype(np.float64)
-        right = widened(window(b, b_start, b_stride, depth, PANEL)).astype(np.float64)
-        total = np.zeros((rows, PANEL), out.dtype)
-        for k in range(depth):
-            total = (left[:, k, None] * right[k] + total).astype(out.dtype)
-        window(out, out_start, out_stride, rows, PANEL)[:] += total
+        places = [b_start + panel * b_next for panel in range(panels)]
+        right = widened(np.hstack([window(b, place, b_stride, depth, PANEL) for place in places])).astype(np.float64)
+        for block in range(0, depth, terms):
+            total = np.zeros((rows, width), out.dtype)
+            for k in range(block, min(depth, block + terms)):
+                total = (left[:, k, None] * right[k] + total).astype(out.dtype)
+            window(out, out_start, out_stride, rows, width)[:] += total
 
     @intrinsic
-    def tile(_, a, a_start, a_stride, b, b_start, b_stride, depth, out, out_start, out_stride):
+    def tile(_, a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride):
         size = types.intp
 
         def generate(context, builder, _, values):
-            a_array, a_start, a_stride, b_array, b_start, b_stride, depth, out_array, out_start, out_stride = values
-            index = depth.type
-            vector = ir.VectorType(context.get_value_type(a.dtype), PANEL)
-            undefined, zeros = ir.Constant(vector, ir.Undefined), ir.Constant(vector, [0.0] * PANEL)
-            lane_0 = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL)
-            align, b_align = a.dtype.bitwidth // 8, b.dtype.bitwidth // 8
-            b_kind = ir.VectorType(context.get_value_type(b.dtype), PANEL)
-
             def pointer(kind, array, start):
                 return builder.gep(context.make_array(kind)(context, builder, array).data, [start])
 
-            def vector_pointer(base, offset):
-                return builder.bitcast(builder.gep(base, [offset]), vector.as_pointer())
-
+            a_array, a_start, a_stride, b_array, b_start, b_stride, b_next, depth, terms = values[:9]
+            out_array, out_start, out_stride = values[9:]
             a_base, b_base, out_base = (
                 pointer(a, a_array, a_start),
                 pointer(b, b_array, b_start),
                 pointer(out, out_array, out_start),
             )
-            a_rows = [builder.gep(a_base, [builder.mul(a_stride, index(r))]) for r in range(rows)]
-
-            # k = 0; do { sum[r] = fma(a[r, k], b[k], sum[r]) } while (++k < depth), the sums in registers
-            before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("end")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            k, *sums = [builder.phi(kind) for kind in (index, *[vector] * rows)]
-            b_place = builder.bitcast(builder.gep(b_base, [builder.mul(k, b_stride)]), b_kind.as_pointer())
-            b_vector = _widen(builder, builder.load(b_place, align=b_align), b.dtype)
-            for line in range(0, PANEL * b_align, 64):  # the next block of b is on its way while this one is used
-                ahead = builder.add(builder.mul(builder.add(k, depth), b_stride), index(line // b_align))
-                _prefetch(builder, builder.gep(b_base, [ahead]))
-            new_sums = []
-            for a_row, total in zip(a_rows, sums, strict=True):
-                number = builder.load(builder.gep(a_row, [k]))
-                number = builder.insert_element(undefined, number, ir.IntType(32)(0))
-                a_vector = builder.shuffle_vector(number, undefined, lane_0)
-                new_sums.append(_fmuladd(builder, a_vector, b_vector, total))
-            next_k = builder.add(k, index(1))
-            for phi, start, new in zip([k, *sums], [index(0), *[zeros] * rows], [next_k, *new_sums], strict=True):
-                phi.add_incoming(start, before)
-                phi.add_incoming(new, loop)
-            builder.cbranch(builder.icmp_signed("<", next_k, depth), loop, after)
-
-            # out[r] += sum[r]
-            builder.position_at_end(after)
-            for r, total in enumerate(new_sums):
-                target = vector_pointer(out_base, builder.mul(out_stride, index(r)))
-                builder.store(builder.fadd(builder.load(target, align=align), total), target, align=align)
+            a_rows, out_rows = (
+                [builder.gep(base, [builder.mul(stride, depth.type(r))]) for r in range(rows)]
+                for base, stride in ((a_base, a_stride), (out_base, out_stride))
+            )
+            b_panels = [builder.gep(b_base, [builder.mul(b_next, depth.type(p))]) for p in range(panels)]
+            _blocks(builder, a_rows, b_panels, b.dtype, b_stride, depth, terms, out_rows)
             return context.get_dummy_value()
 
-        return types.void(a, size, size, b, size, size, size, out, size, size), generate
+        return types.void(a, size, size, b, size, size, size, size, size, out, size, size), generate
 
     chosen: Callable[..., None] = tile_in_python if config.DISABLE_JIT else tile
     return chosen
@@ -193,7 +170,72 @@ def _make_transpose() -> Callable[..., None]:
 transpose = _make_transpose()
 
 
-def _fmuladd(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+def _blocks(
+    builder: ir.IRBuilder, a_rows: list[ir.Value], b_panels: list[ir.Value], b_dtype: Any, b_stride: ir.Value,
+    depth: ir.Value, terms: ir.Value, out_rows: list[ir.Value],
+) -> None:  # fmt: skip
+    """The loops of a tile, for pointers to the rows of a and out and to the panels of b."""
+    index, vector = depth.type, ir.VectorType(out_rows[0].type.pointee, PANEL)
+    zeros, align = ir.Constant(vector, [0.0] * PANEL), 8 if isinstance(vector.element, ir.DoubleType) else 4
+    before = builder.block
+    block_begins, step, block_ends, after = (builder.append_basic_block(n) for n in ("block", "step", "end", "after"))
+
+    # block = 0; do { end = min(block + terms, depth) ...
+    builder.branch(block_begins)
+    builder.position_at_end(block_begins)
+    block = builder.phi(index)
+    end = builder.add(block, terms)
+    end = builder.select(builder.icmp_signed("<", end, depth), end, depth)
+    builder.branch(step)
+
+    # k = block; do { sum[r] = fma(a[r, k], b[k], sum[r]) } while (++k < end), the sums in registers
+    builder.position_at_end(step)
+    k, *sums = [builder.phi(kind) for kind in (index, *[vector] * (len(a_rows) * len(b_panels)))]
+    new_sums = _step(builder, a_rows, b_panels, b_dtype, b_stride, k, sums)
+    if len(b_panels) == 1:  # the next block of b is on its way while this one is used
+        for line in range(0, PANEL * b_dtype.bitwidth // 8, 64):
+            ahead = builder.add(builder.mul(builder.add(k, terms), b_stride), index(line // (b_dtype.bitwidth // 8)))
+            _prefetch(builder, builder.gep(b_panels[0], [ahead]))
+    next_k = builder.add(k, index(1))
+    for phi, start, new in zip([k, *sums], [block, *[zeros] * len(sums)], [next_k, *new_sums], strict=True):
+        phi.add_incoming(start, block_begins)
+        phi.add_incoming(new, step)
+    builder.cbranch(builder.icmp_signed("<", next_k, end), step, block_ends)
+
+    # out[r] += sum[r] } while ((block = end) < depth)
+    builder.position_at_end(block_ends)
+    for i, total in enumerate(new_sums):
+        place = builder.gep(out_rows[i // len(b_panels)], [index(i % len(b_panels) * PANEL)])
+        target = builder.bitcast(place, vector.as_pointer())
+        builder.store(builder.fadd(builder.load(target, align=align), total), target, align=align)
+    block.add_incoming(index(0), before)
+    block.add_incoming(end, block_ends)
+    builder.cbranch(builder.icmp_signed("<", end, depth), block_begins, after)
+    builder.position_at_end(after)
+
+
+def _step(
+    builder: ir.IRBuilder, a_rows: list[ir.Value], b_panels: list[ir.Value], b_dtype: Any, b_stride: ir.Value,
+    k: ir.Value, sums: list[ir.Value],
+) -> list[ir.Value]:  # fmt: skip
+    """sums[r, panel] + a[r, k] * b[panel, k]."""
+    b_kind = ir.VectorType(b_panels[0].type.pointee, PANEL)
+    lane_0 = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL)
+    undefined = ir.Constant(sums[0].type, ir.Undefined)
+    b_vectors = []
+    for b_panel in b_panels:
+        place = builder.bitcast(builder.gep(b_panel, [builder.mul(k, b_stride)]), b_kind.as_pointer())
+        b_vectors.append(_widen(builder, builder.load(place, align=b_dtype.bitwidth // 8), b_dtype))
+    new_sums = []
+    for r, a_row in enumerate(a_rows):
+        number = builder.insert_element(undefined, builder.load(builder.gep(a_row, [k])), ir.IntType(32)(0))
+        a_vector = builder.shuffle_vector(number, undefined, lane_0)
+        for panel, b_vector in enumerate(b_vectors):
+            new_sums.append(fmuladd(builder, a_vector, b_vector, sums[r * len(b_panels) + panel]))
+    return new_sums
+
+
+def fmuladd(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
     """a * b + c, with one rounding where the machine can, with two where it cannot (never a slow library call)."""
     element, lanes = (a.type.element, f"v{a.type.count}") if isinstance(a.type, ir.VectorType) else (a.type, "")
     name = f"llvm.fmuladd.{lanes}{'f32' if isinstance(element, ir.FloatType) else 'f64'}"
@@ -228,6 +270,20 @@ def _wide_in_python(x: Any) -> Any:
 
 # wide(x): the number that one element of a matrix stands for, see `arrays.NARROW`
 wide: Callable[..., Any] = _wide_in_python if config.DISABLE_JIT else _wide
+
+
+@intrinsic
+def _is_narrow(_, array):
+    bit = ir.Constant(ir.IntType(1), int(array.dtype in (types.int16, types.uint16)))
+    return types.boolean(array), lambda context, builder, signature, values: bit
+
+
+def _is_narrow_in_python(array: Any) -> bool:
+    return widened(array) is not array
+
+
+# is_narrow(array): whether it holds NARROW bits; a constant for LLVM, which leaves out the branch that is not taken
+is_narrow: Callable[..., Any] = _is_narrow_in_python if config.DISABLE_JIT else _is_narrow
 
 
 @intrinsic
@@ -270,7 +326,7 @@ def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
 
 @intrinsic
 def _fma(_, a, b, c):
-    return a(a, a, a), lambda context, builder, signature, values: _fmuladd(builder, *values)
+    return a(a, a, a), lambda context, builder, signature, values: fmuladd(builder, *values)
 
 
 def _fma_in_python(a: Any, b: Any, c: Any) -> Any:

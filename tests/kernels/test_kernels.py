@@ -68,7 +68,8 @@ def random_block(C, H, F, dtype, activation="gelu_tanh", seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("R", "K", "N"), [(1, 1, 1), (1, 5, 40), (3, 128, 32), (7, 129, 33), (13, 300, 65), (50, 17, 31)]
+    ("R", "K", "N"),
+    [(1, 1, 1), (1, 5, 40), (1, 300, 150), (2, 300, 90), (3, 128, 32), (7, 129, 33), (13, 300, 65), (50, 17, 170)],
 )
 def test_linear(R, K, N, dtype):
     x, w = draw(R, K, dtype=dtype), random_linear(K, N, dtype)
@@ -209,7 +210,7 @@ def test_block(H, D, activation, dtype):
 
 @given(data=st.data())
 def test_a_row_of_a_product_does_not_depend_on_the_other_rows(data):
-    R, K, N = (data.draw(st.integers(1, high), label=name) for name, high in (("R", 30), ("K", 140), ("N", 40)))
+    R, K, N = (data.draw(st.integers(1, high), label=name) for name, high in (("R", 60), ("K", 300), ("N", 150)))
     x, w = draw(R, K), packed(random_linear(K, N, np.float32))
     w = Linear(w.weight, w.bias)
     row = data.draw(st.integers(0, R - 1))
@@ -473,7 +474,7 @@ def test_other_machines_compute_the_same_product(machine, features, tmp_path):
         for p in range(2):
             panels[p, :, : min(16, 20 - 16 * p)] = w[:, 16 * p : 16 * p + 16]
         out, x32 = np.zeros((7, 16), np.float32), x.astype(np.float32)
-        loops.multiply(7, x32, 0, 30, panels, 0, 16, 30, out, 0, 16)
+        loops.multiply(7, x32, 0, 30, panels, 0, 16, 30, 30, out, 0, 16)
         print(np.abs(out - x32.astype(float) @ panels[0]).max() < 1e-5)
     """
     environment = {"NUMBA_CPU_NAME": machine, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
