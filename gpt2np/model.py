@@ -6,8 +6,9 @@ and run by the textbook (`reference.py`) or by its compiled twins (`kernels/`): 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -433,6 +434,19 @@ def load(path: str | Path | None = None, engine: str = "numba", dtype: str = "fl
     from .onnx.read.reader import open_model
     from .onnx.recognise import recognise
 
-    file = open_model(place)
-    recognised = recognise(file)
-    return GPT2(recognised.config, recognised.sources, engine, dtype, file.path, recognised)
+    with _collector_paused():
+        file = open_model(place)
+        recognised = recognise(file)
+        return GPT2(recognised.config, recognised.sources, engine, dtype, file.path, recognised)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Python's cycle collector off: most of what imports and loading make stays, and it would search it many times."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -1,6 +1,7 @@
 """GPT2 and KVCache: one path for prefill, chunks, single tokens and batches; errors before any work."""
 
 import functools
+import gc
 
 import numpy as np
 import pytest
@@ -61,6 +62,21 @@ def test_a_batch_gives_each_row_what_it_gets_alone(engine, data):
         agree(engine, together.last_hidden_state[row : row + 1], alone.last_hidden_state)
         for a, b in zip(together.past, alone.past, strict=True):
             agree(engine, a[:, row : row + 1], b)
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_loading_leaves_the_collector_as_it_was(on, tmp_path):
+    before = gc.isenabled()
+    try:
+        (gc.enable if on else gc.disable)()
+        gpt2np.load(engine="numpy")
+        assert gc.isenabled() is on
+        (tmp_path / "model.onnx").write_bytes(b"no model")
+        with pytest.raises(gpt2np.Gpt2npError):
+            gpt2np.load(tmp_path)
+        assert gc.isenabled() is on
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 @pytest.mark.parametrize("engine", ENGINES)
