@@ -136,6 +136,7 @@ class Race:
 
     def one_round(self, parties: dict[str, Party], ceilings: Party) -> dict[str, dict[str, float]]:
         """{work: {party: seconds}} and {"limits": {"read": GB/s, "fma": GFLOP/s}}: the best of the round."""
+        self.results["date"] = time.strftime("%Y-%m-%d")
         result: dict[str, dict[str, float]] = {"limits": {"read": 0.0, "fma": 0.0}}
         for length, cached in works(self.config.n_ctx):
             for name, party in parties.items():
@@ -215,7 +216,7 @@ def report(race: Race, shown: Sequence[str]) -> str:
         f"Error: |scores - float64's| / |float64's| for {PROMPTS} prompts, all from the same float32 weights: "
         f"{race.results['weights']}.",
         f"Limits, GB/s and GFLOP/s, least to most: read {spread(rates['read'], 1)}, fma {spread(rates['fma'], 1)}.",
-        f"Rounds: {counts}; {THREADS} threads each; {race.results['machine']}.",
+        f"Rounds: {counts}; {THREADS} threads each; {race.results['date']}, {race.results['machine']}.",
         NOT_TRIED,
         *([f"Left out: {left_out}."] if left_out else []),
     ]
@@ -249,8 +250,11 @@ def main() -> None:
         made = ceilings_party if name == "ceilings" else lambda file: open_party(file, name, int(bits))
         return serve(arguments.serve, arguments.file, {arguments.serve: made})
 
+    parties = arguments.parties.split(",")
+    if unknown := set(parties) - set(PARTIES):
+        parser.error(f"parties are {', '.join(PARTIES)}; there is none called {', '.join(unknown)}")
     make_files(arguments.model, arguments.work)
-    race = Race(arguments.work, arguments.python, arguments.parties.split(","))
+    race = Race(arguments.work, arguments.python, parties)
     race.results["machine"] = machine() + versions(arguments.python)
     race.results.setdefault("weights", str(arguments.model or RANDOM))
     for bits in map(int, arguments.bits.split(",")):
