@@ -8,6 +8,10 @@ from ..errors import UnsupportedModelError
 from ..files import allowance
 
 
+class OverBudget(UnsupportedModelError):
+    """A file asks for more than one of its size gets."""
+
+
 class Budget:
     """Bytes that may be made from a file, all together.
 
@@ -18,11 +22,12 @@ class Budget:
 
     def __init__(self, nbytes: int) -> None:
         self.total = self.left = allowance(nbytes)
+        self.more = 3 * self.total  # so much can be given back: time is bounded, too
 
     def check(self, nbytes: int, what: Callable[[], str]) -> None:
         """Raise if so much more cannot be had; `what` tells what asks for it."""
         if nbytes > self.left:
-            raise UnsupportedModelError(
+            raise OverBudget(
                 f"{what()} asks for {nbytes:,} bytes; a file of this size gets {self.total:,}, of which "
                 f"{self.left:,} are left"
             )
@@ -31,3 +36,9 @@ class Budget:
         """Take so much; raises as `check` does."""
         self.check(nbytes, what)
         self.left -= nbytes
+
+    def give_back(self, left: int) -> None:
+        """What was made since so much was left has been dropped again."""
+        nbytes = min(left - self.left, self.more)
+        self.left += nbytes
+        self.more -= nbytes

@@ -10,7 +10,7 @@ import numpy as np
 from ...errors import UnsupportedModelError
 from ..budget import Budget
 from ..graph import Graph, Node
-from .growth import FEW, VALUED, most_elements
+from .growth import FEW, VALUED, most_bytes
 from .operators import OPERATORS, Operator
 
 Array = np.ndarray
@@ -100,7 +100,7 @@ class Evaluator:
             budget = None
         try:
             if budget is not None:
-                budget.check(8 * most_elements(node, inputs), node.describe)
+                budget.check(most_bytes(node, inputs), node.describe)
             result = operator(node, inputs, self.graph.opsets.get(node.domain, 1))
         except UnsupportedModelError:
             raise

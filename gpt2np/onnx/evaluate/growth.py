@@ -15,21 +15,26 @@ Array = np.ndarray
 FEW = 1 << 13  # elements; what makes fewer needs not be counted, such as the arithmetic of sizes
 
 
-def most_elements(node: Node, inputs: Sequence[Any]) -> int:
-    """An upper bound of the elements that a node makes; for products, of the multiplications.
+def most_bytes(node: Node, inputs: Sequence[Any]) -> int:
+    """An upper bound of the bytes that a node makes; for products, of 8 for each multiplication.
 
     Nearly every operator gives what its inputs broadcast to, or parts of them. Those that can give more are listed.
     """
     rule = GROWING.get(node.op) or (_product if "MatMul" in node.op or "Gemm" in node.op else None)
     if rule is not None:
-        return rule(node, inputs)
-    together, widest = 0, [1] * 32
+        return 8 * rule(node, inputs)
+    together, widest, kinds = 0, [1] * 32, set()
     for i in inputs:
         for array in i if isinstance(i, tuple) else (i,) if i is not None else ():
             together += array.size
+            kinds.add(array.dtype)
             for axis, size in enumerate(reversed(array.shape)):
                 widest[axis] = max(widest[axis], size)
-    return max(together, math.prod(widest))
+    broadcast = math.prod(widest)
+    if node.op not in BROADCASTING:
+        return 8 * max(together, broadcast)
+    kinds.discard(np.dtype(bool))  # what is left is the result's type, or it is bool
+    return broadcast * (kinds.pop().itemsize if len(kinds) == 1 else 8)
 
 
 def _values(array: Array) -> int:
@@ -76,6 +81,13 @@ def _einsum(node: Node, inputs: Sequence[Any]) -> int:
     return math.prod(sizes.values())
 
 
+# Operators that give what their inputs broadcast to.
+BROADCASTING = frozenset(
+    {
+        "Add", "Sub", "Mul", "Div", "Pow", "Mod", "Max", "Min", "Sum", "Where", "And", "Or", "Xor", "Equal", "Less",
+        "LessOrEqual", "Greater", "GreaterOrEqual",
+    }
+)  # fmt: skip
 # Operators whose inputs' values say how much they give.
 VALUED = frozenset({"ConstantOfShape", "Range", "Tile"})
 # Operators that give more than their inputs broadcast to.

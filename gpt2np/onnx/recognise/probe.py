@@ -37,7 +37,8 @@ class Sizes:
         return self.P + self.T
 
 
-BYTES_OF_A_PAIR = 60  # of a budget, for each pair of a query and a key whose mask is read
+# Of a budget, for each pair of a query and a key whose mask is read: what most graphs make do with, and enough for any.
+BYTES_OF_A_PAIR = (16, 60)
 USUAL = Sizes(2, 4, 3)  # no two sizes equal, so that an axis is known by its size
 
 
@@ -264,11 +265,14 @@ def unknown(shape: Sequence[int]) -> Array:
 _NAN = np.float64(np.nan).tobytes()
 
 
-def longest_tried(graph: Graph, n_ctx: int) -> int:
-    """How many positions are tried at once: all, unless a small file claims so many that their square is too much."""
+def longest_tried(graph: Graph, n_ctx: int) -> list[int]:
+    """How many positions are tried at once: all, unless a small file claims so many that their square is too much.
+
+    The second number is for graphs to which the first one is too much.
+    """
     if graph.budget is None:
-        return n_ctx
-    return min(n_ctx, math.isqrt(graph.budget.left // BYTES_OF_A_PAIR))
+        return [n_ctx]
+    return [min(n_ctx, math.isqrt(graph.budget.left // nbytes)) for nbytes in BYTES_OF_A_PAIR]
 
 
 def probes_of(usual: Probe, n_ctx: int) -> list[Probe]:

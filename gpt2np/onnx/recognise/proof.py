@@ -16,6 +16,7 @@ import numpy as np
 
 from ...errors import UnsupportedModelError
 from ...masks import MaskRule
+from ..budget import OverBudget
 from .attention import AttentionFound, fail, upright
 from .blocks import Branch, Roles
 from .embeddings import position_rows
@@ -31,7 +32,7 @@ from .scores import MaskFound
 
 Array = np.ndarray
 
-AT_ONCE = 1 << 20  # token ids that are tried in one run
+AT_ONCE = 1 << 20  # token ids that are tried in one run, and pairs of queries and keys that are compared
 
 
 @dataclass(frozen=True)
@@ -262,10 +263,16 @@ def prove_mask(probe: Probe, i: int, core: AttentionCore, found: MaskFound, befo
     dtype = np.float64 if half else np.float32
 
     def run(feeds: dict[str, Array]) -> Array:
+        budget = probe.graph.budget
+        left = 0 if budget is None else budget.left
         try:
             (got,) = probe.run_with({**feeds, core.scores.out: np.broadcast_to(dtype(score), few)}, core.masked)
+        except OverBudget:
+            raise
         except UnsupportedModelError:
             (got,) = probe.run_with({**feeds, core.scores.out: np.broadcast_to(dtype(score), shape)}, core.masked)
+        if budget is not None:
+            budget.give_back(left)
         return got.reshape(B, -1, T, S)
 
     later = np.arange(S) > np.arange(probe.P, S)[:, None] + mask.shift  # (T, S)
@@ -309,10 +316,29 @@ def _compare(
     score: float,
     mask: MaskRule,
 ) -> None:
-    """Raise unless scores have become what the mask says."""
+    """Raise unless scores have become what the mask says; some queries at a time, so that little is made of them."""
+    T = got.shape[-2]
+    rows = max(1, AT_ONCE // got.shape[-1])
+    for start in range(0, T, rows):
+        some = slice(start, start + rows)
+        parts = [(where if where.shape[-2] == 1 else where[..., some, :], effect) for where, effect in effects]
+        _compare_queries(probe, i, core, got[..., some, :], parts, score, mask, probe.P + start)
+
+
+def _compare_queries(
+    probe: Probe,
+    i: int,
+    core: AttentionCore,
+    got: Array,
+    effects: Sequence[tuple[Array, tuple[float, float]]],
+    score: float,
+    mask: MaskRule,
+    first: int,
+) -> None:
+    """The same for queries that follow each other, from that position on."""
     # twice float32's lowest number is -inf, too
     lowest = np.finfo(np.float16 if probe.half else np.float32).min
-    hidden = np.zeros(np.broadcast_shapes(*(where.shape for where, _ in effects)), bool)
+    hidden = np.zeros(np.broadcast_shapes(got.shape[-2:], *(where.shape for where, _ in effects)), bool)
     expected = np.full(hidden.shape, score)
     for where, (factor, added) in effects:
         where = np.broadcast_to(where, hidden.shape)
@@ -326,7 +352,7 @@ def _compare(
     if (close | ~seen).all():
         return
     b, _, t, key = np.argwhere(~(close | ~seen) & np.ones_like(got, bool))[0]
-    query = t + probe.P
+    query = first + t
     row = np.broadcast_to(close, got.shape)[b, 0, t]
     sight = np.flatnonzero(~np.broadcast_to(hidden, (*got.shape[:1], 1, *got.shape[2:]))[b, 0, t] & row)
     if 0 < len(sight) < query + 1 + mask.shift and (np.diff(sight) == 1).all() and sight[-1] == query + mask.shift:

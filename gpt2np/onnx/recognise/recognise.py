@@ -20,6 +20,7 @@ from ...config import GPT2Config
 from ...errors import UnsupportedModelError, WeightError
 from ...files import allowance
 from ...weights import weight_shapes
+from ..budget import OverBudget
 from ..graph import Graph
 from ..guard import typed_errors
 from ..normalise.build import build_graph
@@ -102,16 +103,26 @@ def _what(found: Recognised) -> tuple[object, ...]:
 
 def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: list[str]) -> tuple[Entry, ...]:
     """Enter every node into the ledger, and try what was found at other sizes: n_ctx, one token behind a full cache."""
-    graph = probe.graph
-    n_ctx = config.n_ctx - max(found.offset, 0)
-    longest = longest_tried(graph, n_ctx)
-    if longest < n_ctx:
-        notes.append(f"masks and positions were read for up to {longest:,} of {n_ctx:,} positions: the file is small")
-    probes = probes_of(probe, longest)
-    entries = admit(Ledger(graph, probes), found.output_roles, found.taps)
-    if graph.refusals is None:
-        prove(probes, found)
-    return entries
+    graph, n_ctx = probe.graph, config.n_ctx - max(found.offset, 0)
+    left = 0 if graph.budget is None else graph.budget.left
+    asked = OverBudget()
+    for longest in longest_tried(graph, n_ctx):
+        try:
+            probes = probes_of(probe, longest)
+            entries = admit(Ledger(graph, probes), found.output_roles, found.taps)
+            if graph.refusals is None:
+                prove(probes, found)
+        except OverBudget as error:
+            asked = error
+            if graph.budget is not None:
+                graph.budget.left = left
+            continue
+        if longest < n_ctx:
+            notes.append(
+                f"masks and positions were read for up to {longest:,} of {n_ctx:,} positions: the file is small"
+            )
+        return entries
+    raise asked
 
 
 def rounding_notes(graph: Graph, entries: Sequence[Entry]) -> list[str]:
