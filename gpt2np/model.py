@@ -23,6 +23,7 @@ from .config import GPT2Config
 from .errors import ContextOverflowError, InputError, ModelFileError, TokenizerError, UnsupportedModelError
 from .masks import ScoresReachMask, mask_for
 from .paths import embedded_model_path
+from .quantised import rounded
 from .weights import Array, GPT2Weights, WeightSources, assemble, check_sources
 
 if TYPE_CHECKING:
@@ -57,11 +58,13 @@ class GPT2:
         The file that the weights come from; a tokenizer is looked for beside it.
     recognised : optional
         What the graph said, see `onnx/recognise.py`.
+    weights : one of `quantised.FORMS`, optional
+        See `load`.
 
     Raises
     ------
     InputError
-        If engine or dtype is not one of those above.
+        If engine, dtype or weights is not one of those above.
     WeightError
         If a weight is missing or does not have the shape that the config asks for.
     """
@@ -74,12 +77,16 @@ class GPT2:
         dtype: str = "float32",
         path: Path | None = None,
         recognised: Recognised | None = None,
+        weights: str | None = None,
     ) -> None:
         if engine not in ("numba", "numpy"):
             raise InputError(f'engine must be "numba" or "numpy", got {engine!r}')
         if dtype not in ("float32", "float64"):
             raise InputError(f'dtype must be "float32" or "float64", got {dtype!r}')
         check_sources(config, sources)
+        if weights is not None:
+            sources = rounded(sources, weights)
+        self.rounded_to = weights
         self.config = config
         self.engine = engine
         self.dtype = np.dtype(dtype)
@@ -389,19 +396,23 @@ class GPT2:
         )
 
     def _kept(self) -> str:
-        """Which matrices the kernels keep in 16 bits."""
+        """What the matrices were rounded to, or which of them the kernels keep in fewer bits."""
+        if self.rounded_to is not None:
+            return f", weights rounded to {self.rounded_to}"
         w = self._weights
         matrices = [w.wte, *(m.weight for b in w.h for m in (*b.attn[:2], *b.mlp[:2]))]
         matrices += [] if self.config.tied else [w.lm_head]
         forms = [getattr(matrix, "form", "") for matrix in matrices]
-        counts = {form: forms.count(form) for form in ("bfloat16", "float16") if form in forms}
+        counts = {form: forms.count(form) for form in ("bfloat16", "float16", "int8", "int4") if form in forms}
         return "".join(
             f", weights in {form}" if count == len(forms) else f", {count} of {len(forms)} matrices in {form}"
             for form, count in counts.items()
         )
 
 
-def load(path: str | Path | None = None, engine: str = "numba", dtype: str = "float32") -> GPT2:
+def load(
+    path: str | Path | None = None, engine: str = "numba", dtype: str = "float32", weights: str | None = None
+) -> GPT2:
     """Load a GPT-2 from an ONNX file.
 
     Parameters
@@ -412,13 +423,19 @@ def load(path: str | Path | None = None, engine: str = "numba", dtype: str = "fl
         The compiled kernels, or the textbook.
     dtype : "float32" or "float64"
         float64 is the oracle.
+    weights : "float32", "bfloat16", "float16", "int8" or "int4", optional
+        What the matrices are rounded to, and kept in by the kernels; both engines then compute with the rounded
+        numbers. Scales and rounding: `quantised.py`. Default: the file's numbers, in as few bits as hold them all.
 
     Raises
     ------
+    InputError
+        If engine, dtype or weights is none of these.
     ModelFileError
         If there is no such file, or it is not a readable ONNX model.
     UnsupportedModelError, WeightError
-        If the graph is not a GPT-2 that can be placed, or a weight is missing, left over or misshapen.
+        If the graph is not a GPT-2 that can be placed, or a weight is missing, left over or misshapen, or is not
+        finite where it is to be rounded.
 
     Examples
     --------
@@ -437,7 +454,7 @@ def load(path: str | Path | None = None, engine: str = "numba", dtype: str = "fl
     with _collector_paused():
         file = open_model(place)
         recognised = recognise(file)
-        return GPT2(recognised.config, recognised.sources, engine, dtype, file.path, recognised)
+        return GPT2(recognised.config, recognised.sources, engine, dtype, file.path, recognised, weights)
 
 
 @contextmanager

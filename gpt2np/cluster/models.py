@@ -47,6 +47,7 @@ def describe(model: GPT2, tokenizer: Path | None) -> Described:
         "program": program(),
         "engine": model.engine,
         "dtype": model.dtype.name,
+        "weights": model.rounded_to,
         "fingerprint": digest(WAYS["prompt"](model, texts(model))),
     }
     return content, {"model": str(model.path.resolve()), "tokenizer": str(tokenizer.resolve()) if tokenizer else None}
@@ -54,14 +55,15 @@ def describe(model: GPT2, tokenizer: Path | None) -> Described:
 
 def open_described(shard: Shard) -> GPT2:
     """The model of a shard, which must be the one that `describe` saw; the last one is kept."""
-    about = {name: shard.content[name] for name in ("model", "tokenizer", "program", "engine", "dtype", "fingerprint")}
+    names = "model", "tokenizer", "program", "engine", "dtype", "weights", "fingerprint"
+    about = {name: shard.content[name] for name in names}
     return _open(json.dumps(about), shard.where["model"], shard.where["tokenizer"])
 
 
 @lru_cache(maxsize=1)
 def _open(about: str, path: str, tokenizer: str | None) -> GPT2:
     wanted = json.loads(about)
-    model = load(path, wanted["engine"], wanted["dtype"])
+    model = load(path, wanted["engine"], wanted["dtype"], wanted["weights"])
     if tokenizer is not None:
         model.tokenizer = tokenizers.load(tokenizer)
     found, _ = describe(model, Path(tokenizer) if tokenizer else None)

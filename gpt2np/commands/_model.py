@@ -29,6 +29,13 @@ TokenizerOption = Annotated[
     ),
 ]
 EngineOption = Annotated[str, typer.Option(help="numba: compiled kernels; numpy: the textbook.")]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORM",
+        help="Round the matrices to float32, bfloat16, float16, int8 or int4. [default: the file's numbers]",
+    ),
+]
 
 
 def named_model(given: str | None) -> Path:
@@ -47,7 +54,9 @@ def named_party(given: str) -> str:
     return str(named_model(given)) if given == "mini" or given in entries() or Path(given).exists() else given
 
 
-def load_model(model: str | None, tokenizer: Path | None, engine: str, dtype: str = "float32") -> GPT2:
+def load_model(
+    model: str | None, tokenizer: Path | None, engine: str, dtype: str = "float32", weights: str | None = None
+) -> GPT2:
     """The model of the option --model with the tokenizer of --tokenizer, or the one beside it.
 
     Raises
@@ -62,7 +71,7 @@ def load_model(model: str | None, tokenizer: Path | None, engine: str, dtype: st
     found = tokenizers.find_beside(path) if tokenizer is None else tokenizers.load(tokenizer)
     if found is None:
         raise TokenizerError(f"there is no tokenizer beside {path}; {tokenizers.HOW_TO_GET_ONE}")
-    loaded = load(path, engine, dtype)
+    loaded = load(path, engine, dtype, weights)
     loaded.tokenizer = found
     if engine == "numba":
         from ..kernels import needs_compilation

@@ -12,7 +12,7 @@ import typer
 from ..errors import InputError
 from ..files import replacing, write_arrays
 from ..weights import Array
-from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
+from ._model import EngineOption, ModelOption, TokenizerOption, WeightsOption, load_model, read_text
 from ._shards import ClusterOption, ResultsOption, WorkersOption, open_shards, wanted
 from ._terminal import console, note, print_json, progress
 
@@ -31,6 +31,7 @@ def embed(
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     engine: EngineOption = "numba",
+    weights: WeightsOption = None,
     workers: WorkersOption = None,
     cluster: ClusterOption = None,
     results: ResultsOption = None,
@@ -63,7 +64,7 @@ def embed(
     if output.suffix == ".npy" and len(taps) > 1:
         raise InputError("an .npy file holds one array: give one --tap, or write an .npz file")
     done: dict[str, Any] = {"output": str(output), "taps": list(taps)}
-    gpt2 = load_model(model, tokenizer, engine)
+    gpt2 = load_model(model, tokenizer, engine, weights=weights)
     if wanted(workers, cluster, results):
         from ..cluster import text
         from ..cluster.models import describe

@@ -14,7 +14,7 @@ import typer
 from ..errors import Gpt2npError, InputError
 from ..escape import escaped
 from ..tokenizer import decode, encode_for, end_of_text_id
-from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
+from ._model import EngineOption, ModelOption, TokenizerOption, WeightsOption, load_model, read_text
 from ._terminal import console, note, print_json, print_table
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def generate(
     model: ModelOption = None,
     tokenizer: TokenizerOption = None,
     engine: EngineOption = "numba",
+    weights: WeightsOption = None,
 ) -> None:
     """Continue a text.
 
@@ -110,7 +111,7 @@ def generate(
         "lookup": lookup,
     }
     try:
-        gpt2 = load_model(model, tokenizer, engine)
+        gpt2 = load_model(model, tokenizer, engine, weights=weights)
         assert gpt2.tokenizer is not None
         end = None if ignore_eos else end_of_text_id(gpt2.tokenizer)
         options["eos_token_id"] = end if end is None or end < gpt2.config.vocab_size else None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ._model import EngineOption, TokenizerOption, load_model
+from ._model import EngineOption, TokenizerOption, WeightsOption, load_model
 
 
 def look(
@@ -19,6 +19,7 @@ def look(
     svg: Annotated[Path | None, typer.Option(metavar="FOLDER", help="also write each picture there as .svg")] = None,
     tokenizer: TokenizerOption = None,
     engine: EngineOption = "numpy",
+    weights: WeightsOption = None,
 ) -> None:
     """Show what happens to a text inside the model: one page that opens in a browser, without network.
 
@@ -42,7 +43,7 @@ def look(
     if len(arguments) > 2:
         raise InputError(f"give a text, or a model and a text; got {len(arguments)} arguments (quote the text)")
     check_writable(output)
-    model = load_model(arguments[0] if len(arguments) == 2 else None, tokenizer, engine)
+    model = load_model(arguments[0] if len(arguments) == 2 else None, tokenizer, engine, weights=weights)
     reading = pictures.read(model, arguments[-1])
     made = [picture(reading) for picture in pictures.PICTURES]
     c = model.config

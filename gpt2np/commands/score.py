@@ -20,7 +20,7 @@ from ..score import (
     check_cut,
     read_passages,
 )
-from ._model import EngineOption, ModelOption, TokenizerOption, load_model, read_text
+from ._model import EngineOption, ModelOption, TokenizerOption, WeightsOption, load_model, read_text
 from ._shards import ClusterOption, ResultsOption, Shards, WorkersOption, open_shards, wanted
 from ._terminal import note, print_json, print_table, progress
 
@@ -43,6 +43,7 @@ def score(
     tokenizer: TokenizerOption = None,
     engine: EngineOption = "numba",
     dtype: Annotated[str, typer.Option(help="float32, or float64 for exact sums.")] = "float32",
+    weights: WeightsOption = None,
     workers: WorkersOption = None,
     cluster: ClusterOption = None,
     results: ResultsOption = None,
@@ -76,7 +77,7 @@ def score(
             _score_shards(
                 shards,
                 files,
-                load_model(model, tokenizer, engine, dtype),
+                load_model(model, tokenizer, engine, dtype, weights),
                 tokenizer,
                 (window, stride, batch_size),
                 json,
@@ -84,7 +85,7 @@ def score(
         return
     kept = Progress(resume)
     texts = [read_text(path) for path in files]
-    gpt2 = load_model(model, tokenizer, engine, dtype)
+    gpt2 = load_model(model, tokenizer, engine, dtype, weights)
     scorings: list[TextScoring | LastWordScoring] = []
     for path, text in zip(files, texts, strict=True):
         if path.suffix == ".jsonl":

@@ -55,8 +55,8 @@ def _linear_into(
     """out = activation(x @ weight + bias), or out += that: (R, K) @ (K, N) -> (R, N)."""
     group = STREAMS[len(x)] if len(x) < len(STREAMS) else PIECE_PANELS if len(x) > PIECE_ROWS else 1
     pieces = -(-len(weight.data) // group) * -(-len(x) // PIECE_ROWS)
-    work = (READ_COST + len(x)) * weight.data.size
-    arguments = x, weight.data, bias, ACTIVATION_CODES[activation], added, terms, group, out
+    work = (READ_COST + len(x)) * len(weight.data) * x.shape[1] * PANEL
+    arguments = x, weight.data, weight.scales, bias, ACTIVATION_CODES[activation], added, terms, group, out
     run_pieces(pieces, work, loops.linear_range, loops.linear_parallel, scratch, *arguments)
 
 
@@ -105,7 +105,7 @@ def embed(input_ids: Array, position_ids: Array, wte: Any, wpe: Array) -> Array:
     ids, positions = (np.require(i.reshape(-1), np.int64, ["C", "A", "W"]) for i in (input_ids, position_ids))
     with pool() as count:
         scratch = scratch_for(count, out.dtype)
-        arguments = ids, positions, wte.data, wpe, rows
+        arguments = ids, positions, wte.data, wte.scales, wpe, rows
         run_pieces(len(rows), out.size, loops.embed_range, loops.embed_parallel, scratch, *arguments)
     return out
 

@@ -15,10 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import prange
+from numba.extending import overload
 
 from ..arrays import Array
-from . import tile
+from . import levels, tile
 from .jit import jit
+from .levels import STEP
 from .threads import next_chunk
 from .tile import PANEL, ROWS, STREAMS, fma, is_narrow, wide, widen_row
 from .vectors import LANES, activate_in_place, add, copy, exp, highest, span, total, transpose_block
@@ -29,6 +31,7 @@ PIECE_PANELS = 4  # panels that share one pass over these rows, at most
 PIECE_QUERIES = 96  # queries that share one transposition of the keys; likewise
 
 tile_1, tile_2, tile_4, tile_full = (tile.make_tile(rows) for rows in (1, 2, 4, ROWS))
+levels_1_1, levels_1_2, levels_2_1, levels_2_2 = (levels.make_tile(*n) for n in ((1, 1), (1, 2), (2, 1), (2, 2)))
 streams_1, streams_2, streams_3 = (tile.make_tile(rows, (*STREAMS, 1, 1, 1)[rows]) for rows in (1, 2, 3))
 
 
@@ -68,7 +71,7 @@ def multiply_few(rows, a, a_start, a_stride, b, b_start, b_stride, b_next, depth
 
 
 @jit()
-def add_product(rows, x, row, weight, panel, panels, terms, totals, block):
+def add_floats(rows, x, row, weight, scales, panel, panels, terms, totals, block):
     """totals (rows, panels * PANEL) += rows of x @ panels of weight, in chains of so many terms.
 
     Weights in 16 bits are widened by the tile if it is one, else block by block for all tiles, into `block`.
@@ -91,7 +94,47 @@ def add_product(rows, x, row, weight, panel, panels, terms, totals, block):
 
 
 @jit()
-def linear_range(first, last, scratch, x, weight, bias, activation, added, terms, group, out):
+def add_levels(rows, x, row, weight, scales, panel, panels, terms, totals, block):
+    """The same for weights that are kept as levels; terms is TERMS."""
+    K, width, r = x.shape[1], panels * PANEL, row * x.shape[1]
+    b_next, s_next = weight.shape[1] * PANEL, scales.shape[1] * PANEL
+    if rows <= 2 and K % STEP == 0:
+        p = 0
+        while p < panels:
+            b, s, two = (panel + p) * b_next, (panel + p) * s_next, p + 2 <= panels
+            if rows == 1 and two:
+                levels_1_2(x, r, K, weight, b, b_next, scales, s, s_next, K, TERMS, totals, p * PANEL, width)
+            elif rows == 1:
+                levels_1_1(x, r, K, weight, b, b_next, scales, s, s_next, K, TERMS, totals, p * PANEL, width)
+            elif two:
+                levels_2_2(x, r, K, weight, b, b_next, scales, s, s_next, K, TERMS, totals, p * PANEL, width)
+            else:
+                levels_2_1(x, r, K, weight, b, b_next, scales, s, s_next, K, TERMS, totals, p * PANEL, width)
+            p += 2 if two else 1
+        return
+    for k in range(0, K, TERMS):
+        depth = min(TERMS, K - k)
+        for p in range(panels):
+            levels.widen(weight, (panel + p) * b_next, scales, (panel + p) * s_next, k, -(-depth // STEP), block)
+            multiply(rows, x, r + k, K, block, 0, PANEL, depth, depth, totals, p * PANEL, width)
+
+
+def add_product(rows, x, row, weight, scales, panel, panels, terms, totals, block):
+    """`add_floats` or `add_levels`, by what the weights are kept as."""
+    add = add_levels if weight.dtype in levels.FORMS.values() else add_floats
+    add(rows, x, row, weight, scales, panel, panels, terms, totals, block)
+
+
+@overload(add_product, inline="always")
+def _(rows, x, row, weight, scales, panel, panels, terms, totals, block):
+    add = add_levels if levels.holds_levels(weight) else add_floats
+    return lambda rows, x, row, weight, scales, panel, panels, terms, totals, block: add(
+        rows, x, row, weight, scales, panel, panels, terms, totals, block
+    )
+
+
+@jit()
+def linear_range(first, last, scratch, x, weight, scales, bias, activation, added, terms, group, out):
     """out (R, N) = activation(x (R, K) @ weight + bias), or with `added` out += that; weight: see `Panels`.
 
     A piece is `group` panels of columns for PIECE_ROWS rows. terms: of one chain, see TERMS; no more than these where
@@ -111,7 +154,7 @@ def linear_range(first, last, scratch, x, weight, bias, activation, added, terms
         if bias.size > 0:
             for r in range(rows):
                 copy(bias[column : column + width], totals[r * stride : r * stride + width])
-        add_product(rows, x, row, weight, panel, panels, terms, totals, block)
+        add_product(rows, x, row, weight, scales, panel, panels, terms, totals, block)
 
         # 2. the activation, and the way out: stored, or added to the residual stream
         activate_in_place(totals, activation)
@@ -123,32 +166,48 @@ def linear_range(first, last, scratch, x, weight, bias, activation, added, terms
 
 
 @jit(parallel=True)
-def linear_parallel(ticket, workers, pieces, smallest, scratch, x, weight, bias, activation, added, terms, group, out):
+def linear_parallel(
+    ticket, workers, pieces, smallest, scratch, x, weight, scales, bias, activation, added, terms, group, out
+):  # fmt: skip
     for worker in prange(workers):
         first, last = next_chunk(ticket, workers, pieces, smallest)
         while first < pieces:
-            linear_range(first, last, scratch[worker], x, weight, bias, activation, added, terms, group, out)
+            linear_range(first, last, scratch[worker], x, weight, scales, bias, activation, added, terms, group, out)
             first, last = next_chunk(ticket, workers, pieces, smallest)
 
 
 # --------------------------------------------------------------------------------------------- embedding, norm
 
 
+def number(weight, scales, panel, k, column):
+    """One number of a matrix in Panels."""
+    if weight.dtype in levels.FORMS.values():
+        return levels.number(weight, scales, panel, k, column)
+    return wide(weight[panel, k, column])
+
+
+@overload(number, inline="always")
+def _(weight, scales, panel, k, column):
+    if levels.holds_levels(weight):
+        return lambda weight, scales, panel, k, column: levels.number(weight, scales, panel, k, column)
+    return lambda weight, scales, panel, k, column: wide(weight[panel, k, column])
+
+
 @jit()
-def embed_range(first, last, scratch, ids, positions, wte, wpe, out):
+def embed_range(first, last, scratch, ids, positions, wte, scales, wpe, out):
     """out (R, C) = token vector plus position vector; a piece is one row. wte: Panels of the transposed table."""
     for r in range(first, last):
         panel, column = ids[r] // PANEL, ids[r] % PANEL
         for c in range(out.shape[1]):
-            out[r, c] = wide(wte[panel, c, column]) + wpe[positions[r], c]
+            out[r, c] = number(wte, scales, panel, c, column) + wpe[positions[r], c]
 
 
 @jit(parallel=True)
-def embed_parallel(ticket, workers, pieces, smallest, scratch, ids, positions, wte, wpe, out):
+def embed_parallel(ticket, workers, pieces, smallest, scratch, ids, positions, wte, scales, wpe, out):
     for worker in prange(workers):
         first, last = next_chunk(ticket, workers, pieces, smallest)
         while first < pieces:
-            embed_range(first, last, scratch[worker], ids, positions, wte, wpe, out)
+            embed_range(first, last, scratch[worker], ids, positions, wte, scales, wpe, out)
             first, last = next_chunk(ticket, workers, pieces, smallest)
 
 

@@ -1,6 +1,7 @@
 """Matrices as the kernels read them: cut into panels of PANEL columns, all rows of one panel before the next.
 
-A matrix of float32 numbers that 16 bits can hold is kept in 16 bits; the results are the same to the bit.
+A matrix of float32 numbers that 16 bits can hold is kept in 16 bits, one of whole numbers with scales
+(`quantised.py`) in 8 or 4; the results are those of the float32 numbers, to the bit.
 """
 
 from __future__ import annotations
@@ -13,23 +14,31 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays import ALIGNMENT, NARROW, Array, empty_aligned, narrow_form, narrowed, widened
+from ..quantised import Quantised, Rounded
 from ..weights import TABLES, WeightSources, is_matrix
+from . import levels
+from .levels import STEP
 from .threads import get_num_threads
 from .tile import FORMS, PANEL
 
 READ_BYTES = 1 << 19  # of a file's weights at once, so that they are packed while they are in the caches
+NO_SCALES = np.empty((0, 0, PANEL), np.float32)
+Kept = str | Quantised | None  # how a weight can be kept: in a form of 16 bits, as levels, or as it is
 
 
 class Panels(NamedTuple):
     """A matrix (K, N) cut into panels of PANEL columns; the last panel is filled up with zeros."""
 
-    data: Array  # (ceil(N / PANEL), K, PANEL), data[p, k, c] = matrix[k, p * PANEL + c]; floats, or NARROW bits of them
+    data: Array  # (ceil(N / PANEL), K, PANEL), data[p, k, c] = matrix[k, p * PANEL + c]; floats, or NARROW bits of
+    # them, or what `levels` says
     columns: int  # N
+    scales: Array = NO_SCALES  # of levels
 
     @property
     def form(self) -> str:
-        """What the numbers are kept as: "float32", "float64", "float16" or "bfloat16"."""
-        return next((form for form, dtype in NARROW.items() if dtype == self.data.dtype), self.data.dtype.name)
+        """What the numbers are kept as: "float32", "float64", "float16", "bfloat16", "int8" or "int4"."""
+        forms = NARROW | levels.FORMS
+        return next((form for form, dtype in forms.items() if dtype == self.data.dtype), self.data.dtype.name)
 
 
 def pack(sources: WeightSources, dtype: Any) -> dict[str, Any]:
@@ -51,12 +60,15 @@ def pack(sources: WeightSources, dtype: Any) -> dict[str, Any]:
         return _pack(sources, forms, dtype, pool)
 
 
-def _pack(sources: WeightSources, forms: dict[str, str | None], dtype: Any, pool: ThreadPoolExecutor) -> dict[str, Any]:
-    places, sizes = {}, []
+def _pack(sources: WeightSources, forms: dict[str, Kept], dtype: Any, pool: ThreadPoolExecutor) -> dict[str, Any]:
+    places: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
     for name, source in sources.items():
-        shape, form = _packed_shape(name, source.shape), forms[name]
-        places[name] = shape, np.dtype(dtype) if form is None else NARROW[form]
-        sizes.append(-(-math.prod(shape) * places[name][1].itemsize // ALIGNMENT) * ALIGNMENT)
+        form = forms[name]
+        if isinstance(form, Quantised):
+            places[name], places[f"{name} scales"] = _places_of_levels(form)
+        else:
+            places[name] = _packed_shape(name, source.shape), np.dtype(dtype) if form is None else NARROW[form]
+    sizes = [-(-math.prod(shape) * kind.itemsize // ALIGNMENT) * ALIGNMENT for shape, kind in places.values()]
     # One array for all of them: the system backs a large one with large pages, which are soon there and soon found
     parts = np.split(empty_aligned((sum(sizes),), np.uint8), np.cumsum(sizes)[:-1])
     arrays = {
@@ -66,6 +78,8 @@ def _pack(sources: WeightSources, forms: dict[str, str | None], dtype: Any, pool
 
     def read(name: str) -> Any:
         source, place, form = sources[name], arrays[name], forms[name]
+        if isinstance(form, Quantised):
+            return _put_levels(place, arrays[f"{name} scales"], form)
         at, transposed = 0, name in TABLES
         for rows in _rows_of(source):
             rows = rows if form is None else narrowed(rows, form)
@@ -79,9 +93,14 @@ def _pack(sources: WeightSources, forms: dict[str, str | None], dtype: Any, pool
     return dict(zip(sources, pool.map(read, sources), strict=True))
 
 
-def _form(name: str, source: Any, dtype: Any) -> str | None:
-    """In which 16 bits a weight can be kept, if in any."""
-    return narrow_form(_rows_of(source), FORMS) if is_matrix(name) and np.dtype(dtype) == np.float32 else None
+def _form(name: str, source: Any, dtype: Any) -> Kept:
+    """In how few bits a weight is kept without a change of any number, or in those that it is asked to be kept in."""
+    if not is_matrix(name) or np.dtype(dtype) != np.float32:
+        return None
+    whole = source.quantised() if hasattr(source, "quantised") else None
+    if whole is not None or not isinstance(source, Rounded):
+        return narrow_form(_rows_of(source), FORMS) if whole is None else whole
+    return source.form if source.form in FORMS else None
 
 
 def _packed_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -117,6 +136,38 @@ def _put(panels: Array, first: int, rows: Array, transposed: bool) -> None:
             panels[:, whole, rest:] = 0
 
 
+def _places_of_levels(matrix: Quantised) -> tuple[tuple[tuple[int, ...], np.dtype], tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of the data and the scales of its Panels."""
+    (K, N), kind = matrix.levels.shape, levels.FORMS[matrix.form]
+    panels, steps = -(-N // PANEL), -(-K // STEP)
+    rows = steps * STEP // levels.per_element(kind)
+    return ((panels, rows, PANEL), kind), ((panels, len(matrix.scales), PANEL), np.dtype(np.float32))
+
+
+def _put_levels(data: Array, scales: Array, matrix: Quantised) -> Panels:
+    """Fill data and scales with a matrix."""
+    K, N = matrix.levels.shape
+    if matrix.form == "int8":
+        _put(data, 0, matrix.levels, False)
+        data[:, K:] = 0
+    else:
+        words = np.zeros((len(data[0]), N), np.uint32)
+        for j in range(STEP):
+            part = matrix.levels[j::STEP].view(np.uint8).astype(np.uint32) & 15
+            words[: len(part)] |= part << 4 * j
+        _put(data, 0, words, False)
+    _put(scales, 0, matrix.scales, False)
+    if matrix.form == "int4":
+        scales *= np.float32(2.0**-levels.TOP)
+    return Panels(data, N, scales)
+
+
+def pack_levels(matrix: Quantised) -> Panels:
+    """Panels of a matrix of whole numbers."""
+    (shape, kind), (scales, dtype) = _places_of_levels(matrix)
+    return _put_levels(empty_aligned(shape, kind), empty_aligned(scales, dtype), matrix)
+
+
 def pack_matrix(matrix: Array, transposed: bool = False, form: str | None = None) -> Panels:
     """Panels of a matrix (K, N), or of the transpose of an (N, K) one; form: one of FORMS that holds it, if any."""
     if form is not None:
@@ -128,7 +179,13 @@ def pack_matrix(matrix: Array, transposed: bool = False, form: str | None = None
 
 
 def unpack(panels: Panels) -> Array:
-    """The matrix (K, N) that was packed, as floats."""
-    count, K, _ = panels.data.shape
-    matrix = panels.data.transpose(1, 0, 2).reshape(K, count * PANEL)[:, : panels.columns]
+    """The matrix (K, N) that was packed, as floats; of levels, K is filled up with zeros to whole steps."""
+    data = panels.data
+    if panels.form in levels.FORMS:
+        steps = len(data[0]) * levels.per_element(data.dtype) // STEP
+        data = np.empty((len(data), steps * STEP, PANEL), np.float32)
+        for panel, place in enumerate(data):
+            levels.widen_in_python(panels.data[panel], 0, panels.scales[panel], 0, 0, steps, place.reshape(-1))
+    count, K, _ = data.shape
+    matrix = data.transpose(1, 0, 2).reshape(K, count * PANEL)[:, : panels.columns]
     return np.ascontiguousarray(widened(matrix))

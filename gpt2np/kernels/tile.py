@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -105,7 +106,8 @@ def make_tile(rows: int, panels: int = 1) -> Callable[..., None]:
                 for base, stride in ((a_base, a_stride), (out_base, out_stride))
             )
             b_panels = [builder.gep(b_base, [builder.mul(b_next, depth.type(p))]) for p in range(panels)]
-            _blocks(builder, a_rows, b_panels, b.dtype, b_stride, depth, terms, out_rows)
+            step = partial(_step, builder, a_rows, b_panels, b.dtype, b_stride, terms)
+            blocks(builder, step, 1, depth, terms, out_rows, panels)
             return context.get_dummy_value()
 
         return types.void(a, size, size, b, size, size, size, size, size, out, size, size), generate
@@ -170,11 +172,14 @@ def _make_transpose() -> Callable[..., None]:
 transpose = _make_transpose()
 
 
-def _blocks(
-    builder: ir.IRBuilder, a_rows: list[ir.Value], b_panels: list[ir.Value], b_dtype: Any, b_stride: ir.Value,
-    depth: ir.Value, terms: ir.Value, out_rows: list[ir.Value],
+def blocks(
+    builder: ir.IRBuilder, make_step: Callable[[ir.Value, list[ir.Value]], list[ir.Value]], many: int,
+    depth: ir.Value, terms: ir.Value, out_rows: list[ir.Value], panels: int,
 ) -> None:  # fmt: skip
-    """The loops of a tile, for pointers to the rows of a and out and to the panels of b."""
+    """The loops of a tile, for pointers to the rows of out.
+
+    make_step: from k and the sums of each row and panel, what they are after `many` k; depth and terms are multiples.
+    """
     index, vector = depth.type, ir.VectorType(out_rows[0].type.pointee, PANEL)
     zeros, align = ir.Constant(vector, [0.0] * PANEL), 8 if isinstance(vector.element, ir.DoubleType) else 4
     before = builder.block
@@ -188,15 +193,11 @@ def _blocks(
     end = builder.select(builder.icmp_signed("<", end, depth), end, depth)
     builder.branch(step)
 
-    # k = block; do { sum[r] = fma(a[r, k], b[k], sum[r]) } while (++k < end), the sums in registers
+    # k = block; do { sum[r] = fma(a[r, k], b[k], sum[r]) } while ((k += many) < end), the sums in registers
     builder.position_at_end(step)
-    k, *sums = [builder.phi(kind) for kind in (index, *[vector] * (len(a_rows) * len(b_panels)))]
-    new_sums = _step(builder, a_rows, b_panels, b_dtype, b_stride, k, sums)
-    if len(b_panels) == 1:  # the next block of b is on its way while this one is used
-        for line in range(0, PANEL * b_dtype.bitwidth // 8, 64):
-            ahead = builder.add(builder.mul(builder.add(k, terms), b_stride), index(line // (b_dtype.bitwidth // 8)))
-            _prefetch(builder, builder.gep(b_panels[0], [ahead]))
-    next_k = builder.add(k, index(1))
+    k, *sums = [builder.phi(kind) for kind in (index, *[vector] * (len(out_rows) * panels))]
+    new_sums = make_step(k, sums)
+    next_k = builder.add(k, index(many))
     for phi, start, new in zip([k, *sums], [block, *[zeros] * len(sums)], [next_k, *new_sums], strict=True):
         phi.add_incoming(start, block_begins)
         phi.add_incoming(new, step)
@@ -205,7 +206,7 @@ def _blocks(
     # out[r] += sum[r] } while ((block = end) < depth)
     builder.position_at_end(block_ends)
     for i, total in enumerate(new_sums):
-        place = builder.gep(out_rows[i // len(b_panels)], [index(i % len(b_panels) * PANEL)])
+        place = builder.gep(out_rows[i // panels], [index(i % panels * PANEL)])
         target = builder.bitcast(place, vector.as_pointer())
         builder.store(builder.fadd(builder.load(target, align=align), total), target, align=align)
     block.add_incoming(index(0), before)
@@ -216,22 +217,32 @@ def _blocks(
 
 def _step(
     builder: ir.IRBuilder, a_rows: list[ir.Value], b_panels: list[ir.Value], b_dtype: Any, b_stride: ir.Value,
-    k: ir.Value, sums: list[ir.Value],
+    terms: ir.Value, k: ir.Value, sums: list[ir.Value],
 ) -> list[ir.Value]:  # fmt: skip
     """sums[r, panel] + a[r, k] * b[panel, k]."""
-    b_kind = ir.VectorType(b_panels[0].type.pointee, PANEL)
-    lane_0 = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL)
-    undefined = ir.Constant(sums[0].type, ir.Undefined)
-    b_vectors = []
+    b_kind, b_vectors = ir.VectorType(b_panels[0].type.pointee, PANEL), []
     for b_panel in b_panels:
         place = builder.bitcast(builder.gep(b_panel, [builder.mul(k, b_stride)]), b_kind.as_pointer())
         b_vectors.append(_widen(builder, builder.load(place, align=b_dtype.bitwidth // 8), b_dtype))
-    new_sums = []
+    if len(b_panels) == 1:  # the next block of b is on its way while this one is used
+        size = b_dtype.bitwidth // 8
+        for line in range(0, PANEL * size, 64):
+            ahead = builder.add(builder.mul(builder.add(k, terms), b_stride), k.type(line // size))
+            _prefetch(builder, builder.gep(b_panels[0], [ahead]))
+    return add_row(builder, a_rows, k, b_vectors, sums)
+
+
+def add_row(
+    builder: ir.IRBuilder, a_rows: list[ir.Value], k: ir.Value, b_vectors: list[ir.Value], sums: list[ir.Value]
+) -> list[ir.Value]:
+    """sums[r, panel] + a[r, k] * one row of each panel of b."""
+    lane_0 = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL)
+    undefined, new_sums = ir.Constant(sums[0].type, ir.Undefined), []
     for r, a_row in enumerate(a_rows):
         number = builder.insert_element(undefined, builder.load(builder.gep(a_row, [k])), ir.IntType(32)(0))
         a_vector = builder.shuffle_vector(number, undefined, lane_0)
         for panel, b_vector in enumerate(b_vectors):
-            new_sums.append(fmuladd(builder, a_vector, b_vector, sums[r * len(b_panels) + panel]))
+            new_sums.append(fmuladd(builder, a_vector, b_vector, sums[r * len(b_vectors) + panel]))
     return new_sums
 
 

@@ -1,0 +1,207 @@
+"""Matrices of whole numbers with scales (`quantised.Quantised`), as the kernels read them.
+
+    form   levels of a panel, PANEL columns                                   scales of a panel
+    int8   (K, PANEL) int8                                                    (1, PANEL)
+    int4   (K / 8, PANEL) uint32: eight levels of a column, the first lowest  (K / GROUP, PANEL), times 2 ** -28
+
+A weight is float32(level * scale), rounded once. The loops here make that number in registers and do with it what
+`tile` does, in the same order: the results are, bit for bit, those of the float32 kernels on these weights. Levels of
+4 bits are moved to the top of a word, where their sign is, and count there as 2 ** 28 times what they are.
+
+For one or two rows the weights go from the registers into the sums, of two panels at once; for more, a block of them
+is written out once for all rows. K is filled up to whole steps of STEP levels.
+"""
+# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# (numba infers the types of compiled functions from their arguments)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic, overload
+
+from ..quantised import GROUP
+from .jit import config, jit
+from .tile import PANEL, add_row, blocks
+
+STEP = 8  # rows of a panel that are made at once
+TOP = 28  # bits below a level of 4 bits at the top of a word
+FORMS: dict[str, np.dtype] = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint32)}
+
+
+def make_tile(rows: int, panels: int) -> Callable[..., None]:
+    """The tile with a fixed number of rows, over so many panels at once.
+
+        tile(a, a_start, a_stride, b, b_start, b_next, scales, s_start, s_next, depth, terms,
+             out, out_start, out_stride)
+
+    does what `tile.make_tile` says with b, which is kept in one of FORMS: its panels begin b_next elements apart, and
+    those of the scales s_next. depth, terms: multiples of STEP.
+    """
+    width = panels * PANEL
+
+    def tile_in_python(
+        a, a_start, a_stride, b, b_start, b_next, scales, s_start, s_next, depth, terms, out, out_start, out_stride
+    ):  # fmt: skip
+        weights = np.empty((depth, width), out.dtype)
+        for p in range(panels):
+            panel = np.empty(depth * PANEL, out.dtype)
+            widen_in_python(b, b_start + p * b_next, scales, s_start + p * s_next, 0, depth // STEP, panel)
+            weights[:, p * PANEL : (p + 1) * PANEL] = panel.reshape(depth, PANEL)
+        left, right = a.reshape(-1).astype(np.float64), weights.astype(np.float64)
+        for r in range(rows):
+            row = left[a_start + r * a_stride :][:depth]
+            target = out.reshape(-1)[out_start + r * out_stride :][:width]
+            for block in range(0, depth, terms):
+                total = np.zeros(width, out.dtype)
+                for k in range(block, min(depth, block + terms)):
+                    total = (row[k] * right[k] + total).astype(out.dtype)
+                target += total
+
+    @intrinsic
+    def tile(
+        _, a, a_start, a_stride, b, b_start, b_next, scales, s_start, s_next, depth, terms, out, out_start, out_stride
+    ):  # fmt: skip
+        size = types.intp
+
+        def generate(context, builder, _, values):
+            def pointers(kind, place, count):
+                array, start, step = place
+                base = builder.gep(context.make_array(kind)(context, builder, array).data, [start])
+                return [builder.gep(base, [builder.mul(step, step.type(i))]) for i in range(count)]
+
+            a_rows = pointers(a, values[:3], rows)
+            b_panels, s_panels = pointers(b, values[3:6], panels), pointers(scales, values[6:9], panels)
+            depth, terms = values[9:11]
+
+            def step(k, sums):
+                weights = [_weights(builder, b.dtype, *place, k) for place in zip(b_panels, s_panels, strict=True)]
+                for j in range(STEP):
+                    k_and_j = builder.add(k, k.type(j))
+                    sums = add_row(builder, a_rows, k_and_j, [weight(j) for weight in weights], sums)
+                return sums
+
+            blocks(builder, step, STEP, depth, terms, pointers(out, values[11:], rows), panels)
+            return context.get_dummy_value()
+
+        numbers = b, size, size, scales, size, size, size, size
+        return types.void(a, size, size, *numbers, out, size, size), generate
+
+    chosen: Callable[..., None] = tile_in_python if config.DISABLE_JIT else tile
+    return chosen
+
+
+def _weights(builder: ir.IRBuilder, kind: Any, levels: ir.Value, scales: ir.Value, k: ir.Value) -> Callable[[int], Any]:
+    """The code that makes row k + j of a panel, j < STEP, as floats; k: a multiple of STEP."""
+    index, whole = k.type, ir.VectorType(ir.IntType(32), PANEL)
+    vector, byte = ir.VectorType(ir.FloatType(), PANEL), ir.VectorType(ir.IntType(8), PANEL)
+
+    def load(base: ir.Value, row: ir.Value, kind: ir.Type, align: int) -> ir.Value:
+        place = builder.gep(base, [builder.mul(row, index(PANEL))])
+        return builder.load(builder.bitcast(place, kind.as_pointer()), align=align)
+
+    def every(number: int) -> ir.Constant:
+        return ir.Constant(whole, [number] * PANEL)
+
+    if kind == types.int8:
+        scale = load(scales, index(0), vector, 4)
+
+        def row(j: int) -> ir.Value:
+            level = builder.sext(load(levels, builder.add(k, index(j)), byte, 1), whole)
+            return builder.fmul(builder.sitofp(level, vector), scale)
+    else:
+        scale = load(scales, builder.sdiv(k, index(GROUP)), vector, 4)
+        word = load(levels, builder.sdiv(k, index(STEP)), whole, 4)
+
+        def row(j: int) -> ir.Value:
+            level = builder.and_(builder.shl(word, every(TOP - 4 * j)), every(15 << TOP))
+            return builder.fmul(builder.sitofp(level, vector), scale)
+
+    return row
+
+
+@intrinsic
+def _widen(_, b, b_start, scales, s_start, k, steps, target):
+    size = types.intp
+
+    def generate(context, builder, _, values):
+        b_array, b_start, s_array, s_start, k, steps, target_array = values
+        index, vector = steps.type, ir.VectorType(ir.FloatType(), PANEL)
+        levels, scale, base = (
+            context.make_array(kind)(context, builder, array).data
+            for kind, array in ((b, b_array), (scales, s_array), (target, target_array))
+        )
+        levels, scale = builder.gep(levels, [b_start]), builder.gep(scale, [s_start])
+        before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("end")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        step = builder.phi(index)
+        start = builder.mul(step, index(STEP))
+        row = _weights(builder, b.dtype, levels, scale, builder.add(k, start))
+        for j in range(STEP):
+            place = builder.gep(base, [builder.mul(builder.add(start, index(j)), index(PANEL))])
+            builder.store(row(j), builder.bitcast(place, vector.as_pointer()), align=4)
+        following = builder.add(step, index(1))
+        step.add_incoming(index(0), before)
+        step.add_incoming(following, loop)
+        builder.cbranch(builder.icmp_signed("<", following, steps), loop, after)
+        builder.position_at_end(after)
+        return context.get_dummy_value()
+
+    return types.void(b, size, scales, size, size, size, target), generate
+
+
+def widen_in_python(b: Any, b_start: int, scales: Any, s_start: int, k: int, steps: int, target: Any) -> None:
+    """What `widen` does, in NumPy."""
+    rows = b.reshape(-1)[b_start:].reshape(-1, PANEL)[k // per_element(b.dtype) :]
+    factors = scales.reshape(-1)[s_start:].reshape(-1, PANEL)
+    if b.dtype == FORMS["int8"]:
+        weights = rows[: steps * STEP].astype(np.float32) * factors[0]
+    else:
+        shifts = np.arange(TOP, -4, -4, dtype=np.uint32)[:, None]
+        top = (rows[:steps, None] << shifts & np.uint32(15 << TOP)).reshape(-1, PANEL).view(np.int32)
+        weights = top.astype(np.float32) * np.repeat(factors[k // GROUP :], GROUP, axis=0)[: len(top)]
+    target[: weights.size] = weights.reshape(-1)
+
+
+# widen(b, b_start, scales, s_start, k, steps, target): STEP * steps rows of a panel as floats, from row k on, a
+# multiple of GROUP; b_start and s_start: where the panel and its scales begin
+widen: Callable[..., None] = widen_in_python if config.DISABLE_JIT else _widen
+
+
+def per_element(dtype: Any) -> int:
+    """How many levels of a column one element of a packed matrix holds."""
+    return 8 if dtype == FORMS["int4"] else 1
+
+
+def holds_levels(array: Any) -> bool:
+    """Whether numba's type of an array is one of FORMS."""
+    return array.dtype in (types.int8, types.uint32)
+
+
+def number(weight, scales, panel, k, column):
+    """One number of a packed matrix."""
+    if weight.dtype == FORMS["int8"]:
+        return _number_int8(weight, scales, panel, k, column)
+    return _number_int4(weight, scales, panel, k, column)
+
+
+@overload(number, inline="always")
+def _(weight, scales, panel, k, column):
+    one = _number_int8 if weight.dtype == types.int8 else _number_int4
+    return lambda weight, scales, panel, k, column: one(weight, scales, panel, k, column)
+
+
+@jit()
+def _number_int8(weight, scales, panel, k, column):
+    return np.float32(weight[panel, k, column]) * scales[panel, 0, column]
+
+
+@jit()
+def _number_int4(weight, scales, panel, k, column):
+    level = (np.int64(weight[panel, k // STEP, column]) >> (4 * (k % STEP)) & 15 ^ 8) - 8
+    return np.float32(level << TOP) * scales[panel, k // GROUP, column]

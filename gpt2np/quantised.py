@@ -1,0 +1,144 @@
+"""Weights in fewer bits: whole numbers (levels) times scales, and how float weights are rounded to them.
+
+A level counts steps of its scale: the weight is float32(level * scale), rounded once. The forms:
+
+    int8   levels -128..127, one scale a column
+    int4   levels -8..7, one scale for GROUP numbers of a column, one below the other
+
+A column is all that is multiplied by the inputs to give one output; a token's row of wte or of the head counts as one.
+Rounding to nearest, ties to even, with these scales:
+
+    int8   the column's largest magnitude is 127 steps
+    int4   the group's number of largest magnitude is -8 steps, so that the scale has its sign turned; what would be
+           8 steps on the other side becomes 7. That is the rule of llama.cpp's Q4_0 and of ONNX Runtime's quantiser.
+
+Numbers so small that a scale would be below TINY become 0. Layer norms, biases and wpe are not rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from .arrays import NARROW, Array, narrowed, widened
+from .errors import InputError, WeightError
+from .weights import TABLES, WeightSource, WeightSources, is_matrix
+
+GROUP = 32
+LARGEST = {"int8": 127, "int4": -8}  # the level of the number of largest magnitude
+LEVELS = {"int8": (-128, 127), "int4": (-8, 7)}
+TINY = 2.0**-90  # of scales: far enough from where float32 numbers lose bits for any order of exact operations
+FORMS = ("float32", *NARROW, *LEVELS)
+ROWS_AT_ONCE = 1024  # of a table
+
+
+class Quantised(NamedTuple):
+    """A matrix (K, N) of whole numbers with scales."""
+
+    form: str  # "int8" or "int4"
+    levels: Array  # (K, N) int8
+    scales: Array  # float32, (1, N) for int8, (ceil(K / GROUP), N) for int4
+
+    def floats(self) -> Array:
+        """The weights (K, N), float32."""
+        return self.levels.astype(np.float32) * spread(self.scales, len(self.levels))
+
+
+def spread(scales: Array, K: int) -> Array:
+    """The scales of K rows, (K, N) or (1, N), which broadcasts to it."""
+    return scales if len(scales) == 1 else np.repeat(scales, GROUP, axis=0)[:K]
+
+
+def quantise(matrix: Array, form: str) -> Quantised:
+    """Round a matrix (K, N) of finite numbers to "int8" or "int4"."""
+    matrix = np.asarray(matrix, np.float32)
+    starts = range(0, len(matrix), GROUP if form == "int4" else len(matrix))
+    high, low = np.maximum.reduceat(matrix, starts, axis=0), np.minimum.reduceat(matrix, starts, axis=0)
+    scales = np.where(high > -low, high, low) / np.float32(LARGEST[form])
+    scales = np.abs(scales) if form == "int8" else scales
+    scales[np.abs(scales) < TINY] = 0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = np.rint(matrix / spread(scales, len(matrix)))
+    steps[np.isnan(steps) | np.isinf(steps)] = 0  # of scales that are 0
+    return Quantised(form, np.clip(steps, *LEVELS[form]).astype(np.int8), scales)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A matrix of another source, rounded to one of FORMS. Satisfies `weights.WeightSource`."""
+
+    name: str
+    source: WeightSource
+    form: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def load(self) -> Array:
+        """The rounded numbers, in the shape of the source.
+
+        Raises
+        ------
+        WeightError
+            If a number is infinite or NaN, or becomes so.
+        """
+        if (whole := self.quantised()) is not None:
+            floats = whole.floats()
+            return np.ascontiguousarray(floats.T if self.name in TABLES else floats)
+        matrix = self.source.load()
+        with np.errstate(over="ignore"):
+            matrix = np.asarray(matrix, np.float32)
+        if self.form != "float32":
+            matrix = widened(narrowed(_to_bfloat16(matrix) if self.form == "bfloat16" else matrix, self.form))
+            self._check(matrix)
+        return matrix
+
+    def quantised(self) -> Quantised | None:
+        """The matrix as it is multiplied by, (K, N), tables transposed; None if the form is one of floats.
+
+        Raises
+        ------
+        WeightError
+            If a number is infinite or NaN.
+        """
+        if self.form not in LEVELS:
+            return None
+        if self.name not in TABLES:
+            return self._quantised(self.source.load())
+        parts = [self._quantised(rows.T) for rows in _blocks(self.source)]
+        return Quantised(self.form, *(np.concatenate([part[i] for part in parts], axis=1) for i in (1, 2)))
+
+    def _quantised(self, matrix: Array) -> Quantised:
+        self._check(matrix)
+        return quantise(matrix, self.form)
+
+    def _check(self, matrix: Array) -> None:
+        if not np.isfinite(matrix).all():
+            raise WeightError(f"weight {self.name} {self.shape} cannot be rounded to {self.form}: not finite there")
+
+
+def _blocks(source: WeightSource) -> Iterable[Array]:
+    return source.blocks(ROWS_AT_ONCE) if hasattr(source, "blocks") else [source.load()]
+
+
+def _to_bfloat16(matrix: Array) -> Array:
+    """Rounded to nearest, ties to even, as float32."""
+    bits = np.ascontiguousarray(matrix).view(np.uint32)
+    return (bits + (0x7FFF + (bits >> 16 & 1))).view(np.float32)
+
+
+def rounded(sources: WeightSources, form: str) -> Mapping[str, WeightSource]:
+    """The sources with their matrices rounded to one of FORMS.
+
+    Raises
+    ------
+    InputError
+        If there is no such form.
+    """
+    if form not in FORMS:
+        raise InputError(f"weights must be one of {', '.join(FORMS)}, or None for the file's numbers; got {form!r}")
+    return {name: Rounded(name, source, form) if is_matrix(name) else source for name, source in sources.items()}
