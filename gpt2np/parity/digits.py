@@ -22,6 +22,7 @@ from .report import Report, Table, number
 RUNS = 4
 EPS = float(np.finfo(np.float32).eps)
 SHOWN = 12
+BEYOND = 32.0  # times the spread: programs that sum in other orders stay below 10
 
 
 class Digits(NamedTuple):
@@ -72,11 +73,19 @@ def show_digits(report: Report, found: Sequence[Digits], totals: Mapping[str, fl
     for d in sorted(worst, key=lambda d: order[d.tap]):
         times = totals[d.tap] / d.spread if d.tap in totals and d.spread else None
         rows.append((d.tap, f"{d.digits:.1f}", f"{d.amplification:.2f}", number(d.spread),
-                     "" if times is None else f"{times:.1f}"))  # fmt: skip
+                     "" if times is None else f"{times:.1f}" if times < 1000 else number(times)))  # fmt: skip
     legend = f"{RUNS} runs of ours in float32 with perturbed last bits. amplifies: relative spread out / in. A - B: "
     legend += "the difference of the parties over that spread; around 1 it is what any float32 program would show."
     head = ("tap", ">digits", ">amplifies", ">spread", ">A - B")
     report.tables.append(
         Table(f"significant digits; the {len(rows)} taps that amplify most", head, rows, notes=[legend])
     )
+    spreads = {d.tap: totals[d.tap] / d.spread for d in found if d.tap in totals and d.spread}
+    beyond = next((tap for tap, times in spreads.items() if times > BEYOND), None)
+    if beyond is not None:
+        text = f"{beyond} is the first tap that differs by more than any float32 program's rounding would show"
+        report.findings.append(f"{text}: by {number(spreads[beyond])} times the spread of random rounding")
+    elif spreads:
+        text = "A - B is what any float32 program would show"
+        report.findings.append(f"{text}: at most {max(spreads.values()):.1f} times the spread of random rounding")
     report.details["digits"] = [d._asdict() for d in found]

@@ -87,6 +87,7 @@ def say_whether_cured(report: Report, rows: Sequence[TapRow], row: TapRow, names
     more = [r.tap for r in rows if r.diverges and r.tap != row.tap and r.tap not in twins]
     if more:
         few = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
-        report.findings.append(f"{row.tap} is not all: {few} of {party} differ by themselves, too")
+        how = "differ by themselves" if len(more) > 1 else "differs by itself"
+        report.findings.append(f"{row.tap} is not all: {few} of {party} {how}, too")
     elif after and all(tap in given for tap in after):
         report.findings.append(f"with {row.tap} put right, everything after agrees: nothing else differs by itself")

@@ -58,6 +58,8 @@ def investigate(
     the row of the first divergence, and the arrays of the diverging party around it; (None, {}) if there is none
     """
     case, call, a, b = pair
+    clock = clock or Clock()
+    clock.out()  # it runs from here on: comparing the taps is part of the search
     failing = {c.output: c for c in comparisons if not c.ok}
     given = moved_axes(failing.values(), outputs, b.name, call) if failing else None
     if failing:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from gpt2np.activations import gelu_erf
 from gpt2np.call import Call
+from gpt2np.parity.cases import case_from_ids
+from gpt2np.parity.diff import diff
 from gpt2np.parity.explain.problem import Clock, Guess, Problem, name_likely
 from gpt2np.parity.explain.rank import rank
 from gpt2np.parity.explain.where import describe
 from gpt2np.parity.program import Program
+from gpt2np.parity.subject import Subject
 from tiny import random_ids, tiny_config, tiny_sources
 
 
@@ -77,3 +83,19 @@ def test_a_sentence_is_the_same_whichever_of_the_two_is_at_fault() -> None:
     one = Guess("epsilon_value", "ln_f", "epsilon were 1e-06", "1e-05")
     assert one.sentence("port.npz") == "port.npz behaves as if epsilon were 1e-06; the model has 1e-05"
     assert one.sentence("the file") == "what was recorded behaves as if epsilon were 1e-06; the file has 1e-05"
+
+
+def test_a_mistake_in_one_layer_is_found_by_the_last_output_of_a_large_model(mini: Path, tmp_path: Path) -> None:
+    """One backward pass over the error says which of all mistakes at single operations are worth a whole run."""
+    if not (mini / "model.onnx").is_file():
+        pytest.skip("weights/mini is not there")
+    model = Subject(mini / "model.onnx")
+    case = case_from_ids(model, "ids", np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 24)))
+    wrong = model.program.with_(runs={"h.3.mlp.gelu": lambda p, call, tap, x, dtype: gelu_erf(x[0])})
+    hidden = dict(wrong.walk(model.call(case.feeds), np.float32, until="ln_f"))["ln_f"]
+    np.savez(tmp_path / "port.npz", output1=hidden[None])
+    report = diff(str(mini), str(tmp_path / "port.npz"), lambda m: [case])
+    assert report.diagnosis is not None
+    best = report.diagnosis.guesses[0]
+    assert (best.tap, best.cause, best.likely) == ("h.3.mlp.gelu", "gelu_form", True)
+    assert report.details["diagnosis"]["guesses"][0]["sentence"].startswith("port behaves as if the activation were")

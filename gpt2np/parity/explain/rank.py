@@ -16,13 +16,13 @@ import numpy as np
 
 from ...call import Call
 from ...weights import Array
-from ..operations import OPERATIONS, Run, linear_of, split_tap
+from ..operations import OPERATIONS, Run, linear_of, split_tap, tap_inputs
 from ..program import Program
 from . import attention_mistakes as attention
 from .cache_mistakes import cache
 from .embedding_mistakes import embedding, head
 from .evidence import facts, shape_of_the_error, shown_by_the_file, stored_narrow
-from .gradients import F64
+from .gradients import F64, Gradients
 from .mistakes import (
     activation,
     fitted_epsilon,
@@ -44,6 +44,8 @@ SHOWN = 0.05
 MAPS = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.c_fc", "mlp.out")
 # What is most often made in all layers alike, tried first.
 USUAL = ("gelu_form", "epsilon_value", "scale", "mask_missing", "mask_shift", "ddof", "no_centring", "missing_bias")
+NEAR = 0.3  # how far the error that a guess makes to first order may be from the one observed
+PROMISING = 24  # such guesses are run to the end
 FIT = 0.5  # among millions of numbers, one that fits a little can always be found: what is fitted must do this much
 
 
@@ -106,7 +108,9 @@ def search(problem: Problem, spare: Mapping[str, Array], recorded: bool) -> list
     stages: list[Callable[[], Iterable[Guess]]] = []
     if problem.before > 0 and math.isfinite(problem.before):
         if is_wide(problem):  # one mistake in all layers is usual, and layer by layer takes long
-            found.try_all(everywhere(problem), 0.4)
+            found.try_all(promising(problem), 0.3)
+            if not found.settled:
+                found.try_all(everywhere(problem), 0.4)
         if not found.settled:
             found.try_all(plain(problem), 0.5)
         stages = [
@@ -185,6 +189,31 @@ def further(problem: Problem, tap: str) -> Iterator[Guess]:
 def is_wide(problem: Problem) -> bool:
     """Whether the mistake may lie in many layers of a large model."""
     return problem.is_large and len(problem.suspects) > 20
+
+
+def promising(problem: Problem) -> list[Guess]:
+    """Mistakes at single operations that to first order make just the error that was observed, the nearest first.
+
+    To first order, an operation whose result moves by d moves what is observed by J d. Of a mistake that is the whole
+    error e, e . J d = |e|^2; and e . J d for all operations comes from one backward pass over e. The operation alone
+    is run for each guess, not all that follows it.
+    """
+    back = Gradients(problem.program, problem.call, problem.values, problem.taps)
+    back(problem.weighted(problem.residuals()))
+    found: list[tuple[float, int, Guess]] = []
+    for tap in [t for t in problem.suspects if t in back.at_taps and split_tap(t)[1] not in MAPS]:
+        if problem.clock.out(f"what {tap} alone may make", 0.2):
+            break
+        inputs = [problem.given.get(i, problem.values.get(i)) for i in tap_inputs(tap, problem.program.config)]
+        for guess in catalogue(problem, tap):
+            if guess.tap != tap or guess.call is not None or any(x is None for x in inputs):
+                continue
+            made = guess.applied(problem.program).run(tap, problem.call, inputs, F64)  # type: ignore[arg-type]
+            with np.errstate(all="ignore"):
+                share = float((back.at_taps[tap] * (made - problem.values[tap])).sum()) / problem.before**2
+            if abs(share - 1) < NEAR:
+                found.append((abs(share - 1), len(found), guess))
+    return [guess for *_, guess in sorted(found, key=lambda f: f[:2])[:PROMISING]]
 
 
 def plain(problem: Problem) -> Iterator[Guess]:

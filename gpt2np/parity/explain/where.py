@@ -52,9 +52,14 @@ def describe(error: Array, floor: float, axes: str, past: int = 0) -> str:
         return f"one number of {error.size}: [{at}]"
     phrases = []
     for letter, indices, n in zip(letters, found, error.shape, strict=True):
-        if len(indices) < n:
+        if len(indices) < n and not _scattered(indices):
             phrases.append(_said(AXES[letter], indices, n, past if letter == "S" else 0))
     return "only " + ", ".join(phrases) if phrases else ""
+
+
+def _scattered(indices: Array) -> bool:
+    """Whether they are many and in no order: that says nothing."""
+    return len(indices) > 8 and len(np.unique(np.diff(indices))) > 1
 
 
 def _said(name: str, indices: Array, n: int, past: int) -> str:
