@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -58,8 +59,7 @@ def investigate(
     the row of the first divergence, and the arrays of the diverging party around it; (None, {}) if there is none
     """
     case, call, a, b = pair
-    clock = clock or Clock()
-    clock.out()  # it runs from here on: comparing the taps is part of the search
+    clock, began = clock or Clock(), time.process_time()
     failing = {c.output: c for c in comparisons if not c.ok}
     given = moved_axes(failing.values(), outputs, b.name, call) if failing else None
     if failing:
@@ -77,6 +77,7 @@ def investigate(
     except Gpt2npError as error:
         add_once(report.not_compared, f"taps of {b.name}: {error}")
         rows = []
+    clock.spend(time.process_time() - began)  # comparing the taps is part of the search
     rows = [r for r in rows if r.local_b is not None]
     row = first_divergence(rows)
     judged = asked or report.exit_code == 1  # what was not asked for changes no verdict
