@@ -2,6 +2,8 @@
 
     python benchmarks/scale.py              the plan's table, and the simulation with 1,000 fake workers
     python benchmarks/scale.py --measure    Dask's part, measured here: what a shard costs the scheduler
+    python benchmarks/scale.py --overhead TEXT [--bytes N]
+                                            two workers beside two processes started by hand, on two halves of a text
 
 The plan adds up what happens one after the other. The simulation knows nothing of the plan: it moves a clock from event
 to event, with one scheduler that serves one message at a time, one file server that all models come from, workers
@@ -12,7 +14,11 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import os
 import random
+import resource
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -140,7 +146,40 @@ def measure() -> None:
             print(f"{name}: {wall:.2f} ms a shard; {own:.2f} ms of them processor time of scheduler and client")
 
 
+def timed(commands: list[list[str]]) -> tuple[float, float]:
+    """Seconds and processor seconds of commands that run side by side, until all have ended."""
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "1"}
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for command in commands]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        sys.exit("a command failed")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.perf_counter() - began, used.ru_utime - before.ru_utime + used.ru_stime - before.ru_stime
+
+
+def overhead(text: bytes) -> None:
+    """The embedded model on halves of a text, and of its first 4,000 bytes, which is little but the start."""
+    score = [sys.executable, "-m", "gpt2np", "score", "--json"]
+    for name, given in (("whole", text), ("start", text[:4000])):
+        with tempfile.TemporaryDirectory() as folder:
+            cut = given.find(b"\n", len(given) // 2)
+            files = [Path(folder) / "1.txt", Path(folder) / "2.txt"]
+            files[0].write_bytes(given[:cut])
+            files[1].write_bytes(given[cut:])
+            by_hand = timed([[*score, str(file)] for file in files])
+            workers = timed([[*score, *map(str, files), "--workers", "2", "--results", folder]])
+        for who, (wall, cpu) in (("two processes", by_hand), ("two workers", workers)):
+            print(f"{name}, {len(given):,} bytes, {who}: {wall:.1f} s, {cpu:.1f} s of processor time", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true")
-    measure() if parser.parse_args().measure else table()
+    parser.add_argument("--overhead", type=Path, metavar="TEXT")
+    parser.add_argument("--bytes", type=int)
+    given = parser.parse_args()
+    if given.overhead:
+        overhead(given.overhead.read_bytes()[: given.bytes])
+    else:
+        measure() if given.measure else table()

@@ -11,7 +11,8 @@ from gpt2np.kernels import chained_product
 from gpt2np.kernels.tile import FORMS
 from tiny import tiny_model
 
-# Of weights/mini in float32, as computed on x86-64 with AVX2, also when compiled for Haswell and x86-64-v3.
+# Of weights/mini in float32, as computed on x86-64 with AVX2, also when compiled for Haswell and x86-64-v3, and on
+# emulated arm64.
 MINI = "96bf90efba7d8f304c9b49483974c2d04cd424100ab681836375f4bc0b0bc113"
 
 

@@ -27,6 +27,7 @@ from .store import Shard, Store
 
 AHEAD = 1000  # shards that the scheduler knows of at once: enough for every worker, and few for it
 WAIT = 60.0  # seconds to wait for a scheduler that does not answer
+PROFILE = "distributed.worker.profile.enabled"  # Dask looks at all stacks every 10 ms: a quarter of a worker's time
 ROUNDS = 10  # in a row in which nothing was computed, before the run is given up
 
 Work = Callable[[Shard, Store], bytes]
@@ -67,6 +68,7 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
         yield THIS_PROCESS
         return
     with needs("'gpt2np[cluster]'", "work by several processes", "or leave out --workers and --cluster"):
+        import dask
         import distributed
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what matters of it is told here
@@ -77,7 +79,7 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
         except _Lost as error:
             raise InputError(f"no Dask scheduler answers at {address}: {error}") from None
         return
-    with distributed.LocalCluster(
+    with dask.config.set({PROFILE: False}), distributed.LocalCluster(
         n_workers=0, dashboard_address=":0", silence_logs=logging.CRITICAL,
         scheduler_kwargs={"allowed_failures": 100},  # a worker that is killed is no fault of its shard's
     ) as cluster, _workers(cluster.scheduler_address, workers):  # fmt: skip
@@ -92,7 +94,7 @@ def _workers(address: str, count: int) -> Iterator[None]:
     """
     command = f"-m distributed.cli.dask_worker {address} --nthreads 1 --no-nanny --no-dashboard --memory-limit 0"
     threads = str(max(1, (os.cpu_count() or 1) // count))  # for the kernels; Dask itself has one
-    environment = {"NUMBA_NUM_THREADS": threads, **os.environ}
+    environment = {"NUMBA_NUM_THREADS": threads, **os.environ, f"DASK_{PROFILE.upper().replace('.', '__')}": "False"}
     quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
 
     def start() -> subprocess.Popen[bytes]:
