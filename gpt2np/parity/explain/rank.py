@@ -209,6 +209,8 @@ def promising(problem: Problem) -> list[Guess]:
             if guess.tap != tap or guess.call is not None or any(x is None for x in inputs):
                 continue
             made = guess.applied(problem.program).run(tap, problem.call, inputs, F64)  # type: ignore[arg-type]
+            if made.shape != problem.values[tap].shape:  # a head of another width than the columns that are looked at
+                continue
             with np.errstate(all="ignore"):
                 share = float((back.at_taps[tap] * (made - problem.values[tap])).sum()) / problem.before**2
             if abs(share - 1) < NEAR:
