@@ -131,9 +131,8 @@ class ModelFile:
             if len(values) != needed:
                 wrong(f"its {origin} holds {len(values)} values, not {needed}")
             return Tensor(name, dtype, shape, nbytes, origin, bits, _inline=values)
-        pieces = stripped[number]
-        if origin == "raw_data":
-            pieces = pieces[-1:]  # of a field that is not repeated, the last one counts
+        # of a field that is not repeated, the last one counts
+        pieces = stripped[number][-1:] if origin == "raw_data" else stripped[number]
         given = sum(length for _, length in pieces)
         # a varint takes 1 to 10 bytes; `load` counts them
         if not (entries <= given <= 10 * entries if wire == VARINT else given == nbytes):
