@@ -27,7 +27,7 @@ from .store import Shard, Store
 
 AHEAD = 1000  # shards that the scheduler knows of at once: enough for every worker, and few for it
 WAIT = 60.0  # seconds to wait for a scheduler that does not answer
-PROFILE = "distributed.worker.profile.enabled"  # Dask looks at all stacks every 10 ms: a quarter of a worker's time
+PROFILE = "distributed.worker.profile.enabled"  # Dask looks at all stacks every 10 ms
 ROUNDS = 10  # in a row in which nothing was computed, before the run is given up
 
 Work = Callable[[Shard, Store], bytes]
