@@ -603,11 +603,11 @@ def test_a_size_that_only_one_length_allows_is_refused(modern, tmp_path):
 
 
 def test_a_small_file_of_many_positions_says_how_far_it_was_read(tmp_path):
-    config = tiny_config(n_ctx=4096)
+    config = tiny_config(n_ctx=6000)
     write_model(tmp_path / "model.onnx", config, tiny_sources(config), opset=17, lm_head=True, with_past=True)
     found = read(tmp_path / "model.onnx")
-    assert found.config.n_ctx == 4096
-    assert [note for note in found.notes if "of 4,096 positions" in note]
+    assert found.config.n_ctx == 6000
+    assert [note for note in found.notes if "of 6,000 positions" in note]
 
 
 def test_recognising_leaves_the_file_and_its_arrays_alone(zoo):
