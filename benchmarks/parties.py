@@ -54,14 +54,14 @@ def _array(ids: list[int]) -> Any:
 
 
 class Gpt2np(Model):
-    """8 and 4 bits are `load(..., weights=...)`; 16 bits a file of float16 numbers, which load keeps as they are."""
+    """Fewer bits: `load(..., weights=...)`."""
 
     def __init__(self, folder: Path, bits: int) -> None:
         import gpt2np
 
         gpt2np.set_num_threads(min(THREADS, gpt2np.get_num_threads()))
-        options = {8: {"weights": "int8"}, 4: {"weights": "int4"}}.get(bits, {})
-        self.model = gpt2np.load(folder / ("float16" if bits == 16 else "past"), **options)
+        kind = {32: "float32", 16: "float16", 8: "int8", 4: "int4"}[bits]
+        self.model = gpt2np.load(folder / "past", weights=kind)
         self.cache: Any = None
 
     def step(self, ids: Any, new: bool) -> Any:
@@ -296,7 +296,7 @@ def open_party(file: str, name: str, bits: int) -> dict[str, Callable[..., Any]]
 
 
 def make_files(model: Path | None, work: Path) -> None:
-    """The same weights as ONNX with past inputs, Hugging Face checkpoint, GGUF and as float16 numbers, in `work`."""
+    """The same weights as ONNX with past inputs, Hugging Face checkpoint and GGUF, in `work`."""
     work.mkdir(parents=True, exist_ok=True)
     past = work / "past" / "model.onnx"
     if not past.exists():
@@ -307,8 +307,6 @@ def make_files(model: Path | None, work: Path) -> None:
             gpt2np_command("convert", past, "--to", to, "-o", work / to)
     if not (work / "onnx-32.onnx").exists():
         keep_last_position(past, work / "onnx-32.onnx")
-    if not (work / "float16" / "model.onnx").exists():
-        round_weights(past, work / "float16")
 
 
 def gpt2np_command(*arguments: str | Path) -> None:
@@ -336,16 +334,3 @@ def keep_last_position(source: Path, target: Path) -> None:
     head.input[:] = ["last", "lm_head"]
     next(output for output in graph.output if output.name == "logits").type.tensor_type.shape.dim[1].dim_value = 1
     onnx.save(model, target)
-
-
-def round_weights(source: Path, target: Path) -> None:
-    """The model with its weights rounded to float16."""
-    import numpy as np
-
-    from gpt2np.convert.folder import open_source
-    from gpt2np.convert.writer import write_model
-
-    config, weights, _ = open_source(source)
-    rounded = {name: weight.load().astype(np.float16) for name, weight in weights.items()}
-    target.mkdir(exist_ok=True)
-    write_model(target / "model.onnx", config, rounded, opset=17, lm_head=True, with_past=True)
