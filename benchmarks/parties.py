@@ -62,11 +62,11 @@ class Gpt2np(Model):
         gpt2np.set_num_threads(min(THREADS, gpt2np.get_num_threads()))
         kind = {32: "float32", 16: "float16", 8: "int8", 4: "int4"}[bits]
         self.model = gpt2np.load(folder / "past", weights=kind)
-        self.cache: Any = None
+        self.cache = self.model.new_cache()
 
     def step(self, ids: Any, new: bool) -> Any:
         if new:
-            self.cache = self.model.new_cache()
+            self.cache.crop(0)
         return self.model(ids[None], cache=self.cache, logits="last").logits[0, -1]
 
 

@@ -38,7 +38,7 @@ from speed import THREADS, Party, ceilings_party, machine, put_between, serve, s
 
 LENGTHS = (1, 8, 32, 128, 512, 1024)
 CACHED = (32, 512, 960)
-SHORT = ("1", "32", "512", "after 32", "after 512")  # what README shows
+SHORT = ("1", "8", "32", "128", "1024", "after 32", "after 512")  # what README shows
 NEW = 8  # tokens after each of CACHED in a round
 RANDOM = "random ones, so that errors with a trained model's would differ"
 PROMPTS, PROMPT = 8, 32  # error: over the scores after so many prompts of so many tokens
@@ -122,7 +122,7 @@ class Race:
         parties = {name: party for name, party in zip(names, started, strict=True) if party is not None}
         ceilings = Party("ceilings", "", script=__file__)
         for party in parties.values():  # memory is handed out, code compiled and loaded
-            for length in (1, min(256, self.config.n_ctx - 2)):
+            for length in (1, self.config.n_ctx - 2):
                 party("run", self.ids[:length], 2)
         began = last = time.monotonic()
         for _ in range(left):
@@ -140,7 +140,7 @@ class Race:
         result: dict[str, dict[str, float]] = {"limits": {"read": 0.0, "fma": 0.0}}
         for length, cached in works(self.config.n_ctx):
             for name, party in parties.items():
-                time.sleep(0.05)  # the last one's threads go idle
+                time.sleep(0.3)  # the last one's threads spin for 0.2 s before they sleep (OpenMP's usual setting)
                 times = [party("run", self.ids[:length], NEW * cached) for _ in range(3 if length <= 32 else 1)]
                 first, token = (statistics.median(column) for column in zip(*times, strict=True))
                 if length in LENGTHS:
@@ -181,7 +181,7 @@ def table(race: Race, shown: Sequence[str]) -> str:
         f"| bits | party | {' | '.join(heads)} | error |".replace("| 1 positions", "| 1 position"),
         "|---" * (len(shown) + 3) + "|",
     ]
-    for bits, rounds in race.results["rounds"].items():
+    for bits, rounds in sorted(race.results["rounds"].items(), key=lambda item: -int(item[0])):
         read, fma = (max(r["limits"][name] for r in rounds) for name in ("read", "fma"))
         for name in (name for name in PARTIES if any(name in r["1"] for r in rounds)):
             kv_bytes = 4 if bits == "32" else PARTIES[name][0].kv_bytes
