@@ -281,7 +281,7 @@ def prove_mask(probe: Probe, i: int, core: AttentionCore, found: MaskFound, befo
     hidden = (float(mask.kind == "added"), mask.value)
     name = probe.mask
     if not name:
-        _compare(probe, i, core, run({}), [(later, hidden)], score * scale, mask)
+        _compare(probe, i, core, run({}), [(later, hidden)], score * scale, mask, probe.P)
         return
     known = probe.known[name]
     options = mask_shapes(_declared(probe, name), B, T, S)
@@ -304,7 +304,7 @@ def prove_mask(probe: Probe, i: int, core: AttentionCore, found: MaskFound, befo
         gone = per_query(padded, T, S, cut)
         got = run({name: np.where(padded, 0, full)})
         where = [(later & ~gone, hidden), (gone & ~later, mask.padding), (gone & later, mask.padding_later)]
-        _compare(probe, i, core, got, where, score * scale, mask)
+        _compare(probe, i, core, got, where, score * scale, mask, probe.P)
 
 
 def _compare(
@@ -315,27 +315,16 @@ def _compare(
     effects: Sequence[tuple[Array, tuple[float, float]]],
     score: float,
     mask: MaskRule,
-) -> None:
-    """Raise unless scores have become what the mask says; some queries at a time, so that little is made of them."""
-    T = got.shape[-2]
-    rows = max(1, AT_ONCE // got.shape[-1])
-    for start in range(0, T, rows):
-        some = slice(start, start + rows)
-        parts = [(where if where.shape[-2] == 1 else where[..., some, :], effect) for where, effect in effects]
-        _compare_queries(probe, i, core, got[..., some, :], parts, score, mask, probe.P + start)
-
-
-def _compare_queries(
-    probe: Probe,
-    i: int,
-    core: AttentionCore,
-    got: Array,
-    effects: Sequence[tuple[Array, tuple[float, float]]],
-    score: float,
-    mask: MaskRule,
     first: int,
 ) -> None:
-    """The same for queries that follow each other, from that position on."""
+    """Raise unless the scores of queries, from position `first` on, have become what the mask says."""
+    rows = max(1, AT_ONCE // got.shape[-1])
+    if got.shape[-2] > rows:  # some at a time, so that little is made of them
+        for start in range(0, got.shape[-2], rows):
+            some = slice(start, start + rows)
+            parts = [(where if where.shape[-2] == 1 else where[..., some, :], effect) for where, effect in effects]
+            _compare(probe, i, core, got[..., some, :], parts, score, mask, first + start)
+        return
     # twice float32's lowest number is -inf, too
     lowest = np.finfo(np.float16 if probe.half else np.float32).min
     hidden = np.zeros(np.broadcast_shapes(got.shape[-2:], *(where.shape for where, _ in effects)), bool)
