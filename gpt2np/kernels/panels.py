@@ -33,6 +33,7 @@ class Panels(NamedTuple):
     # them, or what `levels` says
     columns: int  # N
     scales: Array = NO_SCALES  # of levels
+    depth: int | None = None  # K of levels, whose data is filled up to whole steps
 
     @property
     def form(self) -> str:
@@ -159,7 +160,7 @@ def _put_levels(data: Array, scales: Array, matrix: Quantised) -> Panels:
     _put(scales, 0, matrix.scales, False)
     if matrix.form == "int4":
         scales *= np.float32(2.0**-levels.TOP)
-    return Panels(data, N, scales)
+    return Panels(data, N, scales, K)
 
 
 def pack_levels(matrix: Quantised) -> Panels:
@@ -179,7 +180,7 @@ def pack_matrix(matrix: Array, transposed: bool = False, form: str | None = None
 
 
 def unpack(panels: Panels) -> Array:
-    """The matrix (K, N) that was packed, as floats; of levels, K is filled up with zeros to whole steps."""
+    """The matrix (K, N) that was packed, as floats."""
     data = panels.data
     if panels.form in levels.FORMS:
         steps = len(data[0]) * levels.per_element(data.dtype) // STEP
@@ -187,5 +188,5 @@ def unpack(panels: Panels) -> Array:
         for panel, place in enumerate(data):
             levels.widen_in_python(panels.data[panel], 0, panels.scales[panel], 0, 0, steps, place.reshape(-1))
     count, K, _ = data.shape
-    matrix = data.transpose(1, 0, 2).reshape(K, count * PANEL)[:, : panels.columns]
+    matrix = data.transpose(1, 0, 2).reshape(K, count * PANEL)[: panels.depth, : panels.columns]
     return np.ascontiguousarray(widened(matrix))
