@@ -57,40 +57,45 @@ def read_header(path: Path) -> dict[str, Tensor]:
         if file.size < 10 or length > min(MAX_JSON, file.size - 8):
             raise ModelFileError(f"{path} is no safetensors file: a header of {length} bytes in {file.size}")
         text = opened.read(length)
-    header = json_object(text, f"the header of {path}")
     start = 8 + length
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     spans: list[tuple[int, int, str]] = []
-    for name, entry in header.items():
+    for name, entry in json_object(text, f"the header of {path}").items():
         if name == "__metadata__":
             continue
-
-        def wrong(what: str, name: str = name) -> ModelFileError:
-            return ModelFileError(f"{path}: tensor {name!r}: {what}")
-
-        if not isinstance(entry, dict):
-            raise wrong("its entry is no object")
-        kind, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-        if not _sizes(shape) or not _sizes(place) or len(place) != 2 or len(shape) > 32:
-            raise wrong(f"shape {str(shape)[:80]} or data_offsets {str(place)[:80]} are not lists of sizes")
-        if not place[0] <= place[1] <= file.size - start:
-            raise wrong(f"bytes {place[0]} to {place[1]} of the {file.size - start} that the file has")
+        try:
+            kind, shape, place = _checked_entry(entry, file.size - start)
+        except ValueError as error:
+            raise ModelFileError(f"{path}: tensor {name!r}: {error}") from None
         spans.append((place[0], place[1], name))
-        if not isinstance(kind, str) or kind not in DTYPES.keys() | OTHERS:
-            raise wrong(f"its type {str(kind)[:40]!r} is none that a weight can have ({', '.join(DTYPES)})")
-        if kind in OTHERS:
-            continue
-        dtype = np.dtype(ml_dtypes.bfloat16 if kind == "BF16" else DTYPES[kind])
-        nbytes = math.prod(shape) * dtype.itemsize
-        if nbytes != place[1] - place[0]:
-            raise wrong(f"{kind} {shape} takes {nbytes} bytes, not {place[1] - place[0]}")
-        pieces = ((start + place[0], nbytes),)
-        tensors[name] = Tensor(name, dtype, tuple(shape), nbytes, path.name, _file=file, _pieces=pieces)
+        if kind in DTYPES:
+            dtype = np.dtype(ml_dtypes.bfloat16 if kind == "BF16" else DTYPES[kind])
+            pieces = ((start + place[0], place[1] - place[0]),)
+            tensors[name] = Tensor(name, dtype, shape, pieces[0][1], path.name, _file=file, _pieces=pieces)
     spans.sort()
     for (_, end, name), (begin, _, other) in pairwise(spans):
         if begin < end:  # a small file could name a large one's worth of weights
             raise ModelFileError(f"{path}: tensors {name!r} and {other!r} share bytes")
     return tensors
+
+
+def _checked_entry(entry: Any, available: int) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    """Type, shape and place of one entry of the header; a ValueError says what is wrong with it."""
+    if not isinstance(entry, dict):
+        raise ValueError("its entry is no object")
+    kind, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not _sizes(shape) or not _sizes(place) or len(place) != 2 or len(shape) > 32:
+        raise ValueError(f"shape {str(shape)[:80]} or data_offsets {str(place)[:80]} are not lists of sizes")
+    begin, end = place
+    if not begin <= end <= available:
+        raise ValueError(f"bytes {begin} to {end} of the {available} that the file has")
+    if not isinstance(kind, str) or kind not in DTYPES.keys() | OTHERS:
+        raise ValueError(f"its type {str(kind)[:40]!r} is none that a weight can have ({', '.join(DTYPES)})")
+    if kind in DTYPES:
+        nbytes = math.prod(shape) * (2 if kind == "BF16" else np.dtype(DTYPES[kind]).itemsize)
+        if nbytes != end - begin:
+            raise ValueError(f"{kind} {shape} takes {nbytes} bytes, not {end - begin}")
+    return kind, tuple(shape), (begin, end)
 
 
 def read_checkpoint(path: Path) -> tuple[GPT2Config, dict[str, WeightSource]]:

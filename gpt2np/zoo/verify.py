@@ -148,44 +148,46 @@ def _short(value: Any) -> str:
 
 def check_fingerprints(recognised: Recognised, facts: Facts) -> Iterator[Finding]:
     """Norm, largest value, first values and, where known, the bytes of single weights."""
-    fingerprints = facts.weights.get("fingerprints", {})
-    source = facts.weights.get("source", "")
-    wrong: list[str] = []
-    bitwise = 0
-    for name, expected in fingerprints.items():
-        if name not in recognised.sources:
-            wrong.append(f"{name} is not there")
-            continue
-        if list(recognised.sources[name].shape) != expected["shape"]:
-            wrong.append(f"{name} has shape {recognised.sources[name].shape}, expected {tuple(expected['shape'])}")
-            continue
-        weight = recognised.sources[name].load()
-        found = fingerprint(weight)
-        for key in ("l2", "max_abs", "first"):
-            tolerance = facts.weights.get(key, {"rtol": 0, "atol": 0})
-            if key in expected and not np.allclose(
-                np.ravel(found[key])[: np.size(expected[key])], expected[key], **tolerance
-            ):
-                wrong.append(f"{name}: {key} is {_short(found[key])}, expected {_short(expected[key])}")
-        if "sha256" in expected:
-            bitwise += 1
-            if found["sha256"] != expected["sha256"]:
-                wrong.append(f"{name}: its bytes differ from the published ones")
-    matching = len(fingerprints) - len({words.split(":")[0].split(" ")[0] for words in wrong})
-    for words in wrong[:LISTED]:
-        yield Finding("weights", "fingerprint", "FAIL", words)
-    if len(wrong) > LISTED:
-        yield Finding("weights", "fingerprint", "FAIL", f"and {len(wrong) - LISTED} more differences")
-    words = f"{matching} of {len(fingerprints)} match; the file has {len(weight_shapes(recognised.config))} weights"
-    if bitwise:
-        words += f"; {bitwise} were compared byte by byte"
-    if not fingerprints:
+    expected = facts.weights.get("fingerprints", {})
+    if not expected:
         yield Finding("weights", "fingerprints", "skip", "none are known")
     else:
-        yield Finding("weights", "fingerprints", "FAIL" if wrong else "pass", words, source)
+        wrong = {name: list(_differences(recognised, name, facts)) for name in expected}
+        lines = [line for lines in wrong.values() for line in lines]
+        for words in lines[:LISTED]:
+            yield Finding("weights", "fingerprint", "FAIL", words)
+        if len(lines) > LISTED:
+            yield Finding("weights", "fingerprint", "FAIL", f"and {len(lines) - LISTED} more differences")
+        matching, total = sum(not lines for lines in wrong.values()), len(weight_shapes(recognised.config))
+        words = f"{matching} of {len(expected)} match; the file has {total} weights"
+        if bitwise := sum("sha256" in known and name in recognised.sources for name, known in expected.items()):
+            words += f"; {bitwise} were compared byte by byte"
+        source = facts.weights.get("source", "")
+        yield Finding("weights", "fingerprints", "FAIL" if lines else "pass", words, source)
     if facts.weights.get("tied") and not recognised.config.tied:
         same = np.array_equal(recognised.sources["lm_head.weight"].load(), recognised.sources["wte.weight"].load())
         yield Finding("weights", "LM head", "pass" if same else "FAIL", f"{'equal to' if same else 'NOT'} wte")
+
+
+def _differences(recognised: Recognised, name: str, facts: Facts) -> Iterator[str]:
+    """What differs between one weight and its published figures, in words."""
+    expected = facts.weights["fingerprints"][name]
+    if name not in recognised.sources:
+        yield f"{name} is not there"
+        return
+    source = recognised.sources[name]
+    if list(source.shape) != expected["shape"]:
+        yield f"{name} has shape {source.shape}, expected {tuple(expected['shape'])}"
+        return
+    found = fingerprint(source.load())
+    for key in ("l2", "max_abs", "first"):
+        tolerance = facts.weights.get(key, {"rtol": 0, "atol": 0})
+        if key in expected and not np.allclose(
+            np.ravel(found[key])[: np.size(expected[key])], expected[key], **tolerance
+        ):
+            yield f"{name}: {key} is {_short(found[key])}, expected {_short(expected[key])}"
+    if found["sha256"] != expected.get("sha256", found["sha256"]):
+        yield f"{name}: its bytes differ from the published ones"
 
 
 def fingerprint(weight: Array) -> dict[str, Any]:
