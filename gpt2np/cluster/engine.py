@@ -10,16 +10,19 @@ afterwards is computed in another round.
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from itertools import islice
+from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
+from warnings import catch_warnings, simplefilter
 
 from ..errors import InputError
 from ..optional import needs
@@ -28,6 +31,7 @@ from .store import Shard, Store
 AHEAD = 1000  # shards that the scheduler knows of at once: enough for every worker, and few for it
 WAIT = 60.0  # seconds to wait for a scheduler that does not answer
 PROFILE = "distributed.worker.profile.enabled"  # Dask looks at all stacks every 10 ms
+METHOD = "fork" if sys.platform == "linux" else "spawn"  # elsewhere systems have threads that no fork survives
 ROUNDS = 10  # in a row in which nothing was computed, before the run is given up
 
 Work = Callable[[Shard, Store], bytes]
@@ -56,14 +60,10 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
     Raises
     ------
     InputError
-        If both are given, `workers` is less than 1, or no scheduler answers at the address.
+        If no scheduler answers at the address.
     MissingPackageError
         If Dask is not installed.
     """
-    if workers is not None and address is not None:
-        raise InputError("give --workers for this machine or --cluster for a scheduler's workers, not both")
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers must be at least 1, got {workers}")
     if workers is None and address is None:
         yield THIS_PROCESS
         return
@@ -79,47 +79,81 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
         except _Lost as error:
             raise InputError(f"no Dask scheduler answers at {address}: {error}") from None
         return
-    with dask.config.set({PROFILE: False}), distributed.LocalCluster(
-        n_workers=0, dashboard_address=":0", silence_logs=logging.CRITICAL,
-        scheduler_kwargs={"allowed_failures": 100},  # a worker that is killed is no fault of its shard's
-    ) as cluster, _workers(cluster.scheduler_address, workers):  # fmt: skip
+    with (
+        _workers(workers) as begin,
+        dask.config.set({PROFILE: False}),
+        distributed.LocalCluster(
+            n_workers=0, dashboard_address=":0", silence_logs=logging.CRITICAL,
+            scheduler_kwargs={"allowed_failures": 100},  # a worker that is killed is no fault of its shard's
+        ) as cluster,
+    ):  # fmt: skip
+        begin(cluster.scheduler_address)
         yield Engine(cluster.scheduler_address, workers, _dashboard(cluster))
 
 
 @contextmanager
-def _workers(address: str, count: int) -> Iterator[None]:
-    """Worker processes, each of which is started anew when it ends.
+def _workers(count: int) -> Iterator[Callable[[str], None]]:
+    """Worker processes, which begin when they are told the scheduler's address.
+
+    Where processes can be forked they have what this one has loaded, and share its memory: a model, compiled
+    kernels. A process without threads of its own forks them, for Dask's may hold locks at any moment.
+    """
+    processes: Any = multiprocessing.get_context(METHOD)
+    ours, theirs = processes.Pipe()
+    nursery = processes.Process(target=_keep_alive, args=(ours, theirs, count))
+    with catch_warnings():
+        # of forks beside threads: NumPy's and the kernels' are ready for it
+        simplefilter("ignore", DeprecationWarning)
+        nursery.start()
+    theirs.close()
+    try:
+        yield ours.send
+    finally:
+        ours.close()
+        nursery.join()
+
+
+def _keep_alive(ours: Connection, theirs: Connection, count: int) -> None:
+    """Workers, each of which is started anew when it ends, until the process that is on `ours` closes it or ends.
 
     Dask's own nanny gives up where a worker is killed while it starts.
     """
-    command = f"-m distributed.cli.dask_worker {address} --nthreads 1 --no-nanny --no-dashboard --memory-limit 0"
-    threads = str(max(1, (os.cpu_count() or 1) // count))  # for the kernels; Dask itself has one
-    environment = {"NUMBA_NUM_THREADS": threads, **os.environ, f"DASK_{PROFILE.upper().replace('.', '__')}": "False"}
-    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    ours.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that works with the results
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in range(3):
+        os.dup2(null, standard)
+    threads = max(1, (os.cpu_count() or 1) // count)  # for the kernels; Dask itself has one
+    os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
+    if kernels := sys.modules.get("gpt2np.kernels"):
+        kernels.set_num_threads(min(threads, kernels.get_num_threads()))
+    processes: Any = multiprocessing.get_context(METHOD)
+    workers: dict[Any, Any] = {}  # by what tells that they have ended
+    with suppress(EOFError):  # closed before there was a scheduler
+        address = theirs.recv()
+        while not theirs.poll():
+            for _ in range(count - len(workers)):
+                worker = processes.Process(target=_work, args=(address,))
+                worker.start()
+                workers[worker.sentinel] = worker
+            for ended in {*wait([theirs, *workers])} - {theirs}:
+                workers.pop(ended).join()
+    for worker in workers.values():
+        worker.kill()
+        worker.join()
 
-    def start() -> subprocess.Popen[bytes]:
-        # a session of its own: Ctrl-C is for this process
-        arguments = [sys.executable, *command.split()]
-        return subprocess.Popen(arguments, env=environment, start_new_session=True, **quiet)
 
-    processes, stop = [start() for _ in range(count)], threading.Event()
+def _work(address: str) -> None:
+    """Be a worker of Dask."""
+    import dask
+    import distributed
 
-    def watch() -> None:
-        while not stop.wait(1.0):
-            for i, process in enumerate(processes):
-                if process.poll() is not None:
-                    processes[i] = start()
+    async def work() -> None:
+        async with distributed.Worker(address, nthreads=1, memory_limit=0, dashboard=False) as worker:
+            await worker.finished()
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        watcher.join()
-        for process in processes:
-            process.kill()
-            process.wait()
+    with dask.config.set({PROFILE: False}):
+        asyncio.run(work())
 
 
 def compute(

@@ -6,7 +6,8 @@ import hashlib
 import json
 import socket
 from collections.abc import Iterable
-from functools import cache, lru_cache
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from ..onnx.read.reader import open_model
 from .store import Shard
 
 Described = tuple[dict[str, Any], dict[str, Any]]  # what a shard is of its model: `content` and `where`
+
+NAMES = "model", "tokenizer", "program", "engine", "dtype", "weights", "fingerprint"  # in `content`, of the model
+_opened: dict[str, GPT2] = {}  # the last model, by what `describe` says of it
 
 
 @cache
@@ -41,6 +45,8 @@ def describe(model: GPT2, tokenizer: Path | None) -> Described:
     than the machine that cut the work, because its program is another one or it cannot fuse, is refused.
     """
     assert model.path is not None
+    with _alone() if model.engine == "numba" else nullcontext():
+        computed = digest(WAYS["prompt"](model, texts(model)))
     content = {
         "model": hash_of_files(open_model(model.path).files),
         "tokenizer": hash_of_files(tokenizers.locate(tokenizer or model.path.parent) or ()),
@@ -48,27 +54,34 @@ def describe(model: GPT2, tokenizer: Path | None) -> Described:
         "engine": model.engine,
         "dtype": model.dtype.name,
         "weights": model.rounded_to,
-        "fingerprint": digest(WAYS["prompt"](model, texts(model))),
+        "fingerprint": computed,
     }
-    return content, {"model": str(model.path.resolve()), "tokenizer": str(tokenizer.resolve()) if tokenizer else None}
+    where = {"model": str(model.path.resolve()), "tokenizer": str(tokenizer.resolve()) if tokenizer else None}
+    _opened.clear()
+    _opened[json.dumps([content, where])] = model
+    return content, where
+
+
+def _alone() -> AbstractContextManager[int]:
+    """Kernels work on one thread: a pool that they start here would be lost to workers that are forked."""
+    from ..kernels.threads import pool
+
+    return pool()  # who finds it taken works alone
 
 
 def open_described(shard: Shard) -> GPT2:
     """The model of a shard, which must be the one that `describe` saw; the last one is kept."""
-    names = "model", "tokenizer", "program", "engine", "dtype", "weights", "fingerprint"
-    about = {name: shard.content[name] for name in names}
-    return _open(json.dumps(about), shard.where["model"], shard.where["tokenizer"])
-
-
-@lru_cache(maxsize=1)
-def _open(about: str, path: str, tokenizer: str | None) -> GPT2:
-    wanted = json.loads(about)
-    model = load(path, wanted["engine"], wanted["dtype"], wanted["weights"])
-    if tokenizer is not None:
-        model.tokenizer = tokenizers.load(tokenizer)
-    found, _ = describe(model, Path(tokenizer) if tokenizer else None)
-    for name, value in wanted.items():
+    content = {name: shard.content[name] for name in NAMES}
+    where = {name: shard.where[name] for name in ("model", "tokenizer")}
+    model = _opened.get(json.dumps([content, where]))
+    if model is not None:
+        return model
+    model = load(where["model"], content["engine"], content["dtype"], content["weights"])
+    if where["tokenizer"] is not None:
+        model.tokenizer = tokenizers.load(where["tokenizer"])
+    found, _ = describe(model, where["tokenizer"] and Path(where["tokenizer"]))
+    for name, value in content.items():
         if found[name] != value:
             what = "computes other bits with" if name == "fingerprint" else f"has another {name} at"
-            raise InputError(f"{socket.gethostname()} {what} {path} than the machine that cut the work")
+            raise InputError(f"{socket.gethostname()} {what} {where['model']} than the machine that cut the work")
     return model

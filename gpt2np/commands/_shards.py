@@ -89,7 +89,11 @@ class Shards:
 
 
 def wanted(workers: int | None, cluster: str | None, results: Path | None) -> bool:
-    """Whether the work is to be cut into shards."""
+    """Whether the work is to be cut into shards; InputError if the options are no choice."""
+    if workers is not None and cluster is not None:
+        raise InputError("give --workers for this machine or --cluster for a scheduler's workers, not both")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers must be at least 1, got {workers}")
     return workers is not None or cluster is not None or results is not None
 
 

@@ -70,9 +70,9 @@ def embed(
         from ..cluster.models import describe
 
         check_taps(gpt2, taps, pool, batch_size)
+        options = {"taps": taps, "pool": pool}
+        pieces = text.line_shards("embedded", file, describe(gpt2, tokenizer), options, batch_size)
         with open_shards(workers, cluster, results, "lines") as shards:
-            options = {"taps": taps, "pool": pool}
-            pieces = text.line_shards("embedded", file, describe(gpt2, tokenizer), options, batch_size)
             shards.compute(text.embed_lines, pieces, "embedding")
             done |= {"lines": sum(shard.size for shard in pieces), "cluster": shards.summary()}
             _save(output, text.embedded(pieces, shards.store), taps, pooled=pool is not None)

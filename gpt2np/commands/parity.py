@@ -101,7 +101,7 @@ def parity(
         models[0], against or [], data or [], prompt or [], random, ids or [], seed,
         engine, preset, rtol or [], atol or [], names, noise_floor, padding,
     )  # fmt: skip
-    if len(models) > 1 or wanted(workers, cluster, results):
+    if wanted(workers, cluster, results) or len(models) > 1:
         if any((junit, markdown, html, save_trace)):
             raise InputError("--junit, --markdown, --html and --save-trace are of one model in one process")
         with open_shards(workers, cluster, results, "prompts") as shards:

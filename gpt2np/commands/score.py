@@ -25,7 +25,7 @@ from ._shards import ClusterOption, ResultsOption, Shards, WorkersOption, open_s
 from ._terminal import note, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from ..model import GPT2
+    from ..cluster.models import Described
 
 
 def score(
@@ -73,15 +73,13 @@ def score(
     if wanted(workers, cluster, results):
         if resume is not None:
             raise InputError("--resume is for one process; --results keeps what --workers and --cluster compute")
+        from ..cluster.models import describe
+
+        gpt2 = load_model(model, tokenizer, engine, dtype, weights)
+        how = *check_cut(gpt2.config.n_ctx, window, stride), check_batch_size(batch_size)
+        described = describe(gpt2, tokenizer)
         with open_shards(workers, cluster, results, "tokens") as shards:
-            _score_shards(
-                shards,
-                files,
-                load_model(model, tokenizer, engine, dtype, weights),
-                tokenizer,
-                (window, stride, batch_size),
-                json,
-            )
+            _score_shards(shards, files, described, how, json)
         return
     kept = Progress(resume)
     texts = [read_text(path) for path in files]
@@ -127,16 +125,12 @@ def _run(path: Path, scoring: TextScoring | LastWordScoring) -> float | None:
 
 
 def _score_shards(
-    shards: Shards, files: list[Path], gpt2: GPT2, tokenizer: Path | None, how: tuple[int | None, int | None, int],
-    json: bool,
-) -> None:  # fmt: skip
+    shards: Shards, files: list[Path], described: Described, how: tuple[int, int, int], json: bool
+) -> None:
     """Score files by shards: texts are tokenized first, then windows and passages are scored together."""
     from ..cluster import text
-    from ..cluster.models import describe
 
-    window, stride = check_cut(gpt2.config.n_ctx, *how[:2])
-    batch_size = check_batch_size(how[2])
-    described = describe(gpt2, tokenizer)
+    window, stride, batch_size = how
     texts = {path: text.token_shard(path, described) for path in files if path.suffix != ".jsonl"}
     cut = {p: text.line_shards("passages", p, described, {}, batch_size) for p in files if p not in texts}
     shards.compute(text.tokenize, list(texts.values()), "tokenizing", "texts")

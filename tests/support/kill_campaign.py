@@ -63,11 +63,9 @@ def begun_in(log: Path) -> int:
     return log.read_text().count("\n") if log.exists() else 0
 
 
-def cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:  # it has ended
-        return []
+def workers_of_this_process() -> list[psutil.Process]:
+    """One child starts them: all that it has started, but for itself."""
+    return [worker for child in psutil.Process().children() for worker in child.children()]
 
 
 def kill_workers(stop: threading.Event, kills: int, done: list[int], rng: random.Random, log: Path) -> None:
@@ -78,8 +76,7 @@ def kill_workers(stop: threading.Event, kills: int, done: list[int], rng: random
             time.sleep(0.02)
         if stop.wait(rng.uniform(0, 0.4)):
             return
-        workers = [p for p in psutil.Process().children() if "distributed.cli.dask_worker" in cmdline(p)]
-        if workers:
+        if workers := workers_of_this_process():
             victim = rng.choice(workers)
             victim.send_signal(signal.SIGKILL)
             done.append(victim.pid)
