@@ -96,7 +96,7 @@ class Signature:
         given = self.fed(feeds, "input_ids")
         if given is None:
             raise InputError(f"no token ids among the inputs {sorted(feeds)}")
-        ids = check_ids(_from_the_end(given, config.vocab_size), config)
+        ids = check_ids(self._rows(given, "input_ids", config.vocab_size), config)
         B, T = ids.shape
         P, past = self._past(feeds, B, T)
         mask = self._mask(feeds, B, T, P + T)
@@ -108,7 +108,7 @@ class Signature:
             past=past,
             attention_mask=mask,
             position_ids=self._positions(feeds, mask, P),
-            token_type_ids=None if types is None else _from_the_end(types, config.vocab_size),
+            token_type_ids=None if types is None else self._rows(types, "token_type_ids", config.vocab_size),
         )
 
     def _past(self, feeds: Feeds, B: int, T: int) -> tuple[int, list[tuple[Array, Array]] | None]:
@@ -202,7 +202,14 @@ class Signature:
         if given is None:
             return None
         config = self.recognised.config
-        return _from_the_end(given + config.position_offset, config.n_ctx) - config.position_offset
+        return self._rows(given + config.position_offset, "position_ids", config.n_ctx) - config.position_offset
+
+    def _rows(self, index: Array, role: str, size: int) -> Array:
+        """Indices of rows; those of -size..-1 are counted from the end where the graph looks them up so."""
+        index = np.asarray(index)
+        if role not in self.recognised.from_the_end or index.dtype.kind != "i":
+            return index
+        return np.where((index < 0) & (index >= -size), index + size, index)
 
     # ----------------------------------------------------------------------------------------------------- outputs
     def results(self, ports: Sequence[Port], feeds: Feeds, call: Call, out: Output, tapped: Feeds) -> list[Array]:
@@ -256,11 +263,3 @@ class Signature:
         if "total_sequence_length" in self.recognised.lengths.values():
             buffer[..., S:, :] = 0  # so does ONNX Runtime's GroupQueryAttention
         return buffer
-
-
-def _from_the_end(index: Array, rows: int) -> Array:
-    """Indices of rows, those of -rows..-1 counted from the end, as ONNX's Gather takes them; others as they are."""
-    index = np.asarray(index)
-    if index.dtype.kind != "i" or not ((index < 0) & (index >= -rows)).any():
-        return index
-    return np.where((index < 0) & (index >= -rows), index + rows, index)

@@ -165,10 +165,10 @@ class Graph:
 
     def dependants(self, values: Iterable[str]) -> set[str]:
         """Some values and those that are made of them, not of their shapes alone."""
-        found = set(values)
+        found, constants = set(values), self.constants
         for node in self.order:
             if node.op not in ("Shape", "Size") and not found.isdisjoint(node.inputs):
-                found.update(o for o in node.outputs if o not in self.constants)  # a rewrite may have replaced it
+                found.update({*node.outputs}.difference(constants))  # a rewrite may have replaced it
         return found
 
     def opset(self, domain: str = "") -> int:

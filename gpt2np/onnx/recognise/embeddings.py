@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ...errors import UnsupportedModelError
+from .inputs import declared_shape
 from .lookup import Lookup
-from .probe import Probe
+from .probe import Probe, Sizes, sizes_allowed
 from .recognised import POSITIONS_FROM_MASK
 
 Array = np.ndarray
+
+AT_ONCE = 1 << 20  # token ids that are tried in one run
+LENGTHS_TRIED = 1024  # lengths for which positions are computed, where that takes more than sums
 
 
 def check_ids(probe: Probe) -> None:
@@ -55,4 +61,115 @@ def find_positions(probe: Probe) -> tuple[int, str]:
 
 def position_rows(probe: Probe, places: Lookup, feeds: dict[str, Array] | None = None) -> Array:
     """The row of wpe that each new position takes, (B, T)."""
-    return np.broadcast_to(probe.rows(places, feeds).reshape(-1, probe.T), (probe.B, probe.T))
+    B, T, rows = probe.B, probe.T, probe.rows(places, feeds)
+    if rows.size not in (T, B * T):
+        raise UnsupportedModelError(
+            f"{places.node.describe()} takes {rows.size} rows of wpe for {B} sequences of {T} new positions behind "
+            f"{probe.P}"
+        )
+    return np.broadcast_to(rows.reshape(-1, T), (B, T))
+
+
+# ------------------------------------------------------------------------------------------------ at all sizes
+def prove_ids(probe: Probe, words: Lookup, role: str) -> bool:
+    """Every token id, or type, must look up its own row of wte; whether negative ones count rows from the end."""
+    V = words.table.shape[0]
+    (name,) = probe.inputs.named(role)
+    dtype, shape = probe.known[name].dtype, probe.known[name].shape
+    port = next(p for p in probe.graph.inputs if p.name == name)
+    free = [i for i, size in enumerate(declared_shape(port)) if not (isinstance(size, int) and size > 0)]
+    others = math.prod(shape) // (shape[free[-1]] if free else 1)
+    length = min(-(-V // others), AT_ONCE) if free else 1
+    sizes = [length if free and i == free[-1] else size for i, size in enumerate(shape)]
+    step, negative = math.prod(sizes), True
+    for start in range(0, V, step):
+        numbers = (np.arange(start, start + step) % V).reshape(sizes)
+        ids = numbers.astype(dtype)
+        rows = probe.rows(words, {name: ids})
+        if rows.size != ids.size or (rows.ravel() != ids.ravel()).any():
+            wrong = ids.ravel()[rows.ravel() != ids.ravel()] if rows.size == ids.size else ids.ravel()
+            raise UnsupportedModelError(
+                f"{words.node.describe()} does not look up the row of wte of token {int(wrong[0])} where it is given"
+            )
+        negative = negative and _from_the_end(probe.rows(words, {name: (numbers - V).astype(dtype)}), ids, V)
+    return negative
+
+
+def _from_the_end(rows: Array, expected: Array, size: int) -> bool:
+    """Whether these are the rows of a table of that size, or the same counted from its end."""
+    held = rows.size == expected.size and bool(((rows >= -size) & (rows < size)).all())
+    return held and bool((rows.ravel() % size == expected.ravel() % size).all())
+
+
+def prove_positions(probe: Probe, offset: int, how: str) -> None:
+    """Every new position must take its own row of wpe, where the caller does not choose it."""
+    if probe.inputs.named("position_ids"):
+        return
+    P, S = probe.P, probe.sizes.S
+    _check_rows(probe, np.arange(P, S) + offset, {}, "the position")
+    rng = np.random.default_rng(0)
+    for name in probe.inputs.named("attention_mask"):
+        full = probe.known[name]
+        if full.ndim != 2:
+            continue
+        for share in (0.2, 0.7):
+            mask = np.where(rng.random(full.shape) < share, 0, full)
+            mask[0] = np.arange(S) >= S // 2  # padding on the left
+            mask[:, -1] = 1
+            counted = POSITIONS_FROM_MASK[how](mask != 0)[:, P:] if how in POSITIONS_FROM_MASK else np.arange(P, S)
+            _check_rows(probe, counted + offset, {name: mask.astype(full.dtype)}, f"the position by {name!r}")
+
+
+def prove_given_positions(probe: Probe, offset: int) -> bool:
+    """Every position that is given must take its own row of wpe; whether negative ones count rows from the end."""
+    places, (name,) = probe.borders.places, probe.inputs.named("position_ids")
+    known, N = probe.known[name], probe.borders.places.table.shape[0]
+    negative = True
+    for start in range(0, max(N - offset, 1), known.size):
+        numbers = (np.arange(start, start + known.size)[::-1] % max(N - offset, 1)).reshape(known.shape)
+        ids = numbers.astype(known.dtype)
+        _check_rows(probe, ids.reshape(-1, probe.T) + offset, {name: ids}, "the position that is given")
+        rows = position_rows(probe, places, {name: (numbers - N).astype(known.dtype)})
+        negative = negative and _from_the_end(rows, np.broadcast_to(ids.reshape(-1, probe.T) + offset, rows.shape), N)
+    return negative
+
+
+def _check_rows(probe: Probe, expected: Array, feeds: dict[str, Array], what: str) -> None:
+    """Raise unless these rows of wpe are taken."""
+    places = probe.borders.places
+    rows = position_rows(probe, places, feeds)
+    expected = np.broadcast_to(expected, rows.shape)
+    if (rows != expected).any():
+        at = tuple(np.argwhere(rows != expected)[0])
+        raise UnsupportedModelError(
+            f"{places.node.describe()} takes row {rows[at]} of wpe where row {expected[at]} is that of {what}"
+        )
+
+
+# Operators of sizes by which a row is chosen as by a sum: what holds for the least and the largest sizes holds between.
+STRAIGHT = frozenset(
+    {
+        "Add", "Sub", "Mul", "Neg", "Cast", "CastLike", "Identity", "Shape", "Size", "Range", "ConstantOfShape",
+        "NonZero", "CumSum", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Expand",
+        "Tile", "Concat", "Gather", "GatherND", "GatherElements",
+    }
+)  # fmt: skip
+
+
+def prove_all_lengths(usual: Probe, offset: int, how: str, longest: int) -> None:
+    """Every length must give its own rows of wpe, where these are computed by more than sums and moves.
+
+    Of a longer context some lengths are tried, at equal distances.
+    """
+    graph, places = usual.graph, usual.borders.places
+    behind = [places.rows] if places.rows else places.node.inputs[1:]
+    values = {a for value in behind for a in graph.ancestors(value)} & usual.size_values - graph.fixed
+    if STRAIGHT.issuperset(graph.producers[value].op for value in values if value in graph.producers):
+        return
+    tried: set[Sizes] = set()
+    for S in range(1, longest + 1, -(-longest // LENGTHS_TRIED)):
+        for wanted in (Sizes(1, S, 0), Sizes(1, 1, S - 1)):
+            sizes, _ = sizes_allowed(graph, usual.inputs, wanted)
+            if sizes not in tried and sizes.S <= longest:
+                tried.add(sizes)
+                prove_positions(Probe(graph, usual.borders, usual.inputs, usual.alike, sizes), offset, how)

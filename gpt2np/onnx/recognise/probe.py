@@ -39,6 +39,7 @@ class Sizes:
 
 # Of a budget, for each pair of a query and a key whose mask is read: what most graphs make do with, and enough for any.
 BYTES_OF_A_PAIR = (16, 60)
+MANY = 19  # sequences; more than a graph's arithmetic is likely to count up to
 USUAL = Sizes(2, 4, 3)  # no two sizes equal, so that an axis is known by its size
 
 
@@ -279,9 +280,10 @@ def probes_of(usual: Probe, n_ctx: int) -> list[Probe]:
     """The usual probe, and the same graph at other sizes, as far as the file declares none of its own."""
     probes, seen = [usual], {usual.sizes}
     half = n_ctx // 2
-    tried = [Sizes(3, 5, 2), Sizes(1, n_ctx, 0), Sizes(1, 1, n_ctx - 1)]
+    # Arithmetic of sizes with Max, Min, Mod or a comparison shows at an end of what a size can be: all ends, that is.
+    tried = [Sizes(MANY, 5, 2), Sizes(1, n_ctx, 0), Sizes(1, 1, n_ctx - 1)]
     if usual.P:
-        tried += [Sizes(1, half, n_ctx - half), Sizes(2, 2, 1)]
+        tried += [Sizes(1, 1, 0), Sizes(1, half, n_ctx - half), Sizes(2, 2, 1)]
     for wanted in tried:
         sizes, _ = sizes_allowed(usual.graph, usual.inputs, wanted)
         if sizes.S > n_ctx:  # one of the lengths is the file's own

@@ -19,20 +19,19 @@ from ...masks import MaskRule
 from ..budget import OverBudget
 from .attention import AttentionFound, fail, upright
 from .blocks import Branch, Roles
-from .embeddings import position_rows
+from .embeddings import prove_all_lengths, prove_given_positions, prove_ids, prove_positions
 from .inputs import declared_shape
 from .linear import LinearFound
-from .lookup import Lookup
 from .masks import keys_in_words, mask_shapes, per_query
 from .outputs import twins_of
 from .probe import Probe
 from .products import AttentionCore
-from .recognised import POSITIONS_FROM_MASK, TapLocation
+from .recognised import TapLocation
 from .scores import MaskFound
 
 Array = np.ndarray
 
-AT_ONCE = 1 << 20  # token ids that are tried in one run, and pairs of queries and keys that are compared
+AT_ONCE = 1 << 20  # pairs of queries and keys that are compared in one run
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,10 @@ class Findings:
     taps: Mapping[str, TapLocation]
 
 
-def prove(probes: Sequence[Probe], found: Findings) -> None:
+def prove(probes: Sequence[Probe], found: Findings) -> frozenset[str]:
     """Try what was found by the first probe at the others' sizes, in those layers that are written differently.
+
+    Returns the roles of those inputs whose negative numbers are rows counted from a table's end.
 
     Raises
     ------
@@ -57,9 +58,12 @@ def prove(probes: Sequence[Probe], found: Findings) -> None:
         If it does not hold there.
     """
     usual = probes[0]
-    prove_ids(usual, usual.borders.words, "input_ids")
-    if usual.borders.types is not None:
-        prove_ids(usual, usual.borders.types, "token_type_ids")
+    from_the_end = {"input_ids"} if prove_ids(usual, usual.borders.words, "input_ids") else set()
+    if usual.borders.types is not None and prove_ids(usual, usual.borders.types, "token_type_ids"):
+        from_the_end.add("token_type_ids")
+    if usual.inputs.named("position_ids") and all(prove_given_positions(p, found.offset) for p in probes):
+        from_the_end.add("position_ids")
+    prove_all_lengths(usual, found.offset, found.positions, max(probe.sizes.S for probe in probes))
     declared = {o.name: len(declared_shape(o)) for o in usual.graph.outputs}
     for probe in probes:
         prove_positions(probe, found.offset, found.positions)
@@ -76,63 +80,7 @@ def prove(probes: Sequence[Probe], found: Findings) -> None:
             prove_mask(probe, i, branch.core, found.masks[i], found.attentions[i].scale, found.mask_cut)
             for output, role in presents.items():
                 prove_present(probe, output, role, i, branch, found.attentions[i])
-
-
-def prove_ids(probe: Probe, words: Lookup, role: str) -> None:
-    """Every token id, or type, must look up its own row of wte."""
-    V = words.table.shape[0]
-    (name,) = probe.inputs.named(role)
-    dtype, shape = probe.known[name].dtype, probe.known[name].shape
-    port = next(p for p in probe.graph.inputs if p.name == name)
-    free = [i for i, size in enumerate(declared_shape(port)) if not (isinstance(size, int) and size > 0)]
-    others = math.prod(shape) // (shape[free[-1]] if free else 1)
-    length = min(-(-V // others), AT_ONCE) if free else 1
-    sizes = [length if free and i == free[-1] else size for i, size in enumerate(shape)]
-    step = math.prod(sizes)
-    for start in range(0, V, step):
-        ids = (np.arange(start, start + step) % V).astype(dtype).reshape(sizes)
-        rows = probe.rows(words, {name: ids})
-        if rows.size != ids.size or (rows.ravel() != ids.ravel()).any():
-            wrong = ids.ravel()[rows.ravel() != ids.ravel()] if rows.size == ids.size else ids.ravel()
-            raise UnsupportedModelError(
-                f"{words.node.describe()} does not look up the row of wte of token {int(wrong[0])} where it is given"
-            )
-
-
-def prove_positions(probe: Probe, offset: int, how: str) -> None:
-    """Every new position must take its own row of wpe."""
-    places, T, P, S = probe.borders.places, probe.T, probe.P, probe.sizes.S
-    N = places.table.shape[0]
-
-    def check(expected: Array, feeds: dict[str, Array], what: str) -> None:
-        rows = position_rows(probe, places, feeds)
-        expected = np.broadcast_to(expected, rows.shape) + offset
-        if (rows != expected).any():
-            at = tuple(np.argwhere(rows != expected)[0])
-            raise UnsupportedModelError(
-                f"{places.node.describe()} takes row {rows[at]} of wpe where {what} is {expected[at] - offset}"
-            )
-
-    given = probe.inputs.named("position_ids")
-    if given:
-        known = probe.known[given[0]]
-        for start in (0, N - offset - known.size):
-            values = np.arange(start, start + known.size)[::-1] % max(N - offset, 1)
-            ids = values.astype(known.dtype).reshape(known.shape)
-            check(ids.reshape(-1, T), {given[0]: ids}, "the position that is given")
-        return
-    check(np.arange(P, S), {}, "the position")
-    rng = np.random.default_rng(0)
-    for name in probe.inputs.named("attention_mask"):
-        full = probe.known[name]
-        if full.ndim != 2:
-            continue
-        for share in (0.2, 0.7):
-            mask = np.where(rng.random(full.shape) < share, 0, full)
-            mask[0] = np.arange(S) >= S // 2  # padding on the left
-            mask[:, -1] = 1
-            counted = POSITIONS_FROM_MASK[how](mask != 0)[:, P:] if how in POSITIONS_FROM_MASK else np.arange(P, S)
-            check(counted, {name: mask.astype(full.dtype)}, f"the position by {name!r}")
+    return frozenset(from_the_end)
 
 
 # ------------------------------------------------------------------------------------------------ what only moves

@@ -98,11 +98,19 @@ def _what(found: Recognised) -> tuple[object, ...]:
     """What two branches of one file must have in common."""
     weights = {name: (source.origin, source.through) for name, source in found.sources.items()}
     outputs = [(port.name, port.role, port.layer) for port in found.outputs]
-    return found.config, found.positions, weights, outputs, found.head_padding is None
+    return found.config, found.positions, found.from_the_end, weights, outputs, found.head_padding is None
 
 
-def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: list[str]) -> tuple[Entry, ...]:
-    """Enter every node into the ledger, and try what was found at other sizes: n_ctx, one token behind a full cache."""
+LOOKED_UP = frozenset({"input_ids", "token_type_ids", "position_ids"})  # roles of inputs that choose rows of tables
+
+
+def admit_and_prove(
+    probe: Probe, config: GPT2Config, found: Findings, notes: list[str]
+) -> tuple[tuple[Entry, ...], frozenset[str]]:
+    """Enter every node into the ledger, and try what was found at other sizes: n_ctx, one token behind a full cache.
+
+    Returns the ledger and the roles of the inputs whose negative numbers count from the end.
+    """
     graph, n_ctx = probe.graph, config.n_ctx - max(found.offset, 0)
     left = 0 if graph.budget is None else graph.budget.left
     asked = OverBudget()
@@ -110,8 +118,7 @@ def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: li
         try:
             probes = probes_of(probe, longest)
             entries = admit(Ledger(graph, probes), found.output_roles, found.taps)
-            if graph.refusals is None:
-                prove(probes, found)
+            from_the_end = LOOKED_UP if graph.refusals is not None else prove(probes, found)
         except OverBudget as error:
             asked = error
             if graph.budget is not None:
@@ -121,7 +128,7 @@ def admit_and_prove(probe: Probe, config: GPT2Config, found: Findings, notes: li
             notes.append(
                 f"masks and positions were read for up to {longest:,} of {n_ctx:,} positions: the file is small"
             )
-        return entries
+        return entries, from_the_end
     raise asked
 
 
@@ -181,14 +188,13 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
     offset, positions = find_positions(probe)
     if offset:
         notes.append(f"the first token takes row {offset} of wpe")
-    half = any(t.dtype == np.float16 for t in graph.initializers.values())
 
     # 2. Part by part
     sources: dict[str, Source] = {"wte.weight": borders.words.table, "wpe.weight": borders.places.table}
     taps: dict[str, TapLocation] = {"embed": stream(borders.layers[0][0].norm.x)}
     epsilons = read_norms(borders, sources, taps)
     attentions, mlps = read_parts(probe)
-    masks, mask_cut = read_masks(probe, attentions, half)
+    masks, mask_cut = read_masks(probe, attentions)
     head = read_head(probe)
     parts: list[AttentionFound | MLPFound | HeadFound] = [*attentions, *mlps, head]
     for part in parts:
@@ -208,7 +214,7 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
             like.touch(probe.touched)
     ignored = find_leftovers(graph, sources, head.weight, probe.touched)
     findings = Findings(offset, positions, attentions, masks, mask_cut, output_roles, taps)
-    entries = admit_and_prove(probe, config, findings, notes)
+    entries, from_the_end = admit_and_prove(probe, config, findings, notes)
     notes += rounding_notes(graph, entries)
     if config.mask.adds:
         inputs.roles[inputs.mask] = "attention_bias", None
@@ -227,5 +233,6 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
         head.padding,
         inputs.lengths,
         graph if inputs.lengths else None,
+        from_the_end=from_the_end,
         ledger=entries,
     )

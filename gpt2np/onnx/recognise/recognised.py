@@ -83,6 +83,8 @@ class Recognised:
     graph: Graph | None = field(default=None, repr=False, compare=False)  # kept where `lengths` need it
     # The search whose decoder this is: inputs and outputs above are the decoder's then, the file's own are in it.
     search: Search | None = field(default=None, repr=False, compare=False)
+    # Roles of the inputs whose negative numbers are rows counted from a table's end, as ONNX's Gather takes them.
+    from_the_end: frozenset[str] = frozenset()
     ledger: tuple[Entry, ...] = field(default=(), repr=False, compare=False)  # every node that an output depends on
 
     def positions_from_mask(self, attention_mask: Array) -> Array:

@@ -35,8 +35,9 @@ class MaskFound:
 class ScoreProbe:
     """Scores of two sizes sent through the masks of all layers, for one attention_mask after another."""
 
-    def __init__(self, probe: Probe, half: bool) -> None:
-        self.probe, self.half = probe, half
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+        self.half = any(t.dtype == np.float16 for t in probe.graph.initializers.values())
         port = next((p for p in probe.graph.inputs if p.name == probe.mask), None)
         self.declared = None if port is None else declared_shape(port)
         self.dtype = np.dtype(np.int64) if port is None else element_type(port)
@@ -69,9 +70,9 @@ class ScoreProbe:
         return factor, added
 
 
-def read_masks(probe: Probe, attentions: Sequence[AttentionFound], half: bool) -> tuple[list[MaskFound], bool]:
+def read_masks(probe: Probe, attentions: Sequence[AttentionFound]) -> tuple[list[MaskFound], bool]:
     """The masks of all layers, and whether the graph cuts queries and keys out of its attention_mask."""
-    scores = ScoreProbe(probe, half)
+    scores = ScoreProbe(probe)
     T, S = probe.T, probe.sizes.S
     given: list[tuple[tuple[int, ...] | None, bool]] = [(None, False)]
     if scores.declared is not None:
