@@ -179,7 +179,7 @@ def ceilings_party(_: str) -> dict[str, Callable[..., Any]]:
     import threadpoolctl
 
     from gpt2np.arrays import empty_aligned
-    from gpt2np.kernels.loops import tile_full
+    from gpt2np.kernels.products import tile_full
     from gpt2np.kernels.tile import PANEL, ROWS
 
     @numba.njit(parallel=True, fastmath=True)

@@ -174,13 +174,13 @@ WAYS: dict[str, Way] = {
 
 
 def _kept_in(form: str, part: Any, used: set[str]) -> Any:
-    """Weights, or a part of them, with each matrix in this form if that holds it, else in float32; adds to `used`."""
+    """Weights, or a part of them, each matrix in this form if that holds it, else in float32; `used`: all forms met."""
     from .kernels import Panels, pack_matrix, unpack
 
     if isinstance(part, Panels):
         matrix = unpack(part)
         panels = pack_matrix(matrix, form=None if form == "float32" else narrow_form([matrix], [form]))
-        used.add(panels.form)
+        used |= {panels.form, part.form}
         return panels
     if isinstance(part, tuple):
         parts = [_kept_in(form, each, used) for each in part]
@@ -208,7 +208,7 @@ def fingerprints(model: GPT2) -> Iterator[Fingerprint]:
     for form in (*FORMS, "float32") if model.dtype == np.float32 else ():
         other = copy.copy(model)
         other._weights = _kept_in(form, model._weights, used)
-        if form in used and used != {"float32"}:  # for float32: where some matrices are in 16 bits otherwise
+        if form in used and used != {"float32"}:  # for float32: where some matrices are in fewer bits otherwise
             yield Fingerprint(f"weights in {form}", digest(_whole(other, given)))
     threads = get_num_threads()
     try:

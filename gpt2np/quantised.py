@@ -4,6 +4,7 @@ A level counts steps of its scale: the weight is float32(level * scale), rounded
 
     int8   levels -128..127, one scale a column
     int4   levels -8..7, one scale for GROUP numbers of a column, one below the other
+    either with offsets: float32((level + offset) * scale), one scale and one whole offset for GROUP numbers of a column
 
 A column is all that is multiplied by the inputs to give one output; a token's row of wte or of the head counts as one.
 Rounding to nearest, ties to even, with these scales:
@@ -13,6 +14,8 @@ Rounding to nearest, ties to even, with these scales:
            8 steps on the other side becomes 7. That is the rule of llama.cpp's Q4_0 and of ONNX Runtime's quantiser.
 
 Numbers so small that a scale would be below TINY become 0. Layer norms, biases and wpe are not rounded.
+
+Files that are quantised already have levels and scales of their own; `as_stored` finds those in one of the forms.
 """
 
 from __future__ import annotations
@@ -40,15 +43,17 @@ class Quantised(NamedTuple):
 
     form: str  # "int8" or "int4"
     levels: Array  # (K, N) int8
-    scales: Array  # float32, (1, N) for int8, (ceil(K / GROUP), N) for int4
+    scales: Array  # float32, (1, N) for int8 without offsets, else (ceil(K / GROUP), N)
+    offsets: Array | None = None  # float32, of the same shape
 
     def floats(self) -> Array:
         """The weights (K, N), float32."""
-        return self.levels.astype(np.float32) * spread(self.scales, len(self.levels))
+        K, numbers = len(self.levels), self.levels.astype(np.float32)
+        return (numbers if self.offsets is None else numbers + spread(self.offsets, K)) * spread(self.scales, K)
 
 
 def spread(scales: Array, K: int) -> Array:
-    """The scales of K rows, (K, N) or (1, N), which broadcasts to it."""
+    """The scales, or offsets, of K rows, (K, N) or (1, N), which broadcasts to it."""
     return scales if len(scales) == 1 else np.repeat(scales, GROUP, axis=0)[:K]
 
 
@@ -60,15 +65,58 @@ def quantise(matrix: Array, form: str) -> Quantised:
     scales = np.where(high > -low, high, low) / np.float32(LARGEST[form])
     scales = np.abs(scales) if form == "int8" else scales
     scales[np.abs(scales) < TINY] = 0
+    return Quantised(form, _nearest(matrix, spread(scales, len(matrix)), *LEVELS[form]).astype(np.int8), scales)
+
+
+def as_stored(name: str, source: WeightSource) -> Quantised | None:
+    """A matrix in the scales that a file holds it with, (K, N), tables transposed, in as few bits as hold the levels.
+
+    None unless the source knows its scales (`steps`), these and the levels have one of the forms, and what they stand
+    for is every number to the bit.
+    """
+    steps: Array | None = source.steps() if hasattr(source, "steps") else None
+    if steps is None:
+        return None
+    matrix = source.load()
+    matrix, steps = (matrix.T, steps.T) if name in TABLES else (matrix, steps)
+    size = np.abs(steps)
+    if matrix.dtype != np.float32 or not ((size >= TINY) & (size < np.inf) | (size == 0)).all():
+        return None
+    levels, starts = np.empty(matrix.shape, np.int16), np.arange(0, len(matrix), GROUP)
+    for start in range(0, matrix.shape[1], ROWS_AT_ONCE):
+        part = np.s_[:, start : start + ROWS_AT_ONCE]
+        levels[part] = _nearest(matrix[part], steps[part], -255, 255)
+        if ((levels[part] * steps[part]).view(np.uint32) != matrix[part].view(np.uint32)).any():
+            return None
+    least, most = np.minimum.reduceat(levels, starts, axis=0), np.maximum.reduceat(levels, starts, axis=0)
+    grouped, by_column = steps[::GROUP], steps[:1]
+    if (steps != spread(grouped, len(steps))).any():
+        return None
+    for form, (low, high) in reversed(LEVELS.items()):
+        scales = by_column if form == "int8" else grouped
+        if low <= least.min() and most.max() <= high and (steps == spread(scales, len(steps))).all():
+            return Quantised(form, levels.astype(np.int8), np.ascontiguousarray(scales))
+        if (most - least).max() <= high - low:
+            offsets = np.where((least < low) | (most > high), least - low, 0)
+            levels -= spread(offsets, len(levels))
+            return Quantised(form, levels.astype(np.int8), np.ascontiguousarray(grouped), offsets.astype(np.float32))
+    return None
+
+
+def _nearest(matrix: Array, steps: Array, low: int, high: int) -> Array:
+    """The whole numbers from low to high that are nearest to matrix / steps; 0 where a step is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        steps = np.rint(matrix / spread(scales, len(matrix)))
-    steps[np.isnan(steps) | np.isinf(steps)] = 0  # of scales that are 0
-    return Quantised(form, np.clip(steps, *LEVELS[form]).astype(np.int8), scales)
+        levels = np.rint(matrix / steps)
+    levels[~np.isfinite(levels)] = 0
+    return np.clip(levels, low, high).astype(np.int16)
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix of another source, rounded to one of FORMS. Satisfies `weights.WeightSource`."""
+    """A matrix of another source, rounded to one of FORMS; as it is if a file holds it in that form already.
+
+    Satisfies `weights.WeightSource`.
+    """
 
     name: str
     source: WeightSource
@@ -107,10 +155,16 @@ class Rounded:
         """
         if self.form not in LEVELS:
             return None
+        stored = as_stored(self.name, self.source)
+        if stored is not None and stored.form == self.form:
+            return stored
         if self.name not in TABLES:
             return self._quantised(self.source.load())
         parts = [self._quantised(rows.T) for rows in _blocks(self.source)]
-        return Quantised(self.form, *(np.concatenate([part[i] for part in parts], axis=1) for i in (1, 2)))
+        return Quantised(
+            self.form,
+            *(np.concatenate([getattr(part, what) for part in parts], axis=1) for what in ("levels", "scales")),
+        )
 
     def _quantised(self, matrix: Array) -> Quantised:
         self._check(matrix)

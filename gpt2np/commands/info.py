@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 
 ROWS_AT_ONCE = 256  # of a matrix, looked at for numbers that 16 bits hold
+NARROW = "bfloat16", "float16"
+KEPT = {
+    **{form: f"of {form} numbers: kept in 16 bits, with the same results" for form in NARROW},
+    **{f"int{n}": f"of whole numbers with scales: kept in {n} bits, with the same results" for n in (8, 4)},
+    "float32": "of whole numbers with scales of another form than the kernels have: kept in float32",
+}
 
 
 def info(
@@ -83,7 +89,8 @@ def describe(file: ModelFile, found: Recognised) -> dict[str, Any]:
             for name, source in found.sources.items()
         },
         "bytes_by_dtype": bytes_by_dtype(file),
-        "sixteen_bits": sixteen_bits(found),
+        "sixteen_bits": {name: form for name, form in kept_forms(found).items() if form in NARROW},
+        "levels": {name: form for name, form in kept_forms(found).items() if form not in NARROW},
         "ignored": dict(found.ignored),
         "taps": {name: tap.tensor for name, tap in found.taps.items()},
         "notes": list(found.notes),
@@ -179,14 +186,20 @@ def bytes_by_dtype(file: ModelFile) -> dict[str, int]:
     return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
-def sixteen_bits(found: Recognised) -> dict[str, str]:
-    """The matrices whose numbers 16 bits can hold, so that the kernels keep them so, {name: form}."""
+def kept_forms(found: Recognised) -> dict[str, str]:
+    """What the kernels keep matrices in, {name: form}: all in fewer bits, and others that are whole numbers."""
     from ..arrays import narrow_form
+    from ..quantised import as_stored
     from ..weights import is_matrix
 
-    matrices = {name: source for name, source in found.sources.items() if is_matrix(name)}
-    forms = {name: narrow_form(source.blocks(ROWS_AT_ONCE)) for name, source in matrices.items()}
-    return {name: form for name, form in forms.items() if form is not None}
+    forms = {}
+    for name, source in found.sources.items():
+        if is_matrix(name):
+            levels = as_stored(name, source)
+            form = narrow_form(source.blocks(ROWS_AT_ONCE)) if levels is None else levels.form
+            if form is not None or source.scales is not None:
+                forms[name] = form or "float32"
+    return forms
 
 
 def print_info(file: ModelFile, found: Recognised) -> None:
@@ -224,8 +237,8 @@ def print_info(file: ModelFile, found: Recognised) -> None:
     out.print()
     sizes = ", ".join(f"{size:,} {name}" for name, size in bytes_by_dtype(file).items())
     out.print(f"bytes by type: {sizes}")
-    for form, names in sorted(_by_value(sixteen_bits(found)).items()):
-        out.print(f"{len(names)} matrices hold {form} numbers: kept in 16 bits, with the same results")
+    for form, names in sorted(_by_value(kept_forms(found)).items()):
+        out.print(f"{len(names)} matri{'x' if len(names) == 1 else 'ces'} {KEPT[form]}")
     for why, names in _by_value(dict(found.ignored)).items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         out.print(f"not a weight: {shown} ({why})", style="dim")

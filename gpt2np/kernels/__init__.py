@@ -3,7 +3,9 @@
 `reference.py` says what is computed; the files here say how, one job each:
 
     loops     the kernels: linear maps, embedding, layer norm and attention; read this one first
+    products  which tile multiplies what, by what the weights are kept as
     tile      the register tile, the one loop that takes the time
+    levels    the same for weights of 8 and 4 bits
     vectors   loops over one vector; exp, erfc and the activations
     panels    weights in the order in which the tile reads them
     threads   work dealt out to threads

@@ -13,12 +13,14 @@ from numba.core.registry import cpu_target
 
 from ..arrays import Array, empty_aligned
 from ..masks import Mask, SafeScores, ScoresReachMask
+from ..quantised import GROUP, LEVELS, Quantised
 from ..reference import Tap, no_tap, split_heads
 from ..weights import MLP, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear
 from . import loops, threads, vectors
 from .jit import DiskCache, config
-from .loops import PIECE_PANELS, PIECE_QUERIES, PIECE_ROWS, TERMS, VisibleKeys
-from .panels import pack_matrix
+from .loops import PIECE_PANELS, PIECE_QUERIES, PIECE_ROWS, VisibleKeys
+from .panels import pack_levels, pack_matrix
+from .products import TERMS
 from .threads import pool, run_pieces
 from .tile import FORMS, PANEL, ROWS, STREAMS
 from .vectors import ACTIVATION_CODES, LANES, activate_in_place
@@ -29,10 +31,11 @@ READ_COST = 8  # multiply-adds that take as long as to read one number from memo
 
 def needs_compilation() -> bool:
     """Whether the first call will take some seconds longer, because compiled kernels are not on disk yet."""
-    if config.DISABLE_JIT or loops.attend_parallel.signatures:
+    kernel = loops.attend_range  # the last one of a first call, however many threads there are
+    if config.DISABLE_JIT or kernel.signatures:
         return False
     machine = cpu_target.target_context.codegen().magic_tuple()
-    return not (isinstance(loops.attend_parallel._cache, DiskCache) and loops.attend_parallel._cache.holds(machine))
+    return not (isinstance(kernel._cache, DiskCache) and kernel._cache.holds(machine))
 
 
 def scratch_for(count: int, dtype: Any, C: int = 0, S: int = 0, D: int = 0) -> Array:
@@ -323,7 +326,7 @@ def warmup(dtype: Any = np.float32) -> None:
     """Compile every kernel for one dtype, or load it from disk, by running a model of zeros.
 
     It is just large enough that each kernel deals work out to threads for many tokens, and does not for one. Matrices
-    that can be kept in 16 bits have loops of their own.
+    in fewer bits have loops of their own.
     """
     if config.DISABLE_JIT:
         return
@@ -333,15 +336,19 @@ def warmup(dtype: Any = np.float32) -> None:
     def zeros(*shape: int) -> Array:
         return np.zeros(shape, dtype)
 
-    def zero_map(K: int, N: int, form: str | None) -> Linear:
-        weight: Any = pack_matrix(zeros(K, N), form=form)
-        return Linear(weight, zeros(N))
+    def packed(N: int, form: str | None, offsets: bool) -> Any:
+        """A matrix (C, N)."""
+        if form not in LEVELS:
+            return pack_matrix(zeros(C, N), form=form)
+        scales = zeros(C // GROUP if form == "int4" or offsets else 1, N)
+        return pack_levels(Quantised(form, np.zeros((C, N), np.int8), scales, scales if offsets else None))
 
     norm = LayerNorm(zeros(C), zeros(C), 1e-5)
-    for form in (None, *FORMS) if np.dtype(dtype) == np.float32 else (None,):
-        attend = Attention(zero_map(C, 3 * C, form), zero_map(C, C, form), H, 1.0)
-        block_weights = BlockWeights(norm, attend, norm, MLP(zero_map(C, C, form), zero_map(C, C, form), "gelu_tanh"))
-        wte: Any = pack_matrix(zeros(V, C), transposed=True, form=form)
+    fewer_bits = [(form, False) for form in FORMS] + [(form, offsets) for form in LEVELS for offsets in (False, True)]
+    for kept in [(None, False), *(fewer_bits if np.dtype(dtype) == np.float32 else [])]:
+        wide, narrow = Linear(packed(3 * C, *kept), zeros(3 * C)), Linear(packed(C, *kept), zeros(C))
+        block_weights = BlockWeights(norm, Attention(wide, narrow, H, 1.0), norm, MLP(narrow, narrow, "gelu_tanh"))
+        wte = packed(V, *kept)
         w = GPT2Weights(wte, zeros(1, C), (block_weights,), norm, wte, zeros(0))
         for tokens in (1, T):
             ids, past = np.zeros((1, tokens), np.int64), zeros(2, 1, H, tokens, C // H)

@@ -3,10 +3,12 @@
     form   levels of a panel, PANEL columns                                   scales of a panel
     int8   (K, PANEL) int8                                                    (1, PANEL)
     int4   (K / 8, PANEL) uint32: eight levels of a column, the first lowest  (K / GROUP, PANEL), times 2 ** -28
+    both with offsets                                                         (K / GROUP, 2, PANEL): scale, offset
 
-A weight is float32(level * scale), rounded once. The loops here make that number in registers and do with it what
-`tile` does, in the same order: the results are, bit for bit, those of the float32 kernels on these weights. Levels of
-4 bits are moved to the top of a word, where their sign is, and count there as 2 ** 28 times what they are.
+A weight is float32(level * scale), or float32((level + offset) * scale) with a whole offset, rounded once. The loops
+here make that number in registers and do with it what `tile` does, in the same order: the results are, bit for bit,
+those of the float32 kernels on these weights. Levels of 4 bits are moved to the top of a word, where their sign is, and
+count there as 2 ** 28 times what they are; so do their offsets.
 
 For one or two rows the weights go from the registers into the sums, of two panels at once; for more, a block of them
 is written out once for all rows. K is filled up to whole steps of STEP levels.
@@ -79,7 +81,8 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
             depth, terms = values[9:11]
 
             def step(k, sums):
-                weights = [_weights(builder, b.dtype, *place, k) for place in zip(b_panels, s_panels, strict=True)]
+                places = zip(b_panels, s_panels, strict=True)
+                weights = [_weights(builder, b.dtype, has_offsets(scales), *place, k) for place in places]
                 for j in range(STEP):
                     k_and_j = builder.add(k, k.type(j))
                     sums = add_row(builder, a_rows, k_and_j, [weight(j) for weight in weights], sums)
@@ -95,7 +98,9 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
     return chosen
 
 
-def _weights(builder: ir.IRBuilder, kind: Any, levels: ir.Value, scales: ir.Value, k: ir.Value) -> Callable[[int], Any]:
+def _weights(
+    builder: ir.IRBuilder, kind: Any, offsets: bool, levels: ir.Value, scales: ir.Value, k: ir.Value
+) -> Callable[[int], Any]:
     """The code that makes row k + j of a panel, j < STEP, as floats; k: a multiple of STEP."""
     index, whole = k.type, ir.VectorType(ir.IntType(32), PANEL)
     vector, byte = ir.VectorType(ir.FloatType(), PANEL), ir.VectorType(ir.IntType(8), PANEL)
@@ -107,19 +112,19 @@ def _weights(builder: ir.IRBuilder, kind: Any, levels: ir.Value, scales: ir.Valu
     def every(number: int) -> ir.Constant:
         return ir.Constant(whole, [number] * PANEL)
 
-    if kind == types.int8:
-        scale = load(scales, index(0), vector, 4)
+    group = builder.sdiv(k, index(GROUP)) if offsets or kind == types.uint32 else index(0)
+    first = builder.mul(group, index(2)) if offsets else group
+    scale = load(scales, first, vector, 4)
+    offset = load(scales, builder.add(first, index(1)), vector, 4) if offsets else None
+    word = load(levels, builder.sdiv(k, index(STEP)), whole, 4) if kind == types.uint32 else None
 
-        def row(j: int) -> ir.Value:
+    def row(j: int) -> ir.Value:
+        if word is None:
             level = builder.sext(load(levels, builder.add(k, index(j)), byte, 1), whole)
-            return builder.fmul(builder.sitofp(level, vector), scale)
-    else:
-        scale = load(scales, builder.sdiv(k, index(GROUP)), vector, 4)
-        word = load(levels, builder.sdiv(k, index(STEP)), whole, 4)
-
-        def row(j: int) -> ir.Value:
+        else:
             level = builder.and_(builder.shl(word, every(TOP - 4 * j)), every(15 << TOP))
-            return builder.fmul(builder.sitofp(level, vector), scale)
+        number = builder.sitofp(level, vector)
+        return builder.fmul(number if offset is None else builder.fadd(number, offset), scale)
 
     return row
 
@@ -141,7 +146,7 @@ def _widen(_, b, b_start, scales, s_start, k, steps, target):
         builder.position_at_end(loop)
         step = builder.phi(index)
         start = builder.mul(step, index(STEP))
-        row = _weights(builder, b.dtype, levels, scale, builder.add(k, start))
+        row = _weights(builder, b.dtype, has_offsets(scales), levels, scale, builder.add(k, start))
         for j in range(STEP):
             place = builder.gep(base, [builder.mul(builder.add(start, index(j)), index(PANEL))])
             builder.store(row(j), builder.bitcast(place, vector.as_pointer()), align=4)
@@ -158,13 +163,16 @@ def _widen(_, b, b_start, scales, s_start, k, steps, target):
 def widen_in_python(b: Any, b_start: int, scales: Any, s_start: int, k: int, steps: int, target: Any) -> None:
     """What `widen` does, in NumPy."""
     rows = b.reshape(-1)[b_start:].reshape(-1, PANEL)[k // per_element(b.dtype) :]
-    factors = scales.reshape(-1)[s_start:].reshape(-1, PANEL)
+    parts = scales.reshape(-1)[s_start:].reshape(-1, 2 if has_offsets(scales) else 1, PANEL)
     if b.dtype == FORMS["int8"]:
-        weights = rows[: steps * STEP].astype(np.float32) * factors[0]
+        levels = rows[: steps * STEP]
     else:
         shifts = np.arange(TOP, -4, -4, dtype=np.uint32)[:, None]
-        top = (rows[:steps, None] << shifts & np.uint32(15 << TOP)).reshape(-1, PANEL).view(np.int32)
-        weights = top.astype(np.float32) * np.repeat(factors[k // GROUP :], GROUP, axis=0)[: len(top)]
+        levels = (rows[:steps, None] << shifts & np.uint32(15 << TOP)).reshape(-1, PANEL).view(np.int32)
+    grouped = has_offsets(scales) or b.dtype == FORMS["int4"]
+    parts = np.repeat(parts[k // GROUP :], GROUP, axis=0)[: len(levels)] if grouped else parts[:1]
+    weights = levels.astype(np.float32)
+    weights = (weights + parts[:, 1] if has_offsets(scales) else weights) * parts[:, 0]
     target[: weights.size] = weights.reshape(-1)
 
 
@@ -183,25 +191,41 @@ def holds_levels(array: Any) -> bool:
     return array.dtype in (types.int8, types.uint32)
 
 
+def has_offsets(scales: Any) -> bool:
+    """Whether scales, or numba's type of them, come with offsets."""
+    return scales.ndim == 4
+
+
 def number(weight, scales, panel, k, column):
     """One number of a packed matrix."""
-    if weight.dtype == FORMS["int8"]:
-        return _number_int8(weight, scales, panel, k, column)
-    return _number_int4(weight, scales, panel, k, column)
+    level = _level_int8 if weight.dtype == FORMS["int8"] else _level_int4
+    times = _with_offset if has_offsets(scales) else _scaled
+    return times(level(weight, panel, k, column), scales, panel, k, column)
 
 
 @overload(number, inline="always")
 def _(weight, scales, panel, k, column):
-    one = _number_int8 if weight.dtype == types.int8 else _number_int4
-    return lambda weight, scales, panel, k, column: one(weight, scales, panel, k, column)
+    level = _level_int8 if weight.dtype == types.int8 else _level_int4
+    times = _with_offset if has_offsets(scales) else _scaled
+    return lambda weight, scales, panel, k, column: times(level(weight, panel, k, column), scales, panel, k, column)
 
 
 @jit()
-def _number_int8(weight, scales, panel, k, column):
-    return np.float32(weight[panel, k, column]) * scales[panel, 0, column]
+def _level_int8(weight, panel, k, column):
+    return np.float32(weight[panel, k, column])
 
 
 @jit()
-def _number_int4(weight, scales, panel, k, column):
+def _level_int4(weight, panel, k, column):
     level = (np.int64(weight[panel, k // STEP, column]) >> (4 * (k % STEP)) & 15 ^ 8) - 8
-    return np.float32(level << TOP) * scales[panel, k // GROUP, column]
+    return np.float32(level << TOP)
+
+
+@jit()
+def _scaled(level, scales, panel, k, column):
+    return level * scales[panel, k // GROUP if scales.shape[1] > 1 else 0, column]
+
+
+@jit()
+def _with_offset(level, scales, panel, k, column):
+    return (level + scales[panel, k // GROUP, 1, column]) * scales[panel, k // GROUP, 0, column]

@@ -15,122 +15,20 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import prange
-from numba.extending import overload
 
 from ..arrays import Array
-from . import levels, tile
 from .jit import jit
-from .levels import STEP
+from .products import TERMS, add_product, multiply, number
 from .threads import next_chunk
-from .tile import PANEL, ROWS, STREAMS, fma, is_narrow, wide, widen_row
+from .tile import PANEL, ROWS, fma
 from .vectors import LANES, activate_in_place, add, copy, exp, highest, span, total, transpose_block
 
-TERMS = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
 PIECE_ROWS = 48  # rows that share one pass over a panel of weights; a multiple of every ROWS
 PIECE_PANELS = 4  # panels that share one pass over these rows, at most
 PIECE_QUERIES = 96  # queries that share one transposition of the keys; likewise
 
-tile_1, tile_2, tile_4, tile_full = (tile.make_tile(rows) for rows in (1, 2, 4, ROWS))
-levels_1_1, levels_1_2, levels_2_1, levels_2_2 = (levels.make_tile(*n) for n in ((1, 1), (1, 2), (2, 1), (2, 2)))
-streams_1, streams_2, streams_3 = (tile.make_tile(rows, (*STREAMS, 1, 1, 1)[rows]) for rows in (1, 2, 3))
-
 
 # ------------------------------------------------------------------------------------------------ linear maps
-
-
-@jit()
-def multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, terms, out, out_start, out_stride):
-    """One panel: out[r] += a[r] @ b for r < rows, see `tile.make_tile`."""
-    r = 0
-    while r < rows:
-        left = rows - r
-        a_row, out_row = a_start + r * a_stride, out_start + r * out_stride
-        if left >= ROWS:
-            tile_full(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-            r += ROWS
-        elif left >= 4:
-            tile_4(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-            r += 4
-        elif left >= 2:
-            tile_2(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-            r += 2
-        else:
-            tile_1(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-            r += 1
-
-
-@jit()
-def multiply_few(rows, a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride):
-    """STREAMS[rows] panels at once, for less than len(STREAMS) rows."""
-    if rows == 1:
-        streams_1(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride)
-    elif rows == 2:
-        streams_2(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride)
-    else:
-        streams_3(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride)
-
-
-@jit()
-def add_floats(rows, x, row, weight, scales, panel, panels, terms, totals, block):
-    """totals (rows, panels * PANEL) += rows of x @ panels of weight, in chains of so many terms.
-
-    Weights in 16 bits are widened by the tile if it is one, else block by block for all tiles, into `block`.
-    """
-    K, width = x.shape[1], panels * PANEL
-    if rows < len(STREAMS) and panels == STREAMS[rows]:
-        multiply_few(rows, x, row * K, K, weight, panel * PANEL * K, PANEL, PANEL * K, K, terms, totals, 0, width)
-        return
-    step = K if rows <= ROWS else terms
-    for k in range(0, K, step):
-        depth = min(step, K - k)
-        for p in range(panels):
-            place = ((panel + p) * K + k) * PANEL
-            if is_narrow(weight) and rows > ROWS:
-                for d in range(depth):
-                    widen_row(weight, place + d * PANEL, depth * PANEL, block, d * PANEL)
-                multiply(rows, x, row * K + k, K, block, 0, PANEL, depth, depth, totals, p * PANEL, width)
-            else:
-                multiply(rows, x, row * K + k, K, weight, place, PANEL, depth, terms, totals, p * PANEL, width)
-
-
-@jit()
-def add_levels(rows, x, row, weight, scales, panel, panels, terms, totals, block):
-    """The same for weights that are kept as levels; terms is TERMS."""
-    K, width, r = x.shape[1], panels * PANEL, row * x.shape[1]
-    b_next, s_next = weight.shape[1] * PANEL, scales.shape[1] * PANEL
-    if rows <= 2 and K % STEP == 0:
-        p = 0
-        while p < panels:
-            b, s, two = (panel + p) * b_next, (panel + p) * s_next, p + 2 <= panels
-            if rows == 1 and two:
-                levels_1_2(x, r, K, weight, b, b_next, scales, s, s_next, K, TERMS, totals, p * PANEL, width)
-            elif rows == 1:
-                levels_1_1(x, r, K, weight, b, b_next, scales, s, s_next, K, TERMS, totals, p * PANEL, width)
-            elif two:
-                levels_2_2(x, r, K, weight, b, b_next, scales, s, s_next, K, TERMS, totals, p * PANEL, width)
-            else:
-                levels_2_1(x, r, K, weight, b, b_next, scales, s, s_next, K, TERMS, totals, p * PANEL, width)
-            p += 2 if two else 1
-        return
-    for k in range(0, K, TERMS):
-        depth = min(TERMS, K - k)
-        for p in range(panels):
-            levels.widen(weight, (panel + p) * b_next, scales, (panel + p) * s_next, k, -(-depth // STEP), block)
-            multiply(rows, x, r + k, K, block, 0, PANEL, depth, depth, totals, p * PANEL, width)
-
-
-def add_product(rows, x, row, weight, scales, panel, panels, terms, totals, block):
-    """`add_floats` or `add_levels`, by what the weights are kept as."""
-    add = add_levels if weight.dtype in levels.FORMS.values() else add_floats
-    add(rows, x, row, weight, scales, panel, panels, terms, totals, block)
-
-
-@overload(add_product, inline="always")
-def _(rows, x, row, weight, scales, panel, panels, terms, totals, block):
-    add = add_levels if levels.holds_levels(weight) else add_floats
-    return lambda rows, x, row, weight, scales, panel, panels, terms, totals, block: add(
-        rows, x, row, weight, scales, panel, panels, terms, totals, block
-    )
 
 
 @jit()
@@ -177,20 +75,6 @@ def linear_parallel(
 
 
 # --------------------------------------------------------------------------------------------- embedding, norm
-
-
-def number(weight, scales, panel, k, column):
-    """One number of a matrix in Panels."""
-    if weight.dtype in levels.FORMS.values():
-        return levels.number(weight, scales, panel, k, column)
-    return wide(weight[panel, k, column])
-
-
-@overload(number, inline="always")
-def _(weight, scales, panel, k, column):
-    if levels.holds_levels(weight):
-        return lambda weight, scales, panel, k, column: levels.number(weight, scales, panel, k, column)
-    return lambda weight, scales, panel, k, column: wide(weight[panel, k, column])
 
 
 @jit()

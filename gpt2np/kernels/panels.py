@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..arrays import ALIGNMENT, NARROW, Array, empty_aligned, narrow_form, narrowed, widened
-from ..quantised import Quantised, Rounded
+from ..quantised import Quantised, Rounded, as_stored
 from ..weights import TABLES, WeightSources, is_matrix
 from . import levels
 from .levels import STEP
@@ -98,10 +98,9 @@ def _form(name: str, source: Any, dtype: Any) -> Kept:
     """In how few bits a weight is kept without a change of any number, or in those that it is asked to be kept in."""
     if not is_matrix(name) or np.dtype(dtype) != np.float32:
         return None
-    whole = source.quantised() if hasattr(source, "quantised") else None
-    if whole is not None or not isinstance(source, Rounded):
-        return narrow_form(_rows_of(source), FORMS) if whole is None else whole
-    return source.form if source.form in FORMS else None
+    if isinstance(source, Rounded):
+        return source.quantised() or (source.form if source.form in FORMS else None)
+    return as_stored(name, source) or narrow_form(_rows_of(source), FORMS)
 
 
 def _packed_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -140,9 +139,9 @@ def _put(panels: Array, first: int, rows: Array, transposed: bool) -> None:
 def _places_of_levels(matrix: Quantised) -> tuple[tuple[tuple[int, ...], np.dtype], tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of the data and the scales of its Panels."""
     (K, N), kind = matrix.levels.shape, levels.FORMS[matrix.form]
-    panels, steps = -(-N // PANEL), -(-K // STEP)
+    panels, steps, pair = -(-N // PANEL), -(-K // STEP), () if matrix.offsets is None else (2,)
     rows = steps * STEP // levels.per_element(kind)
-    return ((panels, rows, PANEL), kind), ((panels, len(matrix.scales), PANEL), np.dtype(np.float32))
+    return ((panels, rows, PANEL), kind), ((panels, len(matrix.scales), *pair, PANEL), np.dtype(np.float32))
 
 
 def _put_levels(data: Array, scales: Array, matrix: Quantised) -> Panels:
@@ -157,9 +156,12 @@ def _put_levels(data: Array, scales: Array, matrix: Quantised) -> Panels:
             part = matrix.levels[j::STEP].view(np.uint8).astype(np.uint32) & 15
             words[: len(part)] |= part << 4 * j
         _put(data, 0, words, False)
-    _put(scales, 0, matrix.scales, False)
-    if matrix.form == "int4":
-        scales *= np.float32(2.0**-levels.TOP)
+    top = np.float32(1 if matrix.form == "int8" else 2.0**levels.TOP)
+    if matrix.offsets is None:
+        _put(scales, 0, matrix.scales / top, False)
+    else:
+        _put(scales[:, :, 0], 0, matrix.scales / top, False)
+        _put(scales[:, :, 1], 0, matrix.offsets * top, False)
     return Panels(data, N, scales, K)
 
 
@@ -186,7 +188,8 @@ def unpack(panels: Panels) -> Array:
         steps = len(data[0]) * levels.per_element(data.dtype) // STEP
         data = np.empty((len(data), steps * STEP, PANEL), np.float32)
         for panel, place in enumerate(data):
-            levels.widen_in_python(panels.data[panel], 0, panels.scales[panel], 0, 0, steps, place.reshape(-1))
+            scales = panels.scales[panel : panel + 1]
+            levels.widen_in_python(panels.data[panel], 0, scales, 0, 0, steps, place.reshape(-1))
     count, K, _ = data.shape
     matrix = data.transpose(1, 0, 2).reshape(K, count * PANEL)[: panels.depth, : panels.columns]
     return np.ascontiguousarray(widened(matrix))

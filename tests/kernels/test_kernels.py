@@ -466,7 +466,7 @@ def test_other_machines_compute_the_same_product(machine, features, tmp_path):
         pytest.skip("these are x86-64 machines")
     code = """
         import numba, numpy as np
-        from gpt2np.kernels import loops, tile
+        from gpt2np.kernels import products, tile
         assert tile.PANEL == 16
         rng = np.random.default_rng(0)
         x, w = rng.standard_normal((7, 30)), rng.standard_normal((30, 20))
@@ -474,7 +474,7 @@ def test_other_machines_compute_the_same_product(machine, features, tmp_path):
         for p in range(2):
             panels[p, :, : min(16, 20 - 16 * p)] = w[:, 16 * p : 16 * p + 16]
         out, x32 = np.zeros((7, 16), np.float32), x.astype(np.float32)
-        loops.multiply(7, x32, 0, 30, panels, 0, 16, 30, 30, out, 0, 16)
+        products.multiply(7, x32, 0, 30, panels, 0, 16, 30, 30, out, 0, 16)
         print(np.abs(out - x32.astype(float) @ panels[0]).max() < 1e-5)
     """
     environment = {"NUMBA_CPU_NAME": machine, "NUMBA_CPU_FEATURES": features, "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -493,8 +493,8 @@ def test_after_warmup_nothing_is_left_to_compile():
         print([name for name in names if not getattr(loops, name).signatures])
         import gpt2np
         known = {name: len(getattr(loops, name).signatures) for name in names}
-        model = gpt2np.load()  # kept in 16 bits
-        model([[1] * 200])
+        for weights in (None, "int8", "int4"):
+            gpt2np.load(weights=weights)([[1] * 200])
         print({name for name in names if len(getattr(loops, name).signatures) > known[name]} or "nothing new")
     """
     assert in_a_new_process(code, NUMBA_NUM_THREADS="2") == "[]\nnothing new\n"

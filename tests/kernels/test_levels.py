@@ -16,24 +16,26 @@ def draw(*shape):
     return np.random.default_rng(shape).standard_normal(shape).astype(np.float32)
 
 
-def every_level(form, K, N):
-    """All levels of a form in each column where K allows it, scales of both signs, and a column of zeros."""
+def every_level(form, K, N, offsets=False):
+    """All levels of a form in a column where K allows it, scales of both signs, and a column of zeros."""
     low, high = LEVELS[form]
     rng = np.random.default_rng([K, N])
     levels = rng.integers(low, high + 1, (K, N)).astype(np.int8)
     column = np.arange(low, high + 1)[:K]
     levels[: len(column), 0] = column
-    scales = rng.standard_normal((1 if form == "int8" else -(-K // GROUP), N)).astype(np.float32)
+    shape = 1 if form == "int8" and not offsets else -(-K // GROUP), N
+    scales = rng.standard_normal(shape).astype(np.float32)
     scales[:, -1] = 0
-    return Quantised(form, levels, scales)
+    return Quantised(form, levels, scales, rng.integers(-255, 256, shape).astype(np.float32) if offsets else None)
 
 
+@pytest.mark.parametrize("offsets", [False, True], ids=["", "offsets"])
 @pytest.mark.parametrize("form", LEVELS)
 @pytest.mark.parametrize(
     ("R", "K", "N"), [(1, 1, 1), (1, 304, 40), (2, 128, 32), (1, 96, 70), (2, 300, 40), (3, 129, 33), (13, 264, 65)]
 )
-def test_a_matrix_of_levels_gives_the_bits_of_its_floats(form, R, K, N):
-    matrix, x, bias = every_level(form, K, N), draw(R, K), draw(N)
+def test_a_matrix_of_levels_gives_the_bits_of_its_floats(form, R, K, N, offsets):
+    matrix, x, bias = every_level(form, K, N, offsets), draw(R, K), draw(N)
     packed, wide = panels.pack_levels(matrix), kernels.pack_matrix(matrix.floats())
     assert (packed.form, wide.form) == (form, "float32")
     np.testing.assert_array_equal(kernels.unpack(packed), matrix.floats())

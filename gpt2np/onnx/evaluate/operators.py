@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..graph import MASKED, UNPACK, Node
-from .packed import dequantize, unpack_bits
+from .packed import dequantize, steps, unpack_bits
 
 Array = np.ndarray
 Operator = Callable[[Node, Sequence[Any], int], Any]  # (node, inputs, opset) -> array or list of arrays
@@ -443,3 +443,7 @@ OPERATORS: dict[str, Operator] = {
     "SimplifiedLayerNormalization": _rms_normalization,
     "RMSNormalization": _rms_normalization,
 }
+
+# What gives the scales of quantised numbers in the place of the numbers.
+DEQUANTIZE = ("DequantizeLinear", "com.microsoft.DequantizeLinear", UNPACK)
+STEPS = {**OPERATORS, **dict.fromkeys(DEQUANTIZE, steps)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..graph import Node
+from ..graph import UNPACK, Node
 
 Array = np.ndarray
 
@@ -81,3 +81,14 @@ def unpack_bits(node: Node, inputs: Sequence[Any], opset: int) -> Array:
         table -= np.float32(2 ** (bits - 1))
     table *= scales.astype(np.float32).reshape(N, -1)[:, of_block]
     return np.asarray(table if node.attributes.get("rows_first", 0) else table.T)
+
+
+def steps(node: Node, inputs: Sequence[Any], opset: int) -> Array:
+    """The scale of every number that DequantizeLinear or `unpack_bits` gives, float32, in the shape of the numbers."""
+    x, scales = inputs[0], inputs[1].astype(np.float32)
+    if node.op == UNPACK:
+        K, N, block = (int(node.attributes[k]) for k in ("K", "N", "block_size"))
+        table = scales.reshape(N, -1)[:, np.arange(K) // block]
+        return np.asarray(table if node.attributes.get("rows_first", 0) else table.T)
+    axis, block = node.attributes.get("axis", 1), node.attributes.get("block_size", 0)
+    return np.broadcast_to(spread(scales, x.shape, axis, block), x.shape)

@@ -10,7 +10,7 @@ import numpy as np
 from ..evaluate.evaluator import Evaluator
 from ..graph import Graph, Node
 from .linear import matrix
-from .sources import Source, constant_shape
+from .sources import Source, constant_shape, scales_of
 
 Array = np.ndarray
 
@@ -55,8 +55,9 @@ def _dequantized_rows(graph: Graph, name: str) -> Lookup | None:
     def dequantized(table: Array) -> Array:
         return Evaluator(graph, {node.inputs[0]: table})(name)
 
-    table = found.table.then("DequantizeLinear", found.table.shape, dequantized)
-    return Lookup(name, replace(table, origin=(*found.table.origin, *rest)), found.rows, found.node)
+    rows, table = node.inputs[0], found.table.then("DequantizeLinear", found.table.shape, dequantized)
+    scales = scales_of(graph, name, lambda: {rows: found.table.read()})
+    return Lookup(name, replace(table, origin=(*found.table.origin, *rest), scales=scales), found.rows, found.node)
 
 
 def _folded(graph: Graph, name: str) -> Lookup | None:

@@ -11,7 +11,7 @@ import numpy as np
 from ...arrays import empty_aligned
 from ...errors import WeightError
 from ..evaluate.evaluator import Evaluator
-from ..evaluate.operators import is_float
+from ..evaluate.operators import DEQUANTIZE, STEPS, is_float
 from ..graph import UNPACK, Graph
 from ..guard import typed_errors
 from ..read.tensors import Tensor
@@ -31,6 +31,8 @@ class Source:
     through: tuple[str, ...]  # from the file to the weight: "Cast", "Transpose", "DequantizeLinear", ...
     read: Callable[[], Array] = field(repr=False, compare=False)
     tensor: Tensor | None = field(default=None, repr=False, compare=False)  # which this weight is, unchanged
+    # Of whole numbers with scales: the scale of each number, seen through the same steps, in the weight's shape.
+    scales: Callable[[], Array] | None = field(default=None, repr=False, compare=False)
 
     def load(self) -> Array:
         """A new, 64-byte-aligned, C-contiguous float array: float32, or float64 if the file has float64."""
@@ -50,6 +52,17 @@ class Source:
         """
         return [self._checked()] if self.tensor is None else self.tensor.blocks(rows)
 
+    def steps(self) -> Array | None:
+        """Of a weight that the file holds as whole numbers: how much one is worth, for each number; else None.
+
+        It is a guess: steps on the way may have changed the numbers in another manner than their scales.
+        """
+        if self.scales is None:
+            return None
+        with typed_errors(f"the scales of {self.describe()}"):
+            scales = self.scales()
+            return scales if scales.shape == self.shape and scales.dtype == np.float32 else None
+
     def _checked(self) -> Array:
         array = self.read()
         if array.shape != self.shape:
@@ -68,7 +81,9 @@ class Source:
 
     def then(self, step: str, shape: tuple[int, ...], change: Callable[[Array], Array]) -> Source:
         """This source, seen through one more step."""
-        return Source(shape, self.origin, (*self.through, step), lambda: change(self.read()))
+        return Source(
+            shape, self.origin, (*self.through, step), lambda: change(self.read()), scales=_changed(self.scales, change)
+        )
 
     def transposed(self, step: str = "Transpose") -> Source:
         """The matrix with its axes exchanged."""
@@ -86,7 +101,7 @@ class Source:
     def plus(self, other: Source) -> Source:
         """The sum of two of one shape."""
         total = self.then("Add", self.shape, lambda a: a + other.read().astype(a.dtype))
-        return replace(total, origin=tuple(dict.fromkeys((*self.origin, *other.origin))))
+        return replace(total, origin=tuple(dict.fromkeys((*self.origin, *other.origin))), scales=None)
 
     def with_product(self, left: Source, right: Source) -> Source:
         """The matrix plus the product of two others."""
@@ -96,15 +111,13 @@ class Source:
             return (a + product).astype(a.dtype)
 
         origin = tuple(dict.fromkeys((*self.origin, *left.origin, *right.origin)))
-        return replace(self.then("LoRA", self.shape, merged), origin=origin)
+        return replace(self.then("LoRA", self.shape, merged), origin=origin, scales=None)
 
     def reshaped(self, shape: tuple[int, ...]) -> Source:
         """The same elements in another shape."""
-        return (
-            self
-            if shape == self.shape
-            else Source(shape, self.origin, self.through, lambda: self.read().reshape(shape))
-        )
+        if shape == self.shape:
+            return self
+        return replace(self.then("", shape, lambda a: a.reshape(shape)), through=self.through)
 
     def taken(self, index: Array, axis: int, step: str) -> Source:
         """Rows or columns in another order."""
@@ -115,6 +128,10 @@ class Source:
             return self
         shape = tuple(len(index) if i == axis % len(self.shape) else n for i, n in enumerate(self.shape))
         return self.then(step, shape, lambda a: np.take(a, index, axis))
+
+
+def _changed(read: Callable[[], Array] | None, change: Callable[[Array], Array]) -> Callable[[], Array] | None:
+    return None if read is None else lambda: change(read())
 
 
 def zeros(shape: tuple[int, ...], why: str) -> Source:
@@ -135,22 +152,26 @@ def joined(parts: Sequence[Source], step: str) -> Source:
     origin = tuple(dict.fromkeys(name for p in parts for name in p.origin))
     through = tuple(dict.fromkeys(step for p in parts for step in p.through))
 
-    def read() -> Array:
+    def read(each: Sequence[Callable[[], Array]]) -> Array:
         out = empty_aligned(shape, np.dtype(np.float32))
         start = 0
-        for part in parts:
-            out[..., start : start + part.shape[-1]] = part.read()
+        for part, read_part in zip(parts, each, strict=True):
+            out[..., start : start + part.shape[-1]] = read_part()
             start += part.shape[-1]
         return out
 
-    return Source(shape, origin, (*through, step), read)
+    scales = [p.scales for p in parts if p.scales is not None]
+    return Source(
+        shape, origin, (*through, step), lambda: read([p.read for p in parts]),
+        scales=(lambda: read(scales)) if len(scales) == len(parts) else None,
+    )  # fmt: skip
 
 
 def constant_source(graph: Graph, name: str) -> Source:
     """The constant value of that name, whatever chain of nodes makes it from initializers."""
     steps: list[str] = []
     origin: list[str] = []
-    pending = [name]
+    pending, quantised = [name], False
     while pending:
         current = pending.pop(0)
         if current in graph.constants:
@@ -159,6 +180,7 @@ def constant_source(graph: Graph, name: str) -> Source:
         elif (node := graph.producers.get(current)) is not None:
             if node.op != "Identity":
                 steps.insert(0, node.attributes.get("written_as", node.op))
+                quantised |= node.op in DEQUANTIZE and "quant_type" not in node.attributes  # MatMulBnb4's are fractions
             pending.extend(i for i in node.inputs if i)
     direct = graph.strip(name, frozenset({"Identity"}))
     if direct in graph.constants:
@@ -175,7 +197,19 @@ def constant_source(graph: Graph, name: str) -> Source:
             raise WeightError(f"{name!r} has shape {array.shape}, expected {shape}")
         return array
 
-    return Source(shape, tuple(origin), tuple(steps), read)
+    scales = scales_of(graph, name, dict) if quantised else None
+    return Source(shape, tuple(origin), tuple(steps), read, scales=scales)
+
+
+def scales_of(graph: Graph, name: str, feeds: Callable[[], dict[str, Array]]) -> Callable[[], Array]:
+    """What reads the scales of a value that DequantizeLinear, or one of its kin, makes from the file and feeds."""
+
+    def read() -> Array:
+        evaluator = Evaluator(graph, feeds())
+        evaluator.operators = STEPS
+        return evaluator(name)
+
+    return read
 
 
 def constant_shape(graph: Graph, name: str) -> tuple[int, ...]:
