@@ -14,7 +14,7 @@ import gpt2np
 from gpt2np import InferenceSession
 from gpt2np.cli import app
 from gpt2np.errors import ContextOverflowError, InputError, UnsupportedModelError
-from runtime import runtime
+from runtime import runtime, since
 from search_files import DECODER, EOS, WIDTH, loop_file, node_feeds, node_file
 
 
@@ -62,8 +62,11 @@ def defined(sequences: np.ndarray, feeds: dict[str, np.ndarray]) -> int:
     return T + int(over.argmax()) + 1 if over.any() else sequences.shape[1]
 
 
+OUTER_WEIGHTS = pytest.param({"outer_weights": True}, marks=since("1.28", "weights outside the decoder's body"))
+
+
 @pytest.mark.parametrize("kind", ["BeamSearch", "GreedySearch"])
-@pytest.mark.parametrize("how", [{}, {"early_stopping": 1, "no_repeat_ngram_size": 2}, {"outer_weights": True}])
+@pytest.mark.parametrize("how", [{}, {"early_stopping": 1, "no_repeat_ngram_size": 2}, OUTER_WEIGHTS])
 def test_search_nodes_give_the_sequences_of_onnx_runtime(tmp_path, kind, how):
     if kind == "GreedySearch":
         how = {name: given for name, given in how.items() if name != "early_stopping"}

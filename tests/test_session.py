@@ -15,11 +15,10 @@ from gpt2np.errors import ContextOverflowError, InputError, TokenRangeError
 from gpt2np.onnx.read.reader import open_model
 from gpt2np.onnx.recognise import recognise
 from gpt2np.session import InferenceSession
-from runtime import DATA, HALF, assert_close, feeds_for, runtime, since
+from runtime import DATA, DYNAMO_23, HALF, assert_close, feeds_for, runtime
 from tiny import tiny_config, tiny_sources
 
 ENGINES = ["numpy", "numba"]
-DYNAMO_23 = pytest.param("dynamo_23", marks=since("1.23", "operators of opset 23"))
 EXACT = ["dynamo_20", DYNAMO_23, "fused_past", "old_past", "optimum_past", "q4"]
 
 

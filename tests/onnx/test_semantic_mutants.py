@@ -12,6 +12,7 @@ import pytest
 import harmless_rewrites
 import mutation_campaign
 from mutation_campaign import Base, Campaign, judge, sound_files
+from runtime import is_older
 from semantic_mutants import Editor
 
 
@@ -37,6 +38,8 @@ def test_a_change_that_is_not_noticed_would_be_found(bases, name, tmp_path, monk
 
 def test_every_sound_file_agrees_on_every_input(bases, tmp_path):
     for base in bases.values():
+        if base.name == "dynamo_23" and is_older("1.23"):
+            continue  # it does not know opset 23
         verdict = judge(base, base.model, tmp_path)
         assert verdict.word == "agrees", f"{base.name}: {verdict}"
 

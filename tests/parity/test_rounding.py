@@ -167,10 +167,11 @@ def test_float16_files_round_as_onnx_runtime_does(tmp_path, opset, blocked, keep
 
 
 DYNAMO_23 = pytest.param("dynamo_23", marks=since("1.25", "Attention that rounds each step"))
+FUSED_PAST = pytest.param("fused_past", marks=since("1.22", "SkipLayerNormalization of float16 with a bias"))
 
 
 @pytest.mark.parametrize(
-    "name", ["dynamo_20", DYNAMO_23, "fused_past", "old_past", pytest.param("optimum_past", marks=HALF)]
+    "name", ["dynamo_20", DYNAMO_23, FUSED_PAST, "old_past", pytest.param("optimum_past", marks=HALF)]
 )
 def test_float16_versions_of_real_exports_round_as_onnx_runtime_does(tmp_path, name):
     """Among them the fused operators, which round once for all that they do, and Attention, which rounds each step."""

@@ -16,12 +16,18 @@ Array = np.ndarray
 DATA = Path(__file__).parents[1] / "data"
 
 
+def is_older(version: str) -> bool:
+    """Whether ONNX Runtime is older than `version`."""
+    ours, wanted = (tuple(map(int, text.split(".")[:2])) for text in (onnxruntime.__version__, version))
+    return ours < wanted
+
+
 def since(version: str, what: str) -> pytest.MarkDecorator:
     """Skip a test where ONNX Runtime is older than `version`, the first with `what`."""
-    numbers = [tuple(map(int, text.split(".")[:2])) for text in (onnxruntime.__version__, version)]
-    return pytest.mark.skipif(numbers[0] < numbers[1], reason=f"{what}: ONNX Runtime {version} or newer")
+    return pytest.mark.skipif(is_older(version), reason=f"{what}: ONNX Runtime {version} or newer")
 
 
+DYNAMO_23 = pytest.param("dynamo_23", marks=since("1.23", "operators of opset 23"))
 HALF = since("1.32", "a converter to float16 whose Cast nodes load")
 
 
