@@ -47,6 +47,8 @@ class MaskRule:
     adds: bool = False  # attention_mask is added to the scores: it does not say 1 or 0
     # What other layers have in the place of `value`: it does not matter as long as scores stay away from all of them.
     others: tuple[float, ...] = ()
+    # Probabilities of hidden keys are set to 0 behind the softmax, doing nothing while scores are far from `value`.
+    zeroed: bool = False
 
     def describe(self) -> str:
         """One phrase about later keys, as `gpt2np info` prints it."""
@@ -57,12 +59,18 @@ class MaskRule:
             "given": "attention_mask says which keys each query sees",
         }[self.kind]
         text += "".join(f", in some layers {value:g}" for value in self.others)
+        text += ", and their probabilities 0" if self.zeroed else ""
         return f"{text}, where query i sees keys up to i{self.shift:+d}" if self.shift else text
 
     @property
     def is_causal(self) -> bool:
         """Whether without padding this is the causal mask: keys up to the query's own, no weight on later ones."""
         return self.kind != "none" and self.value < NEGLIGIBLE and self.shift == 0
+
+    @property
+    def must_be_safe(self) -> bool:
+        """Whether scores that come near the numbers of hidden ones would give what is not computed here."""
+        return bool(self.others) or self.zeroed
 
     def effects(self, attention_mask: Array | None) -> list[Effect]:
         """What may happen to hidden scores in a call."""
@@ -154,7 +162,7 @@ def mask_for(
 
     It is what the file's graph does, as the rule describes it, with -inf for every hidden score that cannot be
     noticed in the result while scores are safe (`MaskRule.safe_scores`); `whole`: without this shortcut, or, where
-    layers differ, with a check that scores are safe. A row of -inf alone gives zeros. `attention_mask`: as
+    the rule must be safe, with a check that scores are. A row of -inf alone gives zeros. `attention_mask`: as
     `call.checked_call` returns it.
     """
     if rule.is_causal and attention_mask is None and not whole:
@@ -197,11 +205,11 @@ def mask_for(
         factor[unseen], mask[unseen] = 1, 0
 
     # 3. The same in numbers of `dtype`, with -inf where no one can tell.
-    if not whole or rule.others:
+    if not whole or rule.must_be_safe:
         mask[~blind & (mask < NEGLIGIBLE)] = -np.inf
     mask[np.isfinite(mask) & (mask < -1e300)] = np.finfo(dtype).min  # the lowest number in a float64 file
     with np.errstate(over="ignore"):  # twice float32's lowest number is -inf, in the graph too
         mask = mask.astype(dtype)
     keep = (factor == 1) | np.isinf(mask) | (mask < FAR)  # a score vanishes beside such a number
-    safe = rule.safe_scores(attention_mask, dtype) if whole and rule.others else None
+    safe = rule.safe_scores(attention_mask, dtype) if whole and rule.must_be_safe else None
     return Mask(mask, None if keep.all() else keep, safe)

@@ -206,7 +206,7 @@ class GPT2:
         except ScoresReachMask:
             values = ", ".join(f"{value:g}" for value in (rule.value, *rule.others))
             raise UnsupportedModelError(
-                f"scores come near the numbers that hide later keys, which differ between the layers ({values})"
+                f"scores come near the numbers that hide keys ({values}): what the file does there is not computed"
             ) from None
 
     def _computed(

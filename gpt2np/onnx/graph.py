@@ -83,6 +83,7 @@ class Graph:
         self.synthetic: set[str] = set()  # values that the file does not hold
         self.lengths: dict[str, str] = {}  # values that fused attentions take lengths of the past from: their roles
         self.one_token = False  # a fused attention takes one new position at a time
+        self.neutral: set[str] = set()  # constants that change nothing where they are added, or multiplied by
         self.roundings: dict[str, int] = {}  # the operators that round activations, and how often
         self.constants: dict[str, Tensor | Array] = {}  # initializers and Constant nodes, not yet read
         self.initializers: dict[str, Tensor] = {}

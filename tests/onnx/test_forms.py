@@ -29,7 +29,7 @@ from forms import (
     rearranged_norm,
     written_out,
 )
-from gpt2np.errors import InputError, ModelFileError, UnsupportedModelError, WeightError
+from gpt2np.errors import Gpt2npError, InputError, ModelFileError, UnsupportedModelError, WeightError
 from gpt2np.masks import MaskRule, mask_for
 from gpt2np.session import InferenceSession
 from runtime import assert_close, feeds_for, runtime, since
@@ -631,3 +631,21 @@ def test_a_fused_mask_is_cut_out_of_its_buffer(tmp_path):
             session.get_outputs(), session.run(None, feeds), theirs.run(None, cut), strict=True
         ):
             assert_close(got, expected, f"{output.name} P={P}")
+
+
+@pytest.mark.parametrize("width", [C, 1])
+def test_zeros_that_make_a_value_wider_are_refused(tmp_path, width):
+    """A vector of zeros changes nothing of (B, T, C), but makes (B, T, 1) as wide as itself."""
+    form = Form()
+    ids = form.input("ids", np.int64, "B", "T")
+    words = form.op("Gather", form.weight("wte.weight", V, width), ids)
+    places = form.op("Gather", form.weight("wpe.weight", N, C), form.input("position_ids", np.int64, "B", "T"))
+    words = form.op("Add", words, form.constant(np.zeros(C, np.float32)))
+    x = form.blocks(form.op("Add", words, places), written_out(causal))
+    form.op("MatMul", x, form.weight("lm_head", C, V), out=form.output("logits", "B", "T", V))
+    path = form.save(tmp_path / "model.onnx")
+    if width == C:
+        InferenceSession(path, engine="numpy")
+    else:
+        with pytest.raises(Gpt2npError):
+            InferenceSession(path, engine="numpy")

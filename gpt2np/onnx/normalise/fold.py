@@ -59,16 +59,32 @@ def _whole_slice(graph: Graph, node: Node) -> list[Node] | None:
     return [rewritten(node, "Identity", node.inputs[:1], node.outputs[0])]
 
 
+# What a vector of zeros is added to that is no bias: what adds, chooses, or has a bias of its own.
+UNBIASED = frozenset({"Add", "Sub", "Gather", "Gemm"})
+
+
 def _without_effect(neutral: float, places: Sequence[int]) -> Callable[[Graph, Node], list[Node] | None]:
-    """Arithmetic with the number that changes nothing is Identity."""
+    """Arithmetic with the number that changes nothing is Identity.
+
+    So is that with a vector of it, which the ledger admits where the result is no wider than the other operand.
+    """
 
     def rule(graph: Graph, node: Node) -> list[Node] | None:
         for i in places:
-            value = graph.constants.get(node.inputs[i])
-            if value is None or len(value.shape) > 1 or math.prod(value.shape) != 1:
+            name, other = node.inputs[i], node.inputs[1 - i]
+            value = graph.constants.get(name)
+            if value is None or len(value.shape) > 1:
                 continue
-            if graph.constant(node.inputs[i]).flat[0] == neutral:
-                return [rewritten(node, "Identity", (node.inputs[1 - i],), node.outputs[0])]
+            if math.prod(value.shape) == 1:
+                if graph.constant(name).flat[0] == neutral:
+                    return [rewritten(node, "Identity", (other,), node.outputs[0])]
+                continue
+            maker = graph.producers.get(graph.strip(other))
+            if maker is None or maker.op not in UNBIASED or (maker.op == "Gemm" and not maker.input(2)):
+                continue
+            if value.dtype.kind == "f" and not graph.is_constant(other) and (graph.constant(name) == neutral).all():
+                graph.neutral.add(name)
+                return [rewritten(node, "Identity", (other,), node.outputs[0], beside=tuple(value.shape))]
         return None
 
     return rule

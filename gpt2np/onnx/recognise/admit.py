@@ -11,7 +11,6 @@ from .linear import LinearFound
 from .lookup import Lookup
 from .norm import LayerNormFound
 from .outputs import twins_of
-from .products import AttentionCore
 from .recognised import Entry, TapLocation
 
 
@@ -99,9 +98,9 @@ def _attention(ledger: Ledger, i: int, branch: Branch) -> None:
     _linear(ledger, f"{name}.out", branch.out)
     ledger.region("merging of heads", f"{name}.heads", [branch.out.x], [core.heads.out], roles.CARRIER)
     ledger.region("product with values", f"{name}.heads", [core.heads.out], core.heads.node.inputs, roles.PRODUCT)
-    ledger.region("probabilities", f"{name}.probs", [core.heads.a], core.node.outputs, roles.PROBS)
+    _masked(ledger, "probabilities", f"{name}.probs", core.node.outputs[0], core.heads.a, roles.PROBS)
     ledger.region("softmax", f"{name}.probs", core.node.outputs[:1], [core.masked], roles.SOFTMAX)
-    _scores(ledger, f"{name}.scores", core)
+    _masked(ledger, "scale and mask", f"{name}.scores", core.scores.out, core.masked, roles.SCORES)
     ledger.region("product with keys", f"{name}.scores", [core.scores.out], core.scores.node.inputs, roles.PRODUCT)
     inputs = ledger.probes[0].inputs
     pasts = [value for value, (role, layer) in inputs.roles.items() if role.startswith("past") and layer == i]
@@ -114,17 +113,17 @@ def _attention(ledger: Ledger, i: int, branch: Branch) -> None:
     _layer_norm(ledger, f"h.{i}.ln_1", branch.norm)
 
 
-def _scores(ledger: Ledger, tap: str, core: AttentionCore) -> None:
-    """The scores' own way to the softmax, and beside it what hides them."""
+def _masked(ledger: Ledger, role: str, tap: str, start: str, end: str, allowed: Mapping[str, roles.NodeCheck]) -> None:
+    """The way of scores, or probabilities, from one value to another, and beside it what hides them."""
     graph = ledger.graph
-    way, pending = {core.scores.out}, [core.scores.out]
+    way, pending = {start}, [start]
     while pending:
         for node in graph.consumers(pending.pop()):
-            fresh = [o for o in node.outputs if ledger.is_data(o) and o not in way and core.masked not in node.inputs]
+            fresh = [o for o in node.outputs if ledger.is_data(o) and o not in way and end not in node.inputs]
             way.update(fresh)
             pending.extend(fresh)
     beside: list[str] = []
-    seen, pending = {core.scores.out}, [core.masked]
+    seen, pending = {start}, [end]
     while pending:
         value = pending.pop()
         if value in seen:
@@ -134,7 +133,7 @@ def _scores(ledger: Ledger, tap: str, core: AttentionCore) -> None:
             beside.append(value)
         elif (made_by := graph.producers.get(value)) is not None:
             pending.extend(i for i in made_by.inputs if i)
-    ledger.region("scale and mask", tap, [core.masked], [core.scores.out, *beside], roles.SCORES)
+    ledger.region(role, tap, [end], [start, *beside], allowed)
     masks = ledger.probes[0].inputs.named("attention_mask")
     ledger.region("mask", tap, beside, masks, roles.MASK)
 

@@ -9,13 +9,12 @@ import numpy as np
 from ...errors import UnsupportedModelError
 from .inputs import declared_shape
 from .lookup import Lookup
-from .probe import Probe, Sizes, sizes_allowed
+from .probe import Probe
 from .recognised import POSITIONS_FROM_MASK
 
 Array = np.ndarray
 
 AT_ONCE = 1 << 20  # token ids that are tried in one run
-LENGTHS_TRIED = 1024  # lengths for which positions are computed, where that takes more than sums
 
 
 def check_ids(probe: Probe) -> None:
@@ -144,32 +143,3 @@ def _check_rows(probe: Probe, expected: Array, feeds: dict[str, Array], what: st
         raise UnsupportedModelError(
             f"{places.node.describe()} takes row {rows[at]} of wpe where row {expected[at]} is that of {what}"
         )
-
-
-# Operators of sizes by which a row is chosen as by a sum: what holds for the least and the largest sizes holds between.
-STRAIGHT = frozenset(
-    {
-        "Add", "Sub", "Mul", "Neg", "Cast", "CastLike", "Identity", "Shape", "Size", "Range", "ConstantOfShape",
-        "NonZero", "CumSum", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Expand",
-        "Tile", "Concat", "Gather", "GatherND", "GatherElements",
-    }
-)  # fmt: skip
-
-
-def prove_all_lengths(usual: Probe, offset: int, how: str, longest: int) -> None:
-    """Every length must give its own rows of wpe, where these are computed by more than sums and moves.
-
-    Of a longer context some lengths are tried, at equal distances.
-    """
-    graph, places = usual.graph, usual.borders.places
-    behind = [places.rows] if places.rows else places.node.inputs[1:]
-    values = {a for value in behind for a in graph.ancestors(value)} & usual.size_values - graph.fixed
-    if STRAIGHT.issuperset(graph.producers[value].op for value in values if value in graph.producers):
-        return
-    tried: set[Sizes] = set()
-    for S in range(1, longest + 1, -(-longest // LENGTHS_TRIED)):
-        for wanted in (Sizes(1, S, 0), Sizes(1, 1, S - 1)):
-            sizes, _ = sizes_allowed(graph, usual.inputs, wanted)
-            if sizes not in tried and sizes.S <= longest:
-                tried.add(sizes)
-                prove_positions(Probe(graph, usual.borders, usual.inputs, usual.alike, sizes), offset, how)

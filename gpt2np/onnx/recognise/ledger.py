@@ -17,7 +17,7 @@ from ..graph import Graph, Node
 from .forms import Likeness
 from .probe import Probe
 from .recognised import LENGTHS, Entry
-from .roles import LENGTH, ROUNDS, SELECTING, SIZES, NodeCheck, adds_nothing, any_, rounds
+from .roles import LENGTH, ROUNDS, SELECTING, SIZES, STRAIGHT, NodeCheck, adds_nothing, any_, bends, rounds
 
 Array = np.ndarray
 
@@ -114,6 +114,8 @@ class Ledger:
                 raise self.refuse(node, "arithmetic of sizes", tap, f"{node.op} has no part there")
             if check is not None and check is not any_ and (why := check(self, node)):
                 raise self.refuse(node, "constant" if constant else "arithmetic of sizes", tap, why)
+            if not constant and node.op not in STRAIGHT and (why := bends(self, node)):
+                raise self.refuse(node, "arithmetic of sizes", tap, why)
             if id(node) not in self.entries:
                 self.entries[id(node)] = Entry(node, "constant" if constant else "sizes", "")
             if node.op not in ("Shape", "Size"):

@@ -10,7 +10,7 @@ import numpy as np
 from ..evaluate.evaluator import Evaluator
 from ..graph import Graph, Node
 from .linear import matrix
-from .sources import Source, constant_shape, scales_of
+from .sources import Source, constant_shape, constant_source, scales_of
 
 Array = np.ndarray
 
@@ -23,6 +23,7 @@ class Lookup:
     table: Source
     rows: str  # "" where the rows are not chosen by indices
     node: Node
+    repeated: bool = False  # the rows are repeated on their way to `out`, for every sequence
 
 
 def _slice(graph: Graph, name: str) -> Lookup | None:
@@ -60,18 +61,29 @@ def _dequantized_rows(graph: Graph, name: str) -> Lookup | None:
     return Lookup(name, replace(table, origin=(*found.table.origin, *rest), scales=scales), found.rows, found.node)
 
 
+def _repeated(graph: Graph, name: str) -> Lookup | None:
+    """Rows that follow each other, repeated for every sequence by Expand: what is where, is found by running it."""
+    node = graph.producers.get(name)
+    if node is None or node.op != "Expand":
+        return None
+    found = _slice(graph, graph.strip(node.inputs[0])) or _gather(graph, graph.strip(node.inputs[0]))
+    return None if found is None else replace(found, out=name, repeated=True)
+
+
 def _folded(graph: Graph, name: str) -> Lookup | None:
-    """Rows that were looked up when the file was made: positions of a fixed length, (T, C) or (1, T, C)."""
+    """Rows that were looked up when the file was made: positions of a fixed length, (T, C) or (B, T, C)."""
     if name not in graph.fixed or name not in graph.constants:
         return None
-    table = matrix(graph, name)
+    table, shape = matrix(graph, name), graph.shape(name)
+    if table is None and len(shape) == 3 and (held := graph.constant(name)).tobytes() == held[:1].tobytes() * len(held):
+        table = constant_source(graph, name).then("the same for every sequence", shape[1:], lambda a: a[0])
     if table is None or table.shape[0] == 1:
         return None
     node = Node("Constant", "", "", (name,), (name,), {})
     return Lookup(name, table, "", node)
 
 
-LOOKUP_PATTERNS: list[Callable[[Graph, str], Lookup | None]] = [_gather, _slice, _dequantized_rows, _folded]
+LOOKUP_PATTERNS: list[Callable[[Graph, str], Lookup | None]] = [_gather, _slice, _dequantized_rows, _repeated, _folded]
 
 
 def match_lookup(graph: Graph, name: str) -> Lookup | None:

@@ -29,6 +29,7 @@ class LayerNormFound:
     bias: Source | None
     epsilon: float
     node: Node
+    read: frozenset[str] = frozenset()  # the constants that were met where it was found by running it
 
     def sources(self, name: str, width: int) -> dict[str, Source]:
         """Gain and bias under the names of `weights.weight_shapes`."""
@@ -81,7 +82,8 @@ def _written_out_norm(graph: Graph, name: str) -> LayerNormFound | None:
         return None
     gain, x = parts["Mul"] or parts["Add"], graph.strip(x, SAME)
     given = _vectors(gain.shape[0] if gain else 8)
-    epsilon, outside = _epsilon(given, Evaluator(graph, {x: given[None]})(value)[0])
+    read: set[str] = set()
+    epsilon, outside = _epsilon(given, Evaluator(graph, {x: given[None]}, read)(value)[0])
     if epsilon is None:
         if (other := _rearranged_norm(graph, name)) is not None:
             return other
@@ -93,7 +95,7 @@ def _written_out_norm(graph: Graph, name: str) -> LayerNormFound | None:
             )
         graph.object(UnsupportedModelError(what))
         epsilon = 1e-5
-    return LayerNormFound(x, name, parts["Mul"], parts["Add"], epsilon, node)
+    return LayerNormFound(x, name, parts["Mul"], parts["Add"], epsilon, node, frozenset(read))
 
 
 def _is_mean_of_centred_input(graph: Graph, mean: Node, value: str) -> bool:
@@ -149,13 +151,15 @@ def _rearranged_norm(graph: Graph, name: str) -> LayerNormFound | None:
             continue
         numbers: dict[str | None, Any] = {i: Evaluator(graph, {})(i).ravel().astype(np.float64) for i in vectors}
         given = _vectors(next(iter(vectors.values())).shape[0] if vectors else 8)
-        got = Evaluator(graph, {x: given[None]})(name)[0]
+        read: set[str] = set()
+        got = Evaluator(graph, {x: given[None]}, read)(name)[0]
         for gain in (None, *vectors):
             for bias in (None, *vectors):
                 with np.errstate(invalid="ignore", divide="ignore"):
                     normed = (got - numbers.get(bias, 0)) / numbers.get(gain, 1)
                 if (epsilon := _epsilon(given, normed)[0]) is not None:
-                    return LayerNormFound(x, name, vectors.get(gain or ""), vectors.get(bias or ""), epsilon, node)
+                    both = vectors.get(gain or ""), vectors.get(bias or "")
+                    return LayerNormFound(x, name, *both, epsilon, node, frozenset(read))
     return None
 
 

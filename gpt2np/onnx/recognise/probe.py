@@ -204,12 +204,12 @@ class Probe:
 
     def rows(self, lookup: Lookup, feeds: dict[str, Array] | None = None) -> Array:
         """Which rows of its table a lookup takes."""
-        if lookup.rows:
+        if lookup.rows and not lookup.repeated:
             return Evaluator(self.graph, {**self.known, **(feeds or {})}, self.touched).value(lookup.rows)
         numbered = np.arange(lookup.table.shape[0], dtype=np.float64)[:, None]
         known = {n: v for n, v in self.known.items() if n != lookup.out}
         evaluator = Evaluator(self.graph, {**known, **(feeds or {}), lookup.node.inputs[0]: numbered})
-        taken = evaluator(lookup.node.outputs[0])
+        taken = evaluator(lookup.out if lookup.repeated else lookup.node.outputs[0])
         return taken[..., 0].astype(np.int64)
 
 
@@ -280,8 +280,8 @@ def probes_of(usual: Probe, n_ctx: int) -> list[Probe]:
     """The usual probe, and the same graph at other sizes, as far as the file declares none of its own."""
     probes, seen = [usual], {usual.sizes}
     half = n_ctx // 2
-    # Arithmetic of sizes with Max, Min, Mod or a comparison shows at an end of what a size can be: all ends, that is.
-    tried = [Sizes(MANY, 5, 2), Sizes(1, n_ctx, 0), Sizes(1, 1, n_ctx - 1)]
+    # at the ends of what each size can be, where arithmetic of sizes shows (see `roles.bends`)
+    tried = [Sizes(MANY, 5, 4), Sizes(1, n_ctx, 0), Sizes(1, 1, n_ctx - 1)]
     if usual.P:
         tried += [Sizes(1, 1, 0), Sizes(1, half, n_ctx - half), Sizes(2, 2, 1)]
     for wanted in tried:

@@ -48,6 +48,7 @@ class AttentionCore:
     probs: str  # what comes out, after any guard
     heads: Product  # probs @ v
     guarded: bool  # NaN (a row without a key) becomes 0 after the softmax
+    zeroed: bool  # probabilities of hidden keys become 0 after the softmax
     node: Node
 
 
@@ -64,15 +65,18 @@ def match_attention(graph: Graph, name: str) -> AttentionCore | None:
     heads = _nearest(graph, name, 42)
     if heads is None:
         return None
-    guarded = False
-    for value in graph.ancestors(heads.a, ops=("Softmax", "IsNaN"), limit=42):
+    guarded = zeroed = False
+    for value in graph.ancestors(heads.a, ops=("Softmax", "IsNaN", "Where"), limit=42):
         node = graph.producers[value]
         if node.op == "Softmax":
             break
-        guarded = True
+        guarded |= node.op == "IsNaN"
+        if node.op == "Where":
+            asked = graph.producers.get(graph.strip(node.inputs[0]))
+            zeroed |= asked is None or asked.op != "IsNaN"
     else:
         return None
     scores = _nearest(graph, node.inputs[0], 202)
     if scores is None:
         return None
-    return AttentionCore(scores, node.inputs[0], heads.a, heads, guarded, node)
+    return AttentionCore(scores, node.inputs[0], heads.a, heads, guarded, zeroed, node)

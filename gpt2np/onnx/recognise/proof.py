@@ -19,7 +19,7 @@ from ...masks import MaskRule
 from ..budget import OverBudget
 from .attention import AttentionFound, fail, upright
 from .blocks import Branch, Roles
-from .embeddings import prove_all_lengths, prove_given_positions, prove_ids, prove_positions
+from .embeddings import prove_given_positions, prove_ids, prove_positions
 from .inputs import declared_shape
 from .linear import LinearFound
 from .masks import keys_in_words, mask_shapes, per_query
@@ -63,7 +63,6 @@ def prove(probes: Sequence[Probe], found: Findings) -> frozenset[str]:
         from_the_end.add("token_type_ids")
     if usual.inputs.named("position_ids") and all(prove_given_positions(p, found.offset) for p in probes):
         from_the_end.add("position_ids")
-    prove_all_lengths(usual, found.offset, found.positions, max(probe.sizes.S for probe in probes))
     declared = {o.name: len(declared_shape(o)) for o in usual.graph.outputs}
     for probe in probes:
         prove_positions(probe, found.offset, found.positions)
@@ -75,6 +74,9 @@ def prove(probes: Sequence[Probe], found: Findings) -> frozenset[str]:
             continue
         assert branch.core is not None
         presents = {output: role for output, (role, layer) in found.output_roles.items() if layer == i}
+        if branch.core.zeroed:
+            for probe in probes:
+                prove_zeroed(probe, i, branch.core, found.masks[i].mask, found.mask_cut)
         for probe in probes[1:]:
             prove_attention(probe, i, branch, found.attentions[i])
             prove_mask(probe, i, branch.core, found.masks[i], found.attentions[i].scale, found.mask_cut)
@@ -253,6 +255,29 @@ def prove_mask(probe: Probe, i: int, core: AttentionCore, found: MaskFound, befo
         got = run({name: np.where(padded, 0, full)})
         where = [(later & ~gone, hidden), (gone & ~later, mask.padding), (gone & later, mask.padding_later)]
         _compare(probe, i, core, got, where, score * scale, mask, probe.P)
+
+
+def prove_zeroed(probe: Probe, i: int, core: AttentionCore, mask: MaskRule, cut: bool) -> None:
+    """What is set to 0 behind the softmax are the probabilities of hidden keys, and nothing else."""
+    B, T, S = probe.B, probe.T, probe.sizes.S
+    later = np.arange(S) > np.arange(probe.P, S)[:, None] + mask.shift  # (T, S)
+    feeds = {core.node.outputs[0]: np.broadcast_to(1.0, probe.known[core.scores.out].shape)}
+    patterns: list[tuple[dict[str, Array], Array]] = [({}, later)]
+    if probe.mask and not mask.adds:
+        known = probe.known[probe.mask]
+        full = np.ones(
+            next(size for size, is_cut in mask_shapes(_declared(probe, probe.mask), B, T, S) if is_cut == cut)
+        )
+        rng = np.random.default_rng(0)
+        gone = [np.asarray(rng.random(full.shape) < share) for share in (0.0, 0.3, 0.3)]
+        gone[-1][0, ..., : S // 2 + 1] = True  # with queries that see no key
+        patterns = [
+            ({probe.mask: np.where(g, 0, full).astype(known.dtype)}, later | per_query(g, T, S, cut)) for g in gone
+        ]
+    for given, hidden in patterns:
+        (got,) = probe.run_with({**feeds, **given}, core.heads.a)
+        if mask.adds or mask.kind == "given" or (got.reshape(B, -1, T, S) != ~hidden).any():
+            fail(probe, core.heads.a, f"layer {i} sets other probabilities to 0 {_at(probe)} than those of hidden keys")
 
 
 def _compare(

@@ -27,7 +27,7 @@ from ..normalise.build import build_graph
 from ..read.reader import ModelFile
 from .admit import admit
 from .attention import AttentionFound, read_attention
-from .blocks import Borders, find_borders
+from .blocks import find_borders
 from .embeddings import check_ids, find_positions
 from .forms import cache_outputs, find_alike
 from .head import HeadFound, read_head
@@ -145,8 +145,9 @@ def rounding_notes(graph: Graph, entries: Sequence[Entry]) -> list[str]:
     return notes
 
 
-def read_norms(borders: Borders, sources: dict[str, Source], taps: dict[str, TapLocation]) -> dict[str, float]:
+def read_norms(probe: Probe, sources: dict[str, Source], taps: dict[str, TapLocation]) -> dict[str, float]:
     """Add the layer norms' weights and taps, and those of the stream between them; the epsilon of each."""
+    borders = probe.borders
     norms = {"ln_f": borders.final}
     for i, (attention, mlp) in enumerate(borders.layers):
         norms |= {f"h.{i}.ln_1": attention.norm, f"h.{i}.ln_2": mlp.norm}
@@ -154,6 +155,7 @@ def read_norms(borders: Borders, sources: dict[str, Source], taps: dict[str, Tap
     for name, norm in norms.items():
         sources.update(norm.sources(name, borders.words.table.shape[1]))
         taps[name] = stream(norm.out)
+        probe.touched |= norm.read
     return {name: float(str(np.float32(norm.epsilon))) for name, norm in norms.items()}  # 1e-05, as float32 holds it
 
 
@@ -192,7 +194,7 @@ def read_graph(graph: Graph, condition: str = "") -> Recognised:
     # 2. Part by part
     sources: dict[str, Source] = {"wte.weight": borders.words.table, "wpe.weight": borders.places.table}
     taps: dict[str, TapLocation] = {"embed": stream(borders.layers[0][0].norm.x)}
-    epsilons = read_norms(borders, sources, taps)
+    epsilons = read_norms(probe, sources, taps)
     attentions, mlps = read_parts(probe)
     masks, mask_cut = read_masks(probe, attentions)
     head = read_head(probe)

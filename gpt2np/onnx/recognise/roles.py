@@ -5,8 +5,11 @@ A check answers why a node is refused, "" if it is admitted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..graph import MASKED, Node
 from ..normalise.fold import small
@@ -88,6 +91,16 @@ def _guard(ledger: Ledger, node: Node) -> str:
     return "" if same and zero is not None and zero.size == 1 and not zero.any() else "it is no guard against NaN"
 
 
+def _zeroes(ledger: Ledger, node: Node) -> str:
+    """A guard, or zeros in the place of some probabilities: of which ones, is found by running it."""
+    asked = ledger.graph.producers.get(ledger.graph.strip(node.inputs[0]))
+    if asked is not None and asked.op == "IsNaN":
+        return _guard(ledger, node)
+    zeros = [small(ledger.graph, name) for name in node.inputs[1:]]
+    some = any(z is not None and z.size == 1 and not z.any() for z in zeros)
+    return "" if some else "it puts other numbers than zeros in the place of probabilities"
+
+
 ROUNDS = frozenset({"Cast", "Identity"})  # operators that `rounds` tells apart
 
 
@@ -111,8 +124,16 @@ def adds_nothing(ledger: Ledger, node: Node) -> str:
     return "" if same else f"it makes {probe.evaluate(value).shape} {probe.evaluate(node.outputs[0]).shape}"
 
 
+def _identity(ledger: Ledger, node: Node) -> str:
+    """Its input as it is; where the file adds a vector of zeros to that, the result is no wider."""
+    beside: tuple[int, ...] = node.attributes.get("beside", ())
+    value = ledger.probes[0].evaluate(node.inputs[0]).shape if beside else ()
+    return "" if value[len(value) - len(beside) :] == beside else f"it makes more of {value} by a vector {beside}"
+
+
 VIEW: Mapping[str, NodeCheck] = {
-    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"), _moves_first),
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _moves_first),
+    "Identity": _identity,
     "Cast": _cast,
     "CastLike": _cast_like,
     "Dropout": _dropout,
@@ -142,9 +163,11 @@ LINEAR: Mapping[str, NodeCheck] = {
     ),
     **dict.fromkeys(("Mul", "Add"), _by_constant),
 }  # fmt: skip
-LOOKUP: Mapping[str, NodeCheck] = dict.fromkeys(
-    ("Gather", "Slice", "DequantizeLinear", "com.microsoft.DequantizeLinear"), any_
-)
+LOOKUP: Mapping[str, NodeCheck] = {
+    **VIEW,
+    **dict.fromkeys(("Gather", "Slice", "DequantizeLinear", "com.microsoft.DequantizeLinear"), any_),
+    "Expand": _moves_first,
+}
 RESIDUAL: Mapping[str, NodeCheck] = {**VIEW, "Add": any_, "Sum": any_}
 
 
@@ -181,21 +204,24 @@ def _softmax(ledger: Ledger, node: Node) -> str:
 
 
 SOFTMAX: Mapping[str, NodeCheck] = {"Softmax": _softmax}
-PROBS: Mapping[str, NodeCheck] = {**VIEW, "Where": _guard, "IsNaN": any_}
+PROBS: Mapping[str, NodeCheck] = {**VIEW, "Where": _zeroes, "IsNaN": any_}
 PRODUCT: Mapping[str, NodeCheck] = dict.fromkeys(
     ("MatMul", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul"), any_
 )
 
-_INTEGERS: Mapping[str, NodeCheck] = dict.fromkeys(
-    (
-        "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "Clip", "Relu", "Sign", "Floor", "Ceil", "Round",
-        "Cast", "CastLike", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And", "Or", "Xor",
-        "Where", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Expand",
-        "Tile", "Concat", "Gather", "GatherND", "GatherElements", "ScatterND", "ReduceSum", "ReduceMax", "ReduceMin",
-        "BitwiseAnd", "BitwiseOr", "BitwiseNot", "IsNaN", "IsInf",
+_INTEGERS: Mapping[str, NodeCheck] = {
+    "Identity": _identity,
+    **dict.fromkeys(
+        (
+            "Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Min", "Max", "Clip", "Relu", "Sign", "Floor", "Ceil",
+            "Round", "Cast", "CastLike", "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Not", "And",
+            "Or", "Xor", "Where", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice", "Expand",
+            "Tile", "Concat", "Gather", "GatherND", "GatherElements", "ScatterND", "ReduceSum", "ReduceMax",
+            "ReduceMin", "BitwiseAnd", "BitwiseOr", "BitwiseNot", "IsNaN", "IsInf",
+        ),
+        any_,
     ),
-    any_,
-)  # fmt: skip
+}  # fmt: skip
 # Token ids and position ids are tried one and all: whatever is done to them.
 IDS: Mapping[str, NodeCheck] = _INTEGERS
 # Positions may be counted in a mask.
@@ -254,6 +280,49 @@ SIZES: Mapping[str, NodeCheck] = {
         any_,
     ),
 }  # fmt: skip
+
+# Operators of sizes that give sums and products of them, or move them: what holds at the ends of what sizes can be
+# holds between.
+STRAIGHT = frozenset(
+    {
+        "Add", "Sub", "Mul", "Neg", "Sum", "ReduceSum", "ReduceProd", "CumSum", "Shape", "Size", "Range",
+        "ConstantOfShape", "NonZero", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice",
+        "Expand", "Tile", "Concat", "Gather", "GatherND", "GatherElements", "Identity", "SplitToSequence", "SequenceAt",
+    }
+)  # fmt: skip
+_COMPARING = frozenset({"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
+_CHOOSING = frozenset({"Max", "Min", "Clip", "Mod", "Abs", "Relu", "Cast", "CastLike"})
+FEW = 8  # elements of a value that is arithmetic of sizes rather than one element for each position
+
+
+def bends(ledger: Ledger, node: Node) -> str:
+    """Why a node may make of sizes at some length what it makes at none that is tried; "" if it cannot.
+
+    A comparison must come out alike at all ends of what sizes can be, and Max, Clip, Mod and their like hand on the
+    same operand there: of sums of sizes they then do so everywhere between.
+    """
+    shapes = {probe.evaluate(node.outputs[0]).shape for probe in ledger.probes[:2]}
+    if len(shapes) > 1 or math.prod(min(shapes)) > FEW:
+        return ""  # an element for each position: every one of them is tried
+    every = [[probe.evaluate(i) for i in node.inputs if i] for probe in ledger.probes]
+    if len({tuple(a.tobytes() for a in some) for some in every}) == 1:
+        return ""
+    if node.op == "Where":
+        held = len({some[0].tobytes() for some in every}) == 1
+    elif node.op in _COMPARING:
+        held = len({np.sign(np.subtract(*some, dtype=np.float64)).tobytes() for some in every}) == 1
+    elif node.op in _CHOOSING:
+        results = [probe.evaluate(node.outputs[0]) for probe in ledger.probes]
+        kept = [
+            np.all([r == some[k] for r, some in zip(results, every, strict=True)], axis=0) for k in range(len(every[0]))
+        ]
+        held = bool(np.any(np.broadcast_arrays(*kept), axis=0).all())
+    else:
+        held = False
+    return (
+        "" if held else "what it makes of sizes need not be the same at every length, or for every number of sequences"
+    )
+
 
 # What is left of its first input may be the same where that is not.
 SELECTING = frozenset({"Gather", "Slice", "Split", "Squeeze", "Unsqueeze", "Reshape", "Identity"})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -102,6 +102,8 @@ def read_masks(probe: Probe, attentions: Sequence[AttentionFound]) -> tuple[list
         if mask.value > FAR_BELOW and abs(scale) > 100 * usual and mask.kind in ("replaced", "added"):
             what = f"scores of layer {i} are multiplied by {scale:g} and come near the {mask.value:g} of hidden ones"
             probe.graph.object(UnsupportedModelError(what))
+        if core.zeroed:
+            mask = replace(mask, blind_rows="zeros", zeroed=True)
         # rounded to float32 on the way
         found.append(MaskFound(mask, usual if np.isclose(scale, usual, rtol=1e-6) else scale))
     return found, cut

@@ -122,7 +122,7 @@ def find_leftovers(
         size = math.prod(tensor.shape)
         if head is not None and name in head.origin:
             ignored.append((name, "the head: the same bytes as wte"))
-        elif name in touched:
+        elif name in touched or name in graph.neutral:
             buffer = size > 4096 or (size > 1 and len(tensor.shape) > 1)
             ignored.append((name, "mask buffer" if buffer else "constant of the graph"))
         elif floating and size > 1 and (rounded := _rounded_copy(graph, name, sources)):
