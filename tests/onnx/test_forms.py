@@ -649,3 +649,17 @@ def test_zeros_that_make_a_value_wider_are_refused(tmp_path, width):
     else:
         with pytest.raises(Gpt2npError):
             InferenceSession(path, engine="numpy")
+
+
+@pytest.mark.parametrize("switch", ["transBatchA", "transBatchB"])
+def test_a_fused_product_that_exchanges_axes_of_the_batch_is_refused(tmp_path, switch):
+    """Of one token with as many heads as sequences it gives an output of another shape."""
+    form = Form()
+    form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), written_out(causal)))
+    node = next(n for n in form.nodes if n.op_type == "MatMul" and "Softmax" in n.input[0])
+    node.op_type, node.domain = "FusedMatMul", "com.microsoft"
+    path = form.save(tmp_path / "model.onnx")
+    InferenceSession(path, engine="numpy")
+    node.attribute.append(helper.make_attribute(switch, 1))
+    with pytest.raises(UnsupportedModelError, match=f"has {switch}=1"):
+        InferenceSession(form.save(path), engine="numpy")

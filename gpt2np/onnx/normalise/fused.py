@@ -73,6 +73,11 @@ def _fused_gemm(graph: Graph, node: Node) -> list[Node] | None:
     return p.nodes
 
 
+def _fused_matmul(graph: Graph, node: Node) -> None:
+    """It is a product of patterns' own, unless it exchanges the first axis with those of the batch."""
+    _refuse(node, ["transBatchA", "transBatchB"])
+
+
 def _split_heads(p: Pieces, x: str, heads: int) -> str:
     """(B, T, HD) -> (B, H, T, D)"""
     return p.add("Transpose", p.add("Reshape", x, p.ints(0, 0, heads, -1)), perm=[0, 2, 1, 3])
@@ -319,6 +324,7 @@ RULES: dict[str, Callable[[Graph, Node], list[Node] | None]] = {
     "com.microsoft.FastGelu": _biased_gelu,
     "com.microsoft.BiasGelu": _biased_gelu,
     "com.microsoft.FusedGemm": _fused_gemm,
+    "com.microsoft.FusedMatMul": _fused_matmul,
     "com.microsoft.Attention": _contrib_attention,
     "com.microsoft.DecoderMaskedSelfAttention": _contrib_attention,
     "com.microsoft.MultiHeadAttention": _multi_head_attention,
