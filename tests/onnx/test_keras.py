@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from forms import C, D, Form, H, N, V, qkv, split_heads
-from gpt2np.errors import UnsupportedModelError
+from gpt2np.errors import InputError, UnsupportedModelError
 from gpt2np.session import InferenceSession
 from runtime import assert_close, runtime
 
@@ -120,3 +120,13 @@ def test_other_rows_for_another_sequence_are_refused(tmp_path):
     form = keras(True, lambda wpe: np.stack([wpe, wpe[::-1]]))
     with pytest.raises(UnsupportedModelError):
         InferenceSession(form.save(tmp_path / "model.onnx"), engine="numpy")
+
+
+@pytest.mark.parametrize("value", [-1, 2])
+def test_a_padding_mask_says_0_or_1(tmp_path, value):
+    """The file hides a key of -1, where others show all that is not 0."""
+    session = InferenceSession(keras().save(tmp_path / "model.onnx"), engine="numpy")
+    given = feeds(2, 7)
+    given["padding_mask"][0, 1] = value
+    with pytest.raises(InputError, match="says 1 for keys that are seen and 0 for others"):
+        session.run(None, given)
