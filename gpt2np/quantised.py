@@ -36,6 +36,8 @@ LEVELS = {"int8": (-128, 127), "int4": (-8, 7)}
 TINY = 2.0**-90  # of scales: far enough from where float32 numbers lose bits for any order of exact operations
 FORMS = ("float32", *NARROW, *LEVELS)
 ROWS_AT_ONCE = 1024  # of a table
+NUMBERS_AT_ONCE = 1 << 17  # that stay in the caches while they are looked at
+MOST = 255  # levels of 8 bits with any zero point of 8 bits
 
 
 class Quantised(NamedTuple):
@@ -65,7 +67,7 @@ def quantise(matrix: Array, form: str) -> Quantised:
     scales = np.where(high > -low, high, low) / np.float32(LARGEST[form])
     scales = np.abs(scales) if form == "int8" else scales
     scales[np.abs(scales) < TINY] = 0
-    return Quantised(form, _nearest(matrix, spread(scales, len(matrix)), *LEVELS[form]).astype(np.int8), scales)
+    return Quantised(form, np.clip(_nearest(matrix, scales), *LEVELS[form]).astype(np.int8), scales)
 
 
 def as_stored(name: str, source: WeightSource) -> Quantised | None:
@@ -79,36 +81,37 @@ def as_stored(name: str, source: WeightSource) -> Quantised | None:
         return None
     matrix = source.load()
     matrix, steps = (matrix.T, steps.T) if name in TABLES else (matrix, steps)
-    size = np.abs(steps)
+    scales, K = np.ascontiguousarray(steps[::GROUP]), len(matrix)
+    size = np.abs(scales)
     if matrix.dtype != np.float32 or not ((size >= TINY) & (size < np.inf) | (size == 0)).all():
         return None
-    levels, starts = np.empty(matrix.shape, np.int16), np.arange(0, len(matrix), GROUP)
-    for start in range(0, matrix.shape[1], ROWS_AT_ONCE):
-        part = np.s_[:, start : start + ROWS_AT_ONCE]
-        levels[part] = _nearest(matrix[part], steps[part], -255, 255)
-        if ((levels[part] * steps[part]).view(np.uint32) != matrix[part].view(np.uint32)).any():
+    levels, starts = np.empty(matrix.shape, np.int16), np.arange(0, K, GROUP)
+    least, most = np.empty(scales.shape, np.int16), np.empty(scales.shape, np.int16)
+    width = max(1, NUMBERS_AT_ONCE // K)
+    for start in range(0, matrix.shape[1], width):
+        part = np.s_[:, start : start + width]
+        numbers, spaced = matrix[part], spread(scales[part], K)
+        found = _nearest(numbers, scales[part])
+        same = (found * spaced).view(np.uint32) == numbers.view(np.uint32)
+        if not (same.all() and (steps[part] == spaced).all() and np.abs(found).max() <= MOST):
             return None
-    least, most = np.minimum.reduceat(levels, starts, axis=0), np.maximum.reduceat(levels, starts, axis=0)
-    grouped, by_column = steps[::GROUP], steps[:1]
-    if (steps != spread(grouped, len(steps))).any():
-        return None
+        levels[part] = found
+        least[part] = np.minimum.reduceat(found, starts, axis=0)
+        most[part] = np.maximum.reduceat(found, starts, axis=0)
+    by_column = bool((scales == scales[:1]).all())
     for form, (low, high) in reversed(LEVELS.items()):
-        scales = by_column if form == "int8" else grouped
-        if low <= least.min() and most.max() <= high and (steps == spread(scales, len(steps))).all():
-            return Quantised(form, levels.astype(np.int8), np.ascontiguousarray(scales))
+        if low <= least.min() and most.max() <= high and (form == "int4" or by_column):
+            return Quantised(form, levels.astype(np.int8), scales if form == "int4" else scales[:1])
         if (most - least).max() <= high - low:
             offsets = np.where((least < low) | (most > high), least - low, 0)
-            levels -= spread(offsets, len(levels))
-            return Quantised(form, levels.astype(np.int8), np.ascontiguousarray(grouped), offsets.astype(np.float32))
+            levels -= spread(offsets, K)
+            return Quantised(form, levels.astype(np.int8), scales, offsets.astype(np.float32))
     return None
 
 
-def _nearest(matrix: Array, steps: Array, low: int, high: int) -> Array:
-    """The whole numbers from low to high that are nearest to matrix / steps; 0 where a step is 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        levels = np.rint(matrix / steps)
-    levels[~np.isfinite(levels)] = 0
-    return np.clip(levels, low, high).astype(np.int16)
+def _nearest(matrix: Array, scales: Array) -> Array:
+    """The whole numbers, float32, that are nearest to matrix / scales; of scales that are 0, to the matrix."""
+    return np.rint(matrix / spread(np.where(scales == 0, np.float32(1), scales), len(matrix))) + np.float32(0)
 
 
 @dataclass(frozen=True)
