@@ -80,17 +80,24 @@ def diff(
     mine = [c for c in report.comparisons if c.case == case.name]
     pair = Pair(case, call, runners[0], runners[1])
     row, given = investigate(report, model, pair, mine, results[case.name], True, local, arbiter, clock)
+    what_else(report, model, pair, row, replace, digits)
+    save_repro(report, model, call, row, given, repro)
+    return report
+
+
+def what_else(
+    report: Report, model: Subject, pair: Pair, row: TapRow | None, replace: Sequence[str], digits: bool
+) -> None:
+    """Whether more is wrong behind the first divergence; and what --replace and --digits ask for."""
     if row is not None:
-        rows = report.rows.get(f"{runners[0].name} - {runners[1].name}", [])
+        rows = report.rows.get(f"{pair.a.name} - {pair.b.name}", [])
         if {r.tap for r in rows} - {t for p in model.recognised.outputs for t in taps_of(p)}:
-            say_whether_cured(report, rows, row, model.taps(), runners[1].name)
+            say_whether_cured(report, rows, row, model.taps(), pair.b.name)
     if replace:
         put_right(report, model, pair, replace)
     if digits:
         totals = {r.tap: r.total for rows in report.rows.values() for r in rows if r.total is not None}
-        show_digits(report, significant_digits(model.program, call, model.taps()), totals)
-    save_repro(report, model, call, row, given, repro)
-    return report
+        show_digits(report, significant_digits(model.program, pair.call, model.taps()), totals)
 
 
 def save_repro(
@@ -211,13 +218,7 @@ def diff_traces(a: str, b: str, budgets: Budgets, watch: Watch | None = None) ->
         add_once(report.not_compared, f"all numbers of the taps: {held} holds the rms, the largest and a few of each")
         traces.alike(x, y)
     budgets.check_names([*x.outputs, *x.taps, *y.outputs, *y.taps])
-    for name in sorted({*x.inputs, *y.inputs} if not x.plain and not y.plain else ()):
-        if name not in x.inputs or name not in y.inputs or not np.array_equal(x.inputs[name], y.inputs[name]):
-            raise TraceError(f"{a} and {b} were recorded on different inputs: {name!r} differs")
-    if x.plain or y.plain:
-        report.not_compared.append(f"the inputs: {b if y.plain else a} does not say what it was recorded on")
-    elif x.manifest.get("model_sha256") != y.manifest.get("model_sha256"):
-        report.not_compared.append("the weights: the traces come from two model files")
+    check_same_inputs(x, y, a, b, report)
     if watch is not None:
         watch.begin(*names, x.outputs)
     for kind in ("outputs", "taps"):
@@ -234,6 +235,18 @@ def diff_traces(a: str, b: str, budgets: Budgets, watch: Watch | None = None) ->
     if wrong is not None:
         report.headline = f"first tap out of budget: {wrong.output}"
     return report
+
+
+def check_same_inputs(x: traces.Trace, y: traces.Trace, a: str, b: str, report: Report) -> None:
+    """Refuse traces of different inputs; say what plain arrays, and traces of two files, leave open."""
+    if x.plain or y.plain:
+        report.not_compared.append(f"the inputs: {b if y.plain else a} does not say what it was recorded on")
+        return
+    for name in sorted({*x.inputs, *y.inputs}):
+        if name not in x.inputs or name not in y.inputs or not np.array_equal(x.inputs[name], y.inputs[name]):
+            raise TraceError(f"{a} and {b} were recorded on different inputs: {name!r} differs")
+    if x.manifest.get("model_sha256") != y.manifest.get("model_sha256"):
+        report.not_compared.append("the weights: the traces come from two model files")
 
 
 def against_float64(model: Subject, runner: Runner, case: Case, made: traces.Trace, watch: Watch) -> Report:

@@ -102,69 +102,99 @@ def measure(actual: Array, expected: Array, budget: Budget, keep: Array | None =
     chosen = None if keep is None else np.ascontiguousarray(np.broadcast_to(keep, actual.shape))
     n = actual.size if chosen is None else int(chosen.sum())
     distances = np.empty(actual.size, np.float32)
-    failing = nonfinite_a = nonfinite_b = 0
-    max_abs, at, max_rel, scaled, ulps = -1.0, 0, 0.0, 0.0, 0.0
-    squares = aa = bb = ab = total = 0.0
+    sums = _Sums()
     for start, a, b in _blocks(actual, expected):  # float64 (rows, width) each
         if chosen is not None:
             part = chosen.reshape(-1)[start : start + a.size].reshape(a.shape)
             a, b = np.where(part, a, 0), np.where(part, b, 0)
-        finite_a, finite_b = np.isfinite(a), np.isfinite(b)
-        nonfinite_a += int((~finite_a).sum())
-        nonfinite_b += int((~finite_b).sum())
         distance = difference(a, b)
-        allowed = budget.atol + budget.rtol * np.where(finite_b, np.abs(b), 0)
-        failing += int((distance > allowed).sum())
-        block = distances[start : start + distance.size]
-        block[:] = distance.ravel()
-        where = int(distance.argmax())
-        if distance.flat[where] > max_abs:
-            max_abs, at = float(distance.flat[where]), start + where
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            relative = np.where(distance == 0, 0.0, distance / np.where(finite_b, np.abs(b), 1.0))
-            row_max = np.where(finite_b, np.abs(b), 0).max(axis=-1, keepdims=True)
-            ulp = np.spacing(np.maximum(row_max, np.finfo(np.float32).tiny).astype(np.float32)).astype(np.float64)
-            scaled = max(scaled, float((distance / ulp).max()))
-            ulps = max(ulps, float(_ulp_distance(a, b, distance).max()))
-            squares += float((distance * distance).sum())
-        max_rel = max(max_rel, float(relative.max()))
-        both = finite_a & finite_b
-        fa, fb = np.where(both, a, 0), np.where(both, b, 0)
-        with np.errstate(over="ignore"):
-            aa, bb, ab = aa + float((fa * fa).sum()), bb + float((fb * fb).sum()), ab + float((fa * fb).sum())
-            total += float(fb.sum())
+        sums.add(start, a, b, distance, budget)
+        distances[start : start + distance.size] = distance.ravel()
     left_out = actual.size - n
     if chosen is not None:
         distances = distances[chosen.reshape(-1)]
     if n == 0:
         return Metrics(actual.shape, 0, 0, 0.0, (), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, math.inf, 0.0, 0.0, (0, 0),
                        left_out=left_out)  # fmt: skip
-    index = tuple(int(i) for i in np.unravel_index(at, actual.shape))
-    if squares == 0:
-        cosine, snr = 1.0, math.inf
-    else:
-        cosine = ab / math.sqrt(aa * bb) if aa > 0 and bb > 0 else 0.0
-        snr = -math.inf if bb == 0 or math.isinf(squares) else 10 * math.log10(bb / squares)
+    index = tuple(int(i) for i in np.unravel_index(sums.at, actual.shape))
     return Metrics(
         shape=tuple(actual.shape),
         elements=n,
-        failing=failing,
-        max_abs=max_abs,
+        failing=sums.failing,
+        max_abs=sums.max_abs,
         at=index,
         actual_at=float(actual[index]),
         expected_at=float(expected[index]),
-        max_rel=max_rel,
-        rms=math.sqrt(squares / n),
-        rms_expected=math.sqrt(bb / n),
+        max_rel=sums.max_rel,
+        rms=math.sqrt(sums.squares / n),
+        rms_expected=math.sqrt(sums.bb / n),
         p99=float(np.partition(distances, (99 * (n - 1)) // 100)[(99 * (n - 1)) // 100]),
-        cosine=cosine,
-        snr_db=snr,
-        scaled_ulp=scaled,
-        max_ulp=ulps,
-        nonfinite=(nonfinite_a, nonfinite_b),
-        spread=math.sqrt(max(bb / n - (total / n) ** 2, 0.0)) if math.isfinite(bb) else math.inf,
+        cosine=sums.cosine,
+        snr_db=sums.snr_db,
+        scaled_ulp=sums.scaled,
+        max_ulp=sums.ulps,
+        nonfinite=(sums.nonfinite_a, sums.nonfinite_b),
+        spread=math.sqrt(max(sums.bb / n - (sums.total / n) ** 2, 0.0)) if math.isfinite(sums.bb) else math.inf,
         left_out=left_out,
     )
+
+
+@dataclass
+class _Sums:
+    """What is known of two arrays a and b after some of their blocks."""
+
+    failing: int = 0
+    nonfinite_a: int = 0
+    nonfinite_b: int = 0
+    max_abs: float = -1.0
+    at: int = 0  # the flat index of the largest difference
+    max_rel: float = 0.0
+    scaled: float = 0.0
+    ulps: float = 0.0
+    squares: float = 0.0  # of a - b; the next ones over what is finite in both
+    aa: float = 0.0
+    bb: float = 0.0
+    ab: float = 0.0
+    total: float = 0.0  # of b
+
+    def add(self, start: int, a: Array, b: Array, distance: Array, budget: Budget) -> None:
+        """One more block of rows, whose first element has the flat index `start`."""
+        finite_a, finite_b = np.isfinite(a), np.isfinite(b)
+        self.nonfinite_a += int((~finite_a).sum())
+        self.nonfinite_b += int((~finite_b).sum())
+        allowed = budget.atol + budget.rtol * np.where(finite_b, np.abs(b), 0)
+        self.failing += int((distance > allowed).sum())
+        where = int(distance.argmax())
+        if distance.flat[where] > self.max_abs:
+            self.max_abs, self.at = float(distance.flat[where]), start + where
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            relative = np.where(distance == 0, 0.0, distance / np.where(finite_b, np.abs(b), 1.0))
+            row_max = np.where(finite_b, np.abs(b), 0).max(axis=-1, keepdims=True)
+            ulp = np.spacing(np.maximum(row_max, np.finfo(np.float32).tiny).astype(np.float32)).astype(np.float64)
+            self.scaled = max(self.scaled, float((distance / ulp).max()))
+            self.ulps = max(self.ulps, float(_ulp_distance(a, b, distance).max()))
+            self.squares += float((distance * distance).sum())
+        self.max_rel = max(self.max_rel, float(relative.max()))
+        both = finite_a & finite_b
+        fa, fb = np.where(both, a, 0), np.where(both, b, 0)
+        with np.errstate(over="ignore"):
+            self.aa += float((fa * fa).sum())
+            self.bb += float((fb * fb).sum())
+            self.ab += float((fa * fb).sum())
+            self.total += float(fb.sum())
+
+    @property
+    def cosine(self) -> float:
+        if self.squares == 0:
+            return 1.0
+        return self.ab / math.sqrt(self.aa * self.bb) if self.aa > 0 and self.bb > 0 else 0.0
+
+    @property
+    def snr_db(self) -> float:
+        if self.squares == 0:
+            return math.inf
+        never = self.bb == 0 or math.isinf(self.squares)
+        return -math.inf if never else 10 * math.log10(self.bb / self.squares)
 
 
 def difference(a: Array, b: Array) -> Array:

@@ -336,10 +336,10 @@ def sorted_out(
 ) -> Captured:
     """A port's arrays as outputs and taps, with a note on each type that NumPy does not have."""
     call = model.call(feeds)
-    made, found = sort_arrays(model, call, given, who)
+    made, found, layouts = sort_arrays(model, call, given, who)
     held = {**model.outputs_as_taps(made, call), **found} if taps else {}
-    notes = tuple(f"{name} is {form}" for name, value in given.items() if (form := form_of(value)))
-    return Captured(made if outputs else {}, {t: held[t] for t in taps if t in held}, notes)
+    forms = [f"{name} is {form}" for name, value in given.items() if (form := form_of(value))]
+    return Captured(made if outputs else {}, {t: held[t] for t in taps if t in held}, (*forms, *layouts))
 
 
 def runner_of(model: Subject, text: str, engine: str) -> Runner:

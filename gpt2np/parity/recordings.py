@@ -11,9 +11,10 @@ from ..weights import Array
 from .cases import Case
 from .compare import Comparison
 from .explain.diagnose import Diagnosis, misplaced
+from .explain.embedding_mistakes import other_tokens, tokens_in_words
 from .explain.problem import Guess
 from .explain.rounding import BITS, kind_of
-from .metrics import difference, measure
+from .metrics import measure
 from .places import ancestors
 from .subject import taps_of
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 Outputs = Mapping[str, Array]
 RECORD = "recorded"
 FEW = 4  # numbers that somebody may have edited
-TOKENS = 64  # as many other tokens are looked for
 
 
 def suspect_record(
@@ -127,38 +127,9 @@ def _batch_axis(value: Array, role: str) -> int:
 
 def _token(model: Subject, call: Call, record: Outputs) -> Iterator[tuple[str, str, str]]:
     """Other tokens than the stored ones: layer 0's keys and values, which depend on each alone, say which."""
-    taps = model.outputs_as_taps(record, call)
-    names = [n for n in ("h.0.attn.k", "h.0.attn.v") if n in taps]
-    if not names:
-        return
-    exact = dict(model.program.walk(call, np.float64, until="h.0.attn.v"))
-    apart = sum(difference(taps[n], exact[n]).max(axis=(1, 3)) for n in names)  # (B, T)
-    scale = max(float(np.abs(exact[n]).max()) for n in names)
-    wrong = [(int(b), int(t)) for b, t in np.argwhere(apart > 1e-3 * scale)]
-    if not wrong or len(wrong) > TOKENS:
-        return
-    ids, V = np.array(call.input_ids), model.config.vocab_size
-    made: dict[int, dict[str, Array]] = {}
-    for b, t in wrong:
-        position = int(call.position_ids[b, t])
-        if position not in made:
-            every = call._replace(
-                input_ids=np.arange(V)[:, None], position_ids=np.full((V, 1), position), past=None,
-                attention_mask=None, token_type_ids=None, start=0,
-            )  # fmt: skip
-            made[position] = dict(model.program.walk(every, np.float32, until="h.0.attn.v"))
-        distance = sum(np.abs(made[position][n][:, :, 0] - taps[n][b, :, t]).max(axis=(1, 2)) for n in names)
-        ids[b, t] = int(np.argmin(distance))
-        if distance[ids[b, t]] > 1e-3 * scale or ids[b, t] == call.input_ids[b, t]:
-            return
-    shifts = [np.roll(call.input_ids, k, axis=1) for k in (1, -1)]
-    if any(np.array_equal(ids[:, 1:-1], other[:, 1:-1]) for other in (*shifts, call.input_ids[:, ::-1])):
-        return  # a mistake of whole rows: there are words for it
-    places = [f"{ids[p]} at input_ids[{p[0]},{p[1]}]" for p in wrong[:3]]
-    few = ", ".join(places) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-    held = f", where the input holds {', '.join(str(call.input_ids[p]) for p in wrong[:3])}"
-    what = "token" if len(wrong) == 1 else "other tokens than the stored ones:"
-    yield "record_token", "embed", f"it was recorded with {what} {few}{held}{' ...' if len(wrong) > 3 else ''}"
+    ids = other_tokens(model.program, call, model.outputs_as_taps(record, call))
+    if ids is not None:
+        yield "record_token", "embed", f"it was recorded with {tokens_in_words(ids, call.input_ids)}"
 
 
 def _narrow(failing: Mapping[str, Comparison], right: Outputs, record: Outputs) -> Iterator[tuple[str, str, str]]:

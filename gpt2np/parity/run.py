@@ -61,12 +61,7 @@ def parity(
         report.parties.pop(ours.name)
     elif budgets.default.source.startswith("auto"):
         budgets.arbiter = Arbiter(model)
-    if any(not c.recorded for c in cases) and not (options.prompts or options.random or options.ids):
-        add_once(report.findings, f"no test_data_set_* beside {model.path.name}: compared on random prompts")
-    if model.whole:
-        add_once(report.findings, *rows_not_finite(model))
-    if not cases:
-        report.not_compared.append(f"no test_data_set_* beside {model.path}: give --data, --prompt or --random")
+    say_what_is_compared_on(report, model, cases, options)
     rounding = None
     if options.noise_floor:
         measure_floor(model, cases, budgets, report)
@@ -77,12 +72,7 @@ def parity(
     ) else {}  # fmt: skip
     if not model.whole:
         refuse(model, report)
-    names = [n for n in options.checks if n in CHECKS]
-    if names and model.whole:
-        final = next(p.name for p in model.recognised.outputs if p.role in ("logits", "last_hidden_state"))
-        report.checks += run_checks(names, model, ours, runners, cases, budgets(final), options.seed)
-        audit = matrix(report.checks)
-        report.tables += [audit] if audit is not None else []
+    check_invariances(report, model, runners, cases, budgets, options)
     if cases and ("taps" in options.checks or watch is not None or report.exit_code == 1):
         if model.found is None:
             without_original(report, model, cases, captured, clock)
@@ -93,6 +83,30 @@ def parity(
     if save_trace is not None and cases and model.whole:
         traces.save(save_trace, record(model, ours, cases[0]))
     return report
+
+
+def say_what_is_compared_on(report: Report, model: Subject, cases: Sequence[Case], options: Options) -> None:
+    """Where inputs come from that nobody gave, and what of the file these may not show."""
+    if any(not c.recorded for c in cases) and not (options.prompts or options.random or options.ids):
+        add_once(report.findings, f"no test_data_set_* beside {model.path.name}: compared on random prompts")
+    if model.whole:
+        add_once(report.findings, *rows_not_finite(model))
+    if not cases:
+        report.not_compared.append(f"no test_data_set_* beside {model.path}: give --data, --prompt or --random")
+
+
+def check_invariances(
+    report: Report, model: Subject, runners: Sequence[Runner], cases: Sequence[Case], budgets: Budgets, options: Options
+) -> None:
+    """The checks without a reference that were asked for; `runners[0]` is ours, where gpt2np can run the file."""
+    names = [n for n in options.checks if n in CHECKS]
+    ours = runners[0]
+    if not names or not model.whole or not isinstance(ours, Ours):
+        return
+    final = next(p.name for p in model.recognised.outputs if p.role in ("logits", "last_hidden_state"))
+    report.checks += run_checks(names, model, ours, runners, cases, budgets(final), options.seed)
+    audit = matrix(report.checks)
+    report.tables += [audit] if audit is not None else []
 
 
 def rows_not_finite(model: Subject) -> Iterator[str]:
@@ -188,20 +202,26 @@ def explain(
         if len(both) == 2 and report.diagnosis is None:
             investigate(report, model, Pair(case, call, a, other), between, both, asked, clock=clock)
     if report.diagnosis is None and ours is not None:
-        recorded = {c.output: c for c in report.comparisons if c.case == case.name and c.expected == Recorded.name
-                    and c.actual == ours.name and not c.ok}  # fmt: skip
-        made = {name: outputs[ours.name] for name, outputs in captured.items() if ours.name in outputs}
-        right = {name: o for name, o in made.items() if isinstance(o, Mapping)}
-        if case.name in right and all(c.ok for c in report.comparisons if c.expected != Recorded.name):
-            found = suspect_record(model, case, recorded, right)
-            if found is not None:
-                settle(report, found, case.name)
-                report.who = "ours and the other programs agree; the recorded data alone differs"
-                report.next = "record the data set anew, from the inputs that are stored"
+        explain_record(report, model, ours, case, captured)
     if report.diagnosis is None and case.data is not None and failing:
         found = from_the_record(report, model, case, call, clock)
         if found is not None:
             settle(report, found, case.name)
+
+
+def explain_record(report: Report, model: Subject, ours: Ours, case: Case, captured: Mapping[str, Outputs]) -> None:
+    """Where all programs agree and the recorded outputs alone do not: what is wrong with the record."""
+    recorded = {c.output: c for c in report.comparisons if c.case == case.name and c.expected == Recorded.name
+                and c.actual == ours.name and not c.ok}  # fmt: skip
+    made = {name: outputs[ours.name] for name, outputs in captured.items() if ours.name in outputs}
+    right = {name: o for name, o in made.items() if isinstance(o, Mapping)}
+    if case.name not in right or not all(c.ok for c in report.comparisons if c.expected != Recorded.name):
+        return
+    found = suspect_record(model, case, recorded, right)
+    if found is not None:
+        settle(report, found, case.name)
+        report.who = "ours and the other programs agree; the recorded data alone differs"
+        report.next = "record the data set anew, from the inputs that are stored"
 
 
 def size(model: Subject, case: Case) -> int:

@@ -229,8 +229,10 @@ def from_the_record(
     """The file's own operations against the recorded outputs."""
     assert case.data is not None
     recorded = model.outputs_as_taps(case.data.outputs, call)
-    found = from_outputs(model.program, call, recorded, "the file", spare_weights(model), clock)
+    clock, began = clock or Clock(), time.process_time()
     good, bad = agreeing(model, call, recorded)
+    clock.spend(time.process_time() - began)
+    found = from_outputs(model.program, call, recorded, "the file", spare_weights(model), clock)
     if bad:
         set_place(report, model, good, bad)
         report.next = "with the original at hand, gpt2np diff ORIGINAL.onnx THIS.onnx reads what differs from both"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..errors import ComparisonError, Gpt2npError, UnsupportedModelError
 from ..signature import Feeds, Signature
 from ..weights import Array
 from .forms import as_array, nearest
-from .operations import tap_names, tap_shape
+from .operations import OPERATIONS, split_tap, tap_names, tap_shape
 from .program import Program
 
 if TYPE_CHECKING:
@@ -153,6 +153,36 @@ def as_tap(value: Array, tap: str, config: GPT2Config, call: Call) -> Array | No
     return value.reshape(shape)
 
 
+Layouts = tuple[tuple[str, Callable[[Array], Array]], ...]
+# How else an array of some shape may be laid out, and what turns it into that shape but for joined or split axes.
+LAYOUTS: dict[str, Layouts] = {
+    "B H T D": (
+        ("B T H D", lambda x: x.swapaxes(1, 2)), ("B T HD", lambda x: x),
+        ("B H D T", lambda x: x.swapaxes(2, 3)), ("BH T D", lambda x: x),
+    ),
+    "B H T S": (("BH T S", lambda x: x), ("B T H S", lambda x: x.swapaxes(1, 2))),
+    "B T HD": (("B T H D", lambda x: x), ("B H T D", lambda x: x.swapaxes(1, 2))),
+}  # fmt: skip
+
+
+def in_another_layout(value: Array, tap: str, config: GPT2Config, call: Call) -> tuple[Array | None, str]:
+    """A tap that is laid out as other programs do, in our layout, or None; and which layout it has, in words."""
+    shape, own = tap_shape(tap, config, call), OPERATIONS[split_tap(tap)[1]].shape
+    expected = f"({own.replace(' ', ', ')})"
+    misfit = f"has shape {value.shape}, where {expected} is {shape}: it is not compared"
+    (B, T), H, D = call.input_ids.shape, config.n_head, config.head_size
+    sizes = {"B": B, "T": T, "S": call.start + T, "H": H, "D": D, "HD": H * D, "BH": B * H}
+    if value.size != math.prod(shape):
+        return None, misfit
+    for letters, turn in LAYOUTS.get(own, ()):
+        theirs = tuple(sizes[letter] for letter in letters.split())
+        if [n for n in value.shape if n != 1] == [n for n in theirs if n != 1]:
+            split = letters == "B T HD"  # the heads are to be told apart before they change places with the positions
+            moved = value.reshape(B, T, H, D).swapaxes(1, 2) if split else turn(value.reshape(theirs))
+            return moved.reshape(shape), f"is ({letters.replace(' ', ', ')}), read as {expected}"
+    return None, misfit
+
+
 def aliases(recognised: Recognised) -> dict[str, str]:
     """Names of roles, whatever the file calls them, to its outputs: logits, last_hidden_state, present.0.key ..."""
     found: dict[str, str] = {}
@@ -180,15 +210,16 @@ def _pairs(given: Mapping[str, Array], recognised: Recognised) -> dict[str, Arra
 
 def sort_arrays(
     model: Subject, call: Call, given: Mapping[Any, Any], who: str
-) -> tuple[dict[str, Array], dict[str, Array]]:
+) -> tuple[dict[str, Array], dict[str, Array], list[str]]:
     """Arrays under the file's outputs' names, or their roles', and under tap names, told apart and checked.
 
-    What is an output and a tap at once ("logits") is both. `who` begins a complaint.
+    What is an output and a tap at once ("logits") is both. `who` begins a complaint. A tap in another layout is
+    turned into ours; one of a shape that is none of the known ones is left out. The notes say so.
 
     Raises
     ------
     ComparisonError
-        If one is no array of numbers, under an unknown name, or of another shape than its tap.
+        If one is no array of numbers, or under an unknown name.
     """
     names, known, roles = model.output_names, tap_names(model.config), aliases(model.recognised)
     arrays = _pairs({str(name): as_array(value, f"{who} {name!r}") for name, value in given.items()}, model.recognised)
@@ -196,6 +227,7 @@ def sort_arrays(
         arrays.setdefault("ln_f", arrays.pop("last_hidden_state"))  # a file with a head does not put it out
     made: dict[str, Array] = {}
     found: dict[str, Array] = {}
+    odd: dict[str, list[str]] = {}  # what is to be said of taps -> those taps
     own_first = sorted(arrays.items(), key=lambda item: (item[0] not in names, item[0] in known))
     for name, array in own_first:
         output = name if name in names else roles.get(name)
@@ -204,11 +236,15 @@ def sort_arrays(
         if name in known and name not in names:
             tap = as_tap(array, name, model.config, call)
             if tap is None and output is None:
-                expected = tap_shape(name, model.config, call)
-                raise ComparisonError(f"{who} tap {name!r} with shape {array.shape}, expected {expected}")
+                tap, text = in_another_layout(array, name, model.config, call)
+                odd.setdefault(text, []).append(name)
             if tap is not None:
                 found[name] = tap
         elif output is None:
             valid = nearest(name, [*names, *roles, *known])
             raise ComparisonError(f"{who} {name!r}, neither an output of {model.path} nor a tap; names are {valid}")
-    return made, found
+    if "logits" in found and not model.has_logits():
+        odd["is not compared: the file has no head"] = ["logits"]
+    return made, found, [
+        f"{taps[0]}{f' (and {len(taps) - 1} more)' if len(taps) > 1 else ''} {text}" for text, taps in odd.items()
+    ]  # fmt: skip

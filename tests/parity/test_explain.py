@@ -12,10 +12,11 @@ from gpt2np.call import Call
 from gpt2np.parity.cases import case_from_ids
 from gpt2np.parity.diff import diff
 from gpt2np.parity.explain.problem import Clock, Guess, Problem, name_likely
-from gpt2np.parity.explain.rank import rank
+from gpt2np.parity.explain.rank import promising, rank
 from gpt2np.parity.explain.where import describe
 from gpt2np.parity.program import Program
 from gpt2np.parity.subject import Subject
+from gpt2np.parity.text import sentences
 from tiny import random_ids, tiny_config, tiny_sources
 
 
@@ -79,6 +80,42 @@ def test_a_search_ends_when_its_time_is_used_up_and_tells_how_far_it_is() -> Non
     assert not rank(problem(Clock(0.0)))
 
 
+class Counted(Clock):
+    """A clock that goes on by one whenever it is looked at."""
+
+    looks = 0
+
+    @property
+    def used(self) -> float:
+        self.looks += 1
+        return float(self.looks)
+
+
+@pytest.mark.parametrize("seconds", [200.0, 2000.0])
+def test_the_time_of_a_search_is_a_hard_limit_wherever_it_is(seconds: float) -> None:
+    """Nothing explains this error, so that every stage is reached; each operation asks the clock whether it may run."""
+    clock = Counted(seconds)
+    one = problem(clock)
+    one.observed["h.0.mlp.c_fc"] += 0.3 * np.sin(7 * one.observed["h.0.mlp.c_fc"])
+    one.before = one.error(one.values)
+    found = rank(one)
+    assert clock.looks <= seconds + 8
+    assert not any(g.likely for g in found)
+    assert clock.limit == float("inf")
+
+
+def test_a_guess_that_gives_another_width_is_not_ranked_by_the_error_it_makes() -> None:
+    """Of large vocabularies some columns are looked at; that the head were wte gives all of them."""
+    config = tiny_config()
+    whole = Program.of(config, tiny_sources(config))
+    head = whole.weights("wte.weight", np.dtype(np.float64))[::3]
+    program = whole.with_({"lm_head.weight": head}, tied=False)
+    call = Call(random_ids(config, 1, 9), np.arange(9)[None])
+    logits = dict(program.walk(call))["logits"]
+    found = Problem(program, call, {}, {"logits": 1.5 * logits}, ["ln_f", "logits"])
+    assert all(g.cause != "untied_head" for g in promising(found))
+
+
 def test_a_sentence_is_the_same_whichever_of_the_two_is_at_fault() -> None:
     one = Guess("epsilon_value", "ln_f", "epsilon were 1e-06", "1e-05")
     assert one.sentence("port.npz") == "port.npz behaves as if epsilon were 1e-06; the model has 1e-05"
@@ -98,4 +135,6 @@ def test_a_mistake_in_one_layer_is_found_by_the_last_output_of_a_large_model(min
     assert report.diagnosis is not None
     best = report.diagnosis.guesses[0]
     assert (best.tap, best.cause, best.likely) == ("h.3.mlp.gelu", "gelu_form", True)
-    assert report.details["diagnosis"]["guesses"][0]["sentence"].startswith("port behaves as if the activation were")
+    told = report.details["diagnosis"]["guesses"][0]["sentence"]
+    assert told.startswith("port behaves as if the activation were")
+    assert next(s.text for s in sentences(report) if s.label == "why").endswith(told)  # JSON and text say the same

@@ -14,7 +14,6 @@ import judge
 from cache_ports import CACHE_BUGS
 from gpt2np.parity.text import lines_of, sentences
 from mutants import MUTANTS, mask_value
-from port_bugs import PORTS
 from wiring_mutants import WIRINGS
 from wrong_records import RECORDS
 
@@ -26,6 +25,9 @@ QUICK = {
     ("taps", "logits in integers"),
     ("taps", "head 2 unscaled"), ("taps", "position 5 of out"), ("taps", "wte int8"), ("taps", "log-softmaxed logits"),
     ("taps", "GELU 0.0447"), ("taps", "rotary embedding"), ("taps", "out cut off to integers"),
+    ("taps", "2 heads for 4"), ("taps", "c_fc reads int8"), ("taps", "ten largest logits"), ("taps", "one other token"),
+    ("taps", "heads 0 and 2 zero"), ("taps", "layer 1 left out"),
+    ("outputs", "keys and values in float16"), ("outputs", "layers 1 and 2 exchanged"), ("outputs", "ALiBi"),
     ("logits", "all maps misread"), ("logits", "positions twice"), ("logits", "logits capped"),
     ("outputs", "GELU by erf everywhere"), ("outputs", "tokens shifted"), ("outputs", "scale by layer"),
     ("outputs", "c_proj bias negated"), ("outputs", "centred logits"),
@@ -43,7 +45,7 @@ NAMES = [
     *(
         (kind, name)
         for kind in ("taps", "outputs", "logits")
-        for name, bug in PORTS.items()
+        for name, bug in judge.BUGS.items()
         if kind == "taps" or bug.outputs_tell
     ),
     *(("cache", name) for name in CACHE_BUGS),

@@ -126,6 +126,54 @@ def test_a_shape_that_fits_by_chance_does_not_agree() -> None:
     assert fit(a, b, "logits", Budget(1e-3, 1e-5)) is None
 
 
+@pytest.mark.parametrize(
+    ("tap", "change", "letters"),
+    [
+        ("h.0.attn.q", lambda x: x.swapaxes(1, 2), "(B, T, H, D)"),
+        ("h.0.attn.v", lambda x: x.swapaxes(1, 2).reshape(1, 8, -1), "(B, T, HD)"),
+        ("h.1.attn.k", lambda x: x.swapaxes(2, 3), "(B, H, D, T)"),
+        ("h.1.attn.heads", lambda x: x.reshape(1, 8, 3, -1), "(B, T, H, D)"),
+        ("h.1.attn.heads", lambda x: x.reshape(1, 8, 3, -1).swapaxes(1, 2), "(B, H, T, D)"),
+    ],
+)
+def test_taps_are_read_in_the_layouts_of_other_programs(
+    tap: str, change: Callable[[np.ndarray], np.ndarray], letters: str, right: tuple[Path, Case, Arrays], tmp_path: Path
+) -> None:
+    path, case, outputs = right
+    taps = Ours(Subject(path), "numpy").run(case.feeds, False, Subject(path).taps()).taps
+    report = judge(path, case, {**outputs, **taps, tap: change(taps[tap])}, tmp_path)
+    assert report.exit_code == 0
+    assert f"{tap} is {letters}, read as" in said(report)
+    wrong = judge(path, case, {**outputs, **taps, tap: 1.01 * change(taps[tap])}, tmp_path)
+    assert (wrong.exit_code, wrong.place and wrong.place.first) == (1, tap)
+
+
+def test_a_tap_of_no_known_shape_is_said_and_the_rest_compared(
+    right: tuple[Path, Case, Arrays], tmp_path: Path
+) -> None:
+    path, case, outputs = right
+    report = judge(path, case, {**outputs, "h.0.attn.probs": np.zeros((1, 8, 8), np.float32)}, tmp_path)
+    assert report.exit_code == 0
+    assert "h.0.attn.probs has shape (1, 8, 8), where (B, H, T, S) is (1, 3, 8, 8): it is not compared" in said(report)
+
+
+def test_rows_of_the_embeddings_that_are_not_finite_are_told_though_no_input_reads_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    model = onnx.load(folder / "zoo" / "model.onnx")
+    table = next(t for t in model.graph.initializer if t.name.endswith("wpe.weight"))
+    rows = numpy_helper.to_array(table).copy()
+    rows[10:, 3] = np.nan
+    table.CopyFrom(numpy_helper.from_array(rows, table.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    report = parity(Options(tmp_path / "model.onnx", ids=["5,17,30"], engine="numpy"))
+    assert report.exit_code == 0
+    assert "wpe.weight[10, 3] is nan, and 9 more rows are not finite: wrong wherever an input reads it" in said(report)
+
+
 # ------------------------------------------------------------------------------------------------ padding
 
 

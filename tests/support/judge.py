@@ -23,6 +23,7 @@ import numpy as np
 import gpt2np
 from cache_ports import CACHE_BUGS, call_on
 from mutants import MUTANTS
+from other_models import OTHERS
 from port_bugs import PORTS, Bug, port_of
 from wiring_mutants import WIRINGS, rewired
 from wrong_records import IDS, OTHER, RECORDS
@@ -30,6 +31,7 @@ from wrong_records import IDS, OTHER, RECORDS
 # wiring: a file beside the one whose wiring it changed; rewired: such a file alone, against the right one's outputs
 # logits: a port's logits and nothing else
 KINDS = ("file", "taps", "outputs", "logits", "cache", "wiring", "rewired", "record", "clean")
+BUGS = {**PORTS, **OTHERS}
 SIZES = "3,4,64,32,96"
 
 
@@ -273,7 +275,7 @@ def cases(folder: Path, kinds: list[str]) -> Iterator[Case]:
     if "file" in kinds:
         yield from from_files(base)
         yield from from_files(lm, ["untied_head", "untied_head_slightly"])
-    yield from from_ports(lm, PORTS, tuple(k for k in ("taps", "outputs", "logits") if k in kinds))
+    yield from from_ports(lm, BUGS, tuple(k for k in ("taps", "outputs", "logits") if k in kinds))
     yield from from_wirings(base, tuple(k for k in ("wiring", "rewired") if k in kinds))
     if "record" in kinds:
         yield from from_records(base)

@@ -19,6 +19,7 @@ class Bug(NamedTuple):
     # whether outputs alone tell the cause: not of numbers drawn at random, of two mistakes that come to the same,
     # or of one that stays within the budget
     outputs_tell: bool = True
+    weights: Callable[[Any], Any] = lambda w: w  # the weights that the port reads
 
 
 def norm_of(self: Port, name: str, i: int | None) -> Any:
@@ -422,6 +423,8 @@ PORTS: dict[str, Bug] = {
 
 
 def port_of(weights: Any, bug: Bug | None) -> Port:
-    port = Port(weights, None if bug is None or bug.layers is None else set(bug.layers))
+    port = Port(
+        weights if bug is None else bug.weights(weights), None if bug is None or bug.layers is None else set(bug.layers)
+    )
     port.wrong = {} if bug is None else bug.wrong
     return port

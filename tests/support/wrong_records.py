@@ -121,6 +121,6 @@ RECORDS: dict[str, Record] = {
         every(lambda v: v[..., [0, 1, 3, 2, 4, 5, 6, 7], :]), ("positions of its outputs are in the order 0, 1, 3, 2",)
     ),
     "rounded to bfloat16": Record(
-        every(lambda v: (v.view(np.uint32) & 0xFFFF0000).view(np.float32)), ("rounded to bf16",)
+        every(lambda v: (v.view(np.uint32) & 0xFFFF0000).view(np.float32)), ("rounded to bfloat16",)
     ),
 }

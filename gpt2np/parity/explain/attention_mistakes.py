@@ -12,7 +12,7 @@ import numpy as np
 
 from ...call import Call
 from ...weights import Array
-from ..operations import Run, masked_softmax, split_tap, tap_inputs
+from ..operations import Run, masked_softmax, split_tap, tap_inputs, with_past
 from ..program import Program
 from .gradients import F64
 from .mistakes import misread, own_weights
@@ -24,19 +24,42 @@ def c_attn(problem: Problem, layer: int) -> Iterator[Guess]:
     p = problem.program
     name = f"h.{layer}.attn.c_attn"
     taps = [f"h.{layer}.attn.{x}" for x in "qkv"]
-    H, D = p.config.n_head, p.config.head_size
     weight, bias = p.weights(f"{name}.weight", F64), p.weights(f"{name}.bias", F64)
-    C = len(weight)
 
     def columns(order: Array) -> dict[str, Array]:
         return {f"{name}.weight": weight[:, order], f"{name}.bias": bias[order]}
 
+    yield from _column_orders(problem, taps, columns)
+    yield from _transposed_parts(problem, taps, name, weight)
+    yield from _heads_and_positions(problem, taps)
+
+    def unmoved(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+        value = p.run(tap, call, x, dtype)  # (B, H, T, D)
+        return value.transpose(0, 2, 1, 3).reshape(value.shape)
+
+    if problem.call.input_ids.shape[1] > 1:
+        text = "(B, T, HD) were reshaped to (B, H, T, D) without transposing"
+        yield Guess("head_split", taps[0], text, runs=dict.fromkeys(taps, unmoved))
+    grid = np.arange(bias.size).reshape(3, p.config.n_head, -1)
+    for heads, which, first in _head_orders(problem, layer):
+        swapped = grid.copy()
+        for w in which:
+            swapped[w] = grid[w][heads]
+        moved = " and ".join(str(i) for i, head in enumerate(heads) if i != head)
+        text = f"heads {moved} of {', '.join('qkv'[w] for w in which)} were swapped"
+        yield Guess("swapped_heads", taps[first], text, weights=columns(swapped.ravel()))
+    yield from own_weights(problem, next((t for t in taps if t in problem.suspects), taps[0]), name)
+    yield from _parts_missing(taps, name, weight, bias)
+
+
+def _column_orders(problem: Problem, taps: list[str], columns: Callable[[Array], dict[str, Array]]) -> Iterator[Guess]:
+    """c_attn's thirds, heads and numbers in another order."""
+    H, D = problem.program.config.n_head, problem.program.config.head_size
     grid = np.arange(3 * H * D).reshape(3, H, D)
     for order in permutations(range(3)):
         if order != (0, 1, 2):
             first = next(i for i in range(3) if order[i] != i)
-            names = ", ".join("qkv"[i] for i in order)
-            text = f"c_attn's thirds were in the order {names}"
+            text = f"c_attn's thirds were in the order {', '.join('qkv'[i] for i in order)}"
             yield Guess("qkv_order", taps[first], text, weights=columns(grid[list(order)].ravel()))
     index = grid.ravel()
     for text, order_in in (
@@ -50,44 +73,35 @@ def c_attn(problem: Problem, layer: int) -> Iterator[Guess]:
         back = np.argsort(there)
         for order_of, words in ((there, f"{text} read as (3, H, D)"), (back, f"(3, H, D) read as {text}")):
             yield Guess("head_split", taps[0], f"c_attn's columns were {words}", weights=columns(order_of))
-    for which in [(0,), (1,), (2,), (0, 1, 2)]:
-        if C == H * D:
-            new = weight.copy()
-            for w in which:
-                new[:, w * C : (w + 1) * C] = weight[:, w * C : (w + 1) * C].T
-            letters = "".join("qkv"[w] for w in which)
-            text = f"the {letters} part of {name}.weight were transposed"
-            yield Guess("transposed", taps[which[0]], text, weights={f"{name}.weight": new})
+
+
+def _transposed_parts(problem: Problem, taps: list[str], name: str, weight: Array) -> Iterator[Guess]:
+    """c_attn's weight, or a third of it, transposed."""
+    C, width = len(weight), weight.shape[1] // 3
+    for which in [(0,), (1,), (2,), (0, 1, 2)] if C == width else []:
+        new = weight.copy()
+        for w in which:
+            new[:, w * C : (w + 1) * C] = weight[:, w * C : (w + 1) * C].T
+        text = f"the {''.join('qkv'[w] for w in which)} part of {name}.weight were transposed"
+        yield Guess("transposed", taps[which[0]], text, weights={f"{name}.weight": new})
     for text, flipped in misread(f"{name}.weight", weight):
         yield Guess("transposed", taps[0], text, weights={f"{name}.weight": flipped})
-    yield from _heads_and_positions(problem, taps)
 
-    def unmoved(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
-        value = p.run(tap, call, x, dtype)  # (B, H, T, D)
-        return value.transpose(0, 2, 1, 3).reshape(value.shape)
 
-    if problem.call.input_ids.shape[1] > 1:
-        text = "(B, T, HD) were reshaped to (B, H, T, D) without transposing"
-        yield Guess("head_split", taps[0], text, runs=dict.fromkeys(taps, unmoved))
-    for heads, which, first in _head_orders(problem, layer):
-        swapped = grid.copy()
-        for w in which:
-            swapped[w] = grid[w][heads]
-        moved = [i for i in range(H) if heads[i] != i]
-        letters = ", ".join("qkv"[w] for w in which)
-        yield Guess(
-            "swapped_heads", taps[first], f"heads {' and '.join(map(str, moved))} of {letters} were swapped",
-            weights=columns(swapped.ravel()),
-        )  # fmt: skip
-    first_tap = next((t for t in taps if t in problem.suspects), taps[0])
-    yield from own_weights(problem, first_tap, name)
+def _parts_missing(taps: list[str], name: str, weight: Array, bias: Array) -> Iterator[Guess]:
+    """The bias, or the weight, of q, k or v alone is missing."""
+    width = bias.size // 3
     for w, tap in enumerate(taps):
-        part = slice(w * H * D, (w + 1) * H * D)
+        part = slice(w * width, (w + 1) * width)
         if bias[part].any():
             changed = bias.copy()
             changed[part] = 0
             text = f"the {'qkv'[w]} part of {name}.bias were missing"
             yield Guess("missing_bias", tap, text, weights={f"{name}.bias": changed})
+        zeros = weight.copy()
+        zeros[:, part] = 0
+        text = f"the {'qkv'[w]} part of {name}.weight were zeros"
+        yield Guess("missing_weight", tap, text, weights={f"{name}.weight": zeros})
 
 
 def _heads_and_positions(problem: Problem, taps: list[str]) -> Iterator[Guess]:
@@ -109,10 +123,56 @@ def _heads_and_positions(problem: Problem, taps: list[str]) -> Iterator[Guess]:
             turn = run(lambda x, call, pairs=pairs: rotated(x, call, pairs))  # type: ignore[misc]
             text = f"q and k were rotated by their positions (rotary embedding, of {words})"
             yield Guess("rotary", taps[0], text, runs=dict.fromkeys(taps[:2], turn))
+    yield from _normalised(taps, run)
+    yield from _other_head_count(problem, taps)
     if problem.program.config.n_head > 1:
         share = run(lambda x, call: np.broadcast_to(x[:, :1], x.shape))
         text = "all heads had the keys and values of head 0"
         yield Guess("shared_heads", taps[1], text, runs=dict.fromkeys(taps[1:], share))
+
+
+def _normalised(taps: list[str], run: Callable[[Callable[[Array, Call], Array]], Run]) -> Iterator[Guess]:
+    """Queries and keys normalised, head by head, as some newer models have them."""
+
+    def over(centre: bool, mean: bool) -> Run:
+        def change(x: Array, call: Call) -> Array:
+            x = x - x.mean(axis=-1, keepdims=True) if centre else x
+            square = (x * x).mean(axis=-1, keepdims=True) if mean else (x * x).sum(axis=-1, keepdims=True)
+            return np.asarray(x / np.sqrt(square + 1e-5))
+
+        return run(change)
+
+    for words, centre, mean in (("layer norm", True, True), ("RMS norm", False, True), ("length 1", False, False)):
+        text = f"each head's q and k were normalised ({words})"
+        yield Guess("qk_norm", taps[0], text, runs=dict.fromkeys(taps[:2], over(centre, mean)))
+
+
+def _other_head_count(problem: Problem, taps: list[str]) -> Iterator[Guess]:
+    """The same q, k and v cut into another number of heads, their scores scaled by these heads' size."""
+    p, layer = problem.program, split_tap(taps[0])[0]
+    H, D = p.config.n_head, p.config.head_size
+    scores, heads = f"h.{layer}.attn.scores", f"h.{layer}.attn.heads"
+
+    def cut(x: Array, n: int) -> Array:  # (B, H, T, D) -> (B, n, T, HD / n)
+        flat = x.swapaxes(1, 2)
+        return flat.reshape(*flat.shape[:2], n, -1).swapaxes(1, 2)
+
+    def run(n: int) -> Run:
+        def of(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+            if tap == scores:
+                keys, factor = cut(with_past(call, layer or 0, 0, x[1]), n), math.sqrt(n / H)
+                return np.asarray(cut(x[0], n) @ keys.swapaxes(-1, -2) * (p.config.layer_scale(layer or 0) * factor))
+            if x[0].shape[1] != n:  # the probabilities were given, of our heads
+                return p.run(tap, call, x, dtype)
+            mixed = (x[0] @ cut(with_past(call, layer or 0, 1, x[1]), n)).swapaxes(1, 2)
+            return mixed.reshape(*mixed.shape[:2], H * D)
+
+        return of
+
+    for n in dict.fromkeys((H // 2, 2 * H, 1, 4, 8, 12, 16, 20, 25, 32)):
+        if n and n != H and H * D % n == 0:
+            text, now = f"there were {n} heads of {H * D // n} numbers", f"{H} of {D}"
+            yield Guess("head_count", taps[0], text, now, runs={scores: run(n), heads: run(n)})
 
 
 def _head_orders(problem: Problem, layer: int) -> Iterator[tuple[list[int], tuple[int, ...], int]]:
@@ -168,6 +228,25 @@ def scale(problem: Problem, tap: str) -> Iterator[Guess]:
             by_layer = "by the layer" in words
             text = f"the scores were scaled by {words if by_layer else f'{value:.5g} ({words})'}"
             yield Guess("scale", tap, text, f"{now:.5g}", runs=scaled(problem, tap, value / now))
+
+
+def other_scores(problem: Problem, tap: str) -> Iterator[Guess]:
+    """What other transformers do with scores: cap them, or lower them with the distance between query and key."""
+    for c in (50, 30, 20, 10, 5, 2, 1):
+        capped = afterwards(problem, tap, lambda x, c=c: c * np.tanh(x / c))  # type: ignore[misc]
+        yield Guess("scores_form", tap, f"the scores were capped: {c} tanh(scores / {c})", runs=capped)
+    H = problem.program.config.n_head
+    slopes = 2.0 ** (-8.0 * (np.arange(H) + 1) / H)[:, None, None]
+
+    def biased(x: Array, relative: bool) -> Array:
+        T, S = x.shape[-2:]
+        distance = np.arange(S)[None] - (np.arange(S - T, S)[:, None] if relative else 0)
+        return np.asarray(x + (slopes * distance).astype(x.dtype))
+
+    for relative in (True, False) if tap in problem.observed else (True,):  # a softmax sees no difference
+        runs = afterwards(problem, tap, lambda x, relative=relative: biased(x, relative))  # type: ignore[misc]
+        yield Guess("alibi", tap, "the scores were lowered with distance, by another slope for each head (ALiBi)",
+                    runs=runs)  # fmt: skip
 
 
 def scaled(problem: Problem, tap: str, factor: float) -> dict[str, Run]:
@@ -341,3 +420,10 @@ def merge(problem: Problem, tap: str) -> Iterator[Guess]:
         order = grid.copy()
         order[[a, b]] = order[[b, a]]
         yield Guess("swapped_heads", tap, f"heads {a} and {b} were swapped", runs={tap: ordered(order.ravel())})
+    seen = problem.observed.get(tap)
+    still = [] if seen is None else np.flatnonzero(~seen.reshape(-1, H, D).any(axis=(0, 2))).tolist()
+    for dead in [still] if seen is not None else [[h] for h in range(H)]:
+        if dead and len(dead) < H:
+            zeros = np.repeat(~np.isin(np.arange(H), dead), D)
+            text = f"head{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} gave zeros"
+            yield Guess("dead_head", tap, text, runs=afterwards(problem, tap, lambda x, z=zeros: x * z))  # type: ignore[misc]

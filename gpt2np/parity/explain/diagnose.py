@@ -28,7 +28,7 @@ from ..program import Program
 from .cache_mistakes import written_elsewhere
 from .problem import Clock, Guess, Problem
 from .rank import rank
-from .rounding import bits_of
+from .rounding import bits_of, kind_of
 from .shorten import shortened
 from .solve import tap_of_element
 from .where import describe
@@ -71,7 +71,8 @@ def from_taps(
     problem = Problem(program, call, inputs, observed, suspects, clock)
     guesses = rank(problem)
     best = guesses[0] if guesses and (guesses[0].likely or guesses[0].removed > 0.9) else None
-    tap = row.tap if best is None else best.named or best.tap
+    named = "" if best is None or problem.stored.get(row.tap) else best.named  # all was narrow then, not what it read
+    tap = row.tap if best is None else named or best.tap
     where = place_in(problem, row.tap)
     return Diagnosis(tap, party, f"{party} computes {tap} differently", suspects, guesses, where=where)
 
@@ -220,7 +221,9 @@ def from_outputs(
         written = written_elsewhere(program, call, held)
         if written is not None:
             return Diagnosis(written.tap, who, f"{who} puts new keys and values in the wrong place", [], [written])
-    suspects, vouched = suspected(program, wrong[0], [tap for tap in ordered if tap not in wrong])
+    narrow = [tap for tap in ordered if kind_of(held[tap])]  # of a computation in which others are not, they may be it
+    agree = [tap for tap in ordered if tap not in wrong and (tap not in narrow or len(narrow) == len(ordered))]
+    suspects, vouched = suspected(program, wrong[0], agree)
     given = {tap: right[tap] for tap in vouched}
     after = names.index(suspects[0])
     observed = {tap: held[tap] for tap in ordered if names.index(tap) >= after and tap not in vouched}

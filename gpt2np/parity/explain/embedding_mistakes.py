@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from ...call import Call
 from ...weights import Array
+from ..metrics import difference
 from ..operations import Run, embed_at
 from ..program import Program
 from .gradients import F64
 from .problem import Guess, Problem, afterwards
 from .rounding import quantised
+
+TOKENS = 64  # as many other tokens are looked for
 
 
 def embedding(problem: Problem) -> Iterator[Guess]:
@@ -67,6 +70,10 @@ def _positions(problem: Problem) -> Iterator[Guess]:
 def _tokens(problem: Problem) -> Iterator[Guess]:
     ids = problem.call.input_ids
     V = problem.program.config.vocab_size
+    others = other_tokens(problem.program, problem.call, problem.observed)
+    if others is not None:
+        text = f"there were {tokens_in_words(others, ids)}"
+        yield Guess("token_ids", "embed", text, call=problem.call._replace(input_ids=others))
     first = np.broadcast_to(ids[:, :1], ids[:, :1].shape)
     for text, moved in (
         ("the tokens were shifted by one to the right, the last one first", np.roll(ids, 1, axis=1)),
@@ -81,6 +88,52 @@ def _tokens(problem: Problem) -> Iterator[Guess]:
         if not np.array_equal(moved, ids):
             cause = "token_shift" if "shifted" in text else "token_order" if "order" in text else "token_ids"
             yield Guess(cause, "embed", text, call=problem.call._replace(input_ids=moved))
+
+
+def other_tokens(program: Program, call: Call, taps: Mapping[str, Array]) -> Array | None:
+    """The ids that the embedding, or layer 0's keys and values, say were run, which depend on each token alone.
+
+    None where they are the call's own, where too many differ, or where no token of the vocabulary explains one.
+    """
+    names = ["embed"] if "embed" in taps else [n for n in ("h.0.attn.k", "h.0.attn.v") if n in taps]
+    if not names or not all(np.isfinite(taps[n]).all() for n in names):
+        return None
+    exact = dict(program.walk(call, F64, until=names[-1]))
+    by_token = {n: (lambda x: x) if n == "embed" else (lambda x: x.swapaxes(1, 2)) for n in names}  # (B, T, ..)
+    right, given = ({n: by_token[n](values[n]) for n in names} for values in (exact, taps))
+    ids, scale = np.array(call.input_ids), max(float(np.abs(right[n]).max()) for n in names)
+    apart = sum(difference(given[n], right[n]).reshape(*ids.shape, -1).max(axis=2) for n in names)
+    wrong = [(int(b), int(t)) for b, t in np.argwhere(apart > 1e-3 * scale)]
+    if not 0 < len(wrong) <= TOKENS:
+        return None
+    V, made = program.config.vocab_size, dict[int, dict[str, Array]]()
+    for b, t in wrong:
+        position = int(call.position_ids[b, t])
+        if position not in made:
+            every = call._replace(
+                input_ids=np.arange(V)[:, None], position_ids=np.full((V, 1), position), past=None,
+                attention_mask=None, token_type_ids=None, start=0,
+            )  # fmt: skip
+            made[position] = {n: v for n, v in program.walk(every, np.float32, until=names[-1]) if n in names}
+        distance = sum(np.abs(by_token[n](made[position][n])[:, 0] - given[n][b, t]).reshape(V, -1).max(axis=1)
+                       for n in names)  # fmt: skip
+        ids[b, t] = int(np.argmin(distance))
+        if distance[ids[b, t]] > 1e-3 * scale or ids[b, t] == call.input_ids[b, t]:
+            return None
+    shifts = [np.roll(call.input_ids, k, axis=1) for k in (1, -1)]
+    if any(np.array_equal(ids[:, 1:-1], other[:, 1:-1]) for other in (*shifts, call.input_ids[:, ::-1])):
+        return None  # a mistake of whole rows: there are words for it
+    return ids
+
+
+def tokens_in_words(ids: Array, now: Array) -> str:
+    """ "token 11 at input_ids[0,3], where the input holds 7", of the tokens that differ."""
+    wrong = [(int(b), int(t)) for b, t in np.argwhere(ids != now)]
+    places = [f"{ids[p]} at input_ids[{p[0]},{p[1]}]" for p in wrong[:3]]
+    few = ", ".join(places) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+    held = f", where the input holds {', '.join(str(now[p]) for p in wrong[:3])}"
+    what = "token" if len(wrong) == 1 else "other tokens than the stored ones:"
+    return f"{what} {few}{held}{' ...' if len(wrong) > 3 else ''}"
 
 
 def _matrices(problem: Problem) -> Iterator[Guess]:
@@ -113,8 +166,17 @@ def _matrices(problem: Problem) -> Iterator[Guess]:
         if value.size <= 1 << 25:
             for by_row, words in ((False, "with one scale"), (True, "with a scale for each row")):
                 new = quantised(value.astype(np.float64).T, by_row).T
-                yield Guess("quantised", "embed", f"{name}.weight held int8 values {words}",
-                            weights={f"{name}.weight": new})  # fmt: skip
+                text = f"{name}.weight held int8 values {words}"
+                yield Guess("quantised", "embed", text, weights={f"{name}.weight": new})
+                if name == "wte" and p.config.tied:
+                    text = f"{text} where tokens are looked up, though not in the head"
+                    lookup = {"embed": _looked_up(p.with_({"wte.weight": new}))}
+                    yield Guess("quantised", "embed", text, runs=lookup)
+
+
+def _looked_up(changed: Program) -> Run:
+    """The embedding with another program's weights."""
+    return lambda p, call, tap, x, dtype: embed_at(changed, call, call.position_ids, dtype)
 
 
 def _other_positions(problem: Problem) -> Iterator[Guess]:
@@ -187,13 +249,37 @@ def _rows_guessed(problem: Problem, wpe: Array, table: Callable[[str, str, Array
     if not 0 < len(wrong) < problem.call.input_ids.shape[1]:
         return
     said = f"row {wrong[0]}" if len(wrong) == 1 else f"rows {wrong[0]} to {wrong[-1]}"
-    for words, rows in (
-        ("zero", None), ("the row before over again", wrong - 1), ("the row after", wrong + 1),
-        ("row 0", 0 * wrong), (f"row {wrong[0] - 1}", 0 * wrong + wrong[0] - 1),
-    ):  # fmt: skip
-        new = wpe.astype(np.float64)
-        new[wrong] = 0 if rows is None else wpe[np.clip(rows, 0, len(wpe) - 1)]
-        yield table("position_rows", f"of wpe, {said} were {words}", new)
+    for which, words in ((wrong, said), (wrong[:1], f"row {wrong[0]}")):  # one row's error may show in all later ones
+        for what, rows in (
+            ("zero", None), ("the row before over again", which - 1), ("the row after", which + 1),
+            ("row 0", 0 * which), (f"row {which[0] - 1}", 0 * which + which[0] - 1),
+        ):  # fmt: skip
+            new = wpe.astype(np.float64)
+            new[which] = 0 if rows is None else wpe[np.clip(rows, 0, len(wpe) - 1)]
+            yield table("position_rows", f"of wpe, {words} were {what}", new)
+
+
+def _penalised(problem: Problem, observed: Array) -> Iterator[Guess]:
+    """A repetition penalty (Keskar 2019): the prompt's tokens' logits divided by a number, negative ones multiplied."""
+    ids, values = problem.call.input_ids, problem.values["logits"]
+    (B, T), V = ids.shape, values.shape[-1]
+    if problem.program.config.vocab_size != V:
+        return
+    seen = np.zeros((B, T, V), bool)
+    for b, t in np.ndindex(B, T):
+        seen[b, t, ids[b, : t + 1]] = True
+    whole = np.broadcast_to(seen[:, -1:], seen.shape)
+    for words, at in (("the prompt's tokens", whole), ("the tokens so far", seen)):
+        with np.errstate(all="ignore"):
+            ratios = np.where(values > 0, values / observed, observed / values)[at]
+        factor = float(np.median(ratios))
+        if math.isfinite(factor) and factor > 0 and abs(factor - 1) > 1e-4:
+
+            def change(x: Array, at: Array = at, factor: float = factor) -> Array:
+                return np.where(at, np.where(x > 0, x / factor, x * factor), x)
+
+            text = f"the logits of {words} had a repetition penalty of {factor:.4g}"
+            yield Guess("logits_form", "logits", text, runs=afterwards(problem, "logits", change), fitted=1)
 
 
 def head(problem: Problem) -> Iterator[Guess]:
@@ -235,8 +321,21 @@ def head(problem: Problem) -> Iterator[Guess]:
         guess = Guess("logits_form", "logits", text, runs=of_rows(lambda x: x + shift))
         guess.fitted = shift.size
         yield guess
-    H = problem.program.config.n_head
-    weight, C = p.weights(p.head, F64), p.config.n_embd
-    if C % H == 0 and weight.size <= 1 << 25:
+        yield from _penalised(problem, observed)
+    for text, moved in (
+        ("each row of logits were that of the position before", lambda x: np.roll(x, 1, -2)),
+        ("each row of logits were that of the position before, the first one twice",
+         lambda x: np.concatenate([x[..., :1, :], x[..., :-1, :]], axis=-2)),
+        ("each row of logits were that of the position after", lambda x: np.roll(x, -1, -2)),
+        ("each row of logits were that of the position after, the last one twice",
+         lambda x: np.concatenate([x[..., 1:, :], x[..., -1:, :]], axis=-2)),
+        ("the logits' positions came in reverse order", lambda x: x[..., ::-1, :]),
+        ("each logit were that of the token before", lambda x: np.roll(x, 1, -1)),
+        ("each logit were that of the token after", lambda x: np.roll(x, -1, -1)),
+    ):  # fmt: skip
+        if observed is not None:
+            yield Guess("output_order", "logits", text, runs=of_rows(moved))
+    weight = p.weights(p.head, F64)
+    if weight.size <= 1 << 25:
         yield Guess("quantised", "logits", f"{p.head} held int8 values with one scale",
                     weights={p.head: quantised(weight.astype(np.float64), False)})  # fmt: skip

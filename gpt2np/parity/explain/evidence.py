@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 
+from ...weights import Array
 from ..operations import OPERATIONS, split_tap, tap_inputs, tap_names
 from .gradients import F64
 from .problem import CERTAIN, Guess, Problem, afterwards, weight_names
@@ -25,7 +26,10 @@ def facts(problem: Problem) -> Iterator[Guess]:
             yield Guess("never_written", tap, f"{tap} were never written", removed=1.0, explains=True,
                         evidence="it is all zeros")  # fmt: skip
             continue
-        own = tap_inputs(tap, problem.program.config)  # an operation left out: there are words for that
+        own = tap_inputs(tap, problem.program.config)
+        inputs = [problem.given[i] for i in own if i in problem.given]
+        if any(value.shape == x.shape and np.array_equal(value, x) for x in inputs):
+            continue  # an operation left out: there are words for that
         others = {t: v for t, v in {**problem.values, **problem.given}.items() if t not in own}
         for other, twin in others.items():
             if (
@@ -40,7 +44,9 @@ def facts(problem: Problem) -> Iterator[Guess]:
                 yield Guess(cause, tap, text, removed=1.0, explains=True, evidence="equal number for number",
                             fitted=int(cause == "copied"))  # fmt: skip
         bad = ~np.isfinite(value)
-        if bad.any() and np.isfinite(expected).all():
+        if tap == "logits" and np.isneginf(value).any() and (filtered := _left_out_of(value, expected)):
+            yield Guess("logits_form", tap, filtered, removed=1.0, explains=True, evidence="the others are -inf")
+        elif bad.any() and np.isfinite(expected).all():
             at = tuple(int(i) for i in np.argwhere(bad)[0])
             text = f"{tap}{list(at)} became {value[at]:g}, where {expected[at]:.6g} belongs"
             if np.abs(expected).max() > 65504:
@@ -48,6 +54,21 @@ def facts(problem: Problem) -> Iterator[Guess]:
             yield Guess(
                 "not_finite", tap, text, removed=1.0, explains=True, evidence=f"{int(bad.sum())} of {bad.size} numbers"
             )
+
+
+def _left_out_of(value: Array, expected: Array) -> str:
+    """Which logits were set to -inf on purpose, as sampling does: all but the largest, some tokens'; "" if none."""
+    out = np.isneginf(value)
+    rows, kept = out.reshape(-1, out.shape[-1]), (~out).sum(axis=-1)
+    if (rows == rows[0]).all():
+        tokens = np.flatnonzero(rows[0])
+        few = ", ".join(map(str, tokens[:4])) + (" ..." if len(tokens) > 4 else "")
+        return f"the logits of token{'s' if len(tokens) > 1 else ''} {few} were set to -inf in every row"
+    lowest = np.where(out, np.inf, expected).min(axis=-1)
+    if (np.where(out, expected, -np.inf).max(axis=-1) <= lowest).all():
+        same = int(kept.min()) == int(kept.max())
+        return f"all logits but the {f'{kept.min()} ' if same else ''}largest of each row were set to -inf"
+    return ""
 
 
 def _later(problem: Problem, one: str, other: str) -> bool:
@@ -121,6 +142,9 @@ def _dropped(problem: Problem, tap: str) -> Iterator[Guess]:
 
 def stored_narrow(problem: Problem) -> Iterator[Guess]:
     """Observed arrays whose numbers all fit into a 16-bit type: rounded to it, or computed in it throughout."""
+    others = [tap for tap in problem.observed if not problem.stored[tap]]
+    if problem.error(problem.values, others) > 1e-5:  # of their size, more than float32 makes
+        return  # what was rounded was read on, and has to be tried
     for tap, value in problem.observed.items():
         kind = problem.stored[tap]
         if not kind:

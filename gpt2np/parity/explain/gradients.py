@@ -7,7 +7,7 @@ differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -22,8 +22,12 @@ F32, F64 = np.dtype(np.float32), np.dtype(np.float64)
 class Gradients:
     """Cotangents flow from the observed taps back to the weights of `taps`, in float64."""
 
-    def __init__(self, program: Program, call: Call, values: Mapping[str, Array], taps: Sequence[str]) -> None:
-        self.program, self.call, self.values, self.taps = program, call, values, list(taps)
+    def __init__(
+        self, program: Program, call: Call, values: Mapping[str, Array], taps: Sequence[str],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """check: called before each operation, to end a pass that takes too long."""
+        self.program, self.call, self.values, self.taps, self.check = program, call, values, list(taps), check
         self.at_taps: dict[str, Array] = {}  # of the last pass: the cotangent of each tap's own value
 
     def __call__(self, cotangents: Mapping[str, Array]) -> dict[str, Array]:
@@ -34,6 +38,7 @@ class Gradients:
         for tap in reversed(self.taps):
             if tap not in flow:
                 continue
+            self.check()
             g = self.at_taps[tap] = flow.pop(tap)
             inputs = tap_inputs(tap, self.program.config)
             x = [self.values[name] for name in inputs]

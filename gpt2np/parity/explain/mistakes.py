@@ -112,6 +112,10 @@ def residual(problem: Problem, tap: str) -> Iterator[Guess]:
     def sums(a: float, b: float) -> dict[str, Run]:
         return {tap: lambda p, call, name, x, dtype: a * x[0] + b * x[1]}
 
+    layer, part = split_tap(tap)
+    if part == "resid_mid":
+        left_out = {t: lambda p, call, name, x, dtype: x[0] for t in (tap, f"h.{layer}.resid_post")}
+        yield Guess("layer_dropped", tap, f"layer {layer} were left out", runs=left_out)
     yield Guess("missing_residual", tap, f"the residual were not added to {what}'s result", runs=sums(0, 1))
     yield Guess("missing_branch", tap, f"{what}'s result were not added", runs=sums(1, 0))
     yield Guess("residual_twice", tap, "the residual were added twice", runs=sums(2, 1))
@@ -169,6 +173,9 @@ def layer_norm(problem: Problem, tap: str) -> Iterator[Guess]:
             lambda y, w, b: y * w + b, axis=(-1, -2)
         ),
         "neither weight nor bias were applied": other(lambda y, w, b: y),
+        "it divided by the root of the squares' sum, not of their mean": other(
+            lambda y, w, b: y * w / math.sqrt(p.config.n_embd) + b
+        ),
     }.items():
         yield Guess("norm_form", tap, f"in {tap} {text}", runs={tap: run})
     yield Guess("missing_norm", tap, f"{tap} were not applied", runs={tap: lambda p, call, name, x, dtype: x[0]})
@@ -207,6 +214,8 @@ def own_weights(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
     if "ln_" not in name:
         negated = {f"{name}.weight": -w(f"{name}.weight", F64)}
         yield Guess("weight_negated", tap, f"{name}.weight were negated", weights=negated)
+        zeros = {f"{name}.weight": np.zeros_like(negated[f"{name}.weight"])}
+        yield Guess("missing_weight", tap, f"{name}.weight were zeros: its bias alone came out", weights=zeros)
 
 
 def other_weights(problem: Problem, tap: str, name: str, others: list[str]) -> Iterator[Guess]:
@@ -288,8 +297,11 @@ def decimals(n: int) -> Callable[[Array], Array]:
 
 
 def whole_results(problem: Problem, tap: str) -> Iterator[Guess]:
-    """What can be done to a result as a whole, where that result was seen."""
+    """What can be done to a result as a whole; in large models, where that result was seen."""
     if tap not in problem.observed:
+        for text, cut in (("rounded", np.rint), ("cut off", np.trunc)) if not problem.is_large else ():
+            runs = afterwards(problem, tap, cut)
+            yield Guess("integers", tap, f"{tap} were {text} to integers", runs=runs)
         return
 
     def last(x: Array) -> Array:

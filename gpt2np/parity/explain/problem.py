@@ -24,7 +24,7 @@ from ..metrics import difference
 from ..operations import Run, split_tap, tap_inputs, tap_names, tap_weights
 from ..places import kept
 from ..program import Program
-from .gradients import F32, F64
+from .gradients import F32, F64, Gradients
 from .rounding import BITS, kind_of, rounded
 
 NOISE_FACTOR = 10.0  # a guess explains an error if it leaves no more than so many times float32's own error
@@ -36,12 +36,17 @@ RIVAL = 3.0  # what leaves at most so many times as much as the best guess is it
 Progress = Callable[[float, str], None]  # share of the time that is used up, what is being tried
 
 
+class TimeUp(Exception):
+    """A search has used up its time: it ends with what it knows."""
+
+
 class Clock:
     """Processor time that a search may take."""
 
     def __init__(self, seconds: float = 60.0, progress: Progress | None = None) -> None:
         self.start: float | None = None  # it runs from its first use on
         self.seconds, self.progress = seconds, progress
+        self.limit = math.inf  # the share of the time after which `check` ends what is being done
 
     @property
     def used(self) -> float:
@@ -58,6 +63,11 @@ class Clock:
         if self.progress is not None and doing:
             self.progress(min(1.0, self.used / max(self.seconds, 1e-9)), doing)
         return self.used > share * self.seconds
+
+    def check(self) -> None:
+        """End what is being done when its time is over; operations ask this, each of which is short."""
+        if self.used > self.limit * self.seconds:
+            raise TimeUp
 
 
 @contextmanager
@@ -199,6 +209,7 @@ class Problem:
         known = {**{t: self.values[t] for t in self.taps[:start]}, **self.given} if start else dict(self.given)
         squares = 0.0
         for tap in self.taps[start:]:
+            self.clock.check()
             inputs = [self.given.get(i, known.get(i)) for i in tap_inputs(tap, program.config)]
             known[tap] = program.run(tap, call or self.call, inputs, dtype)  # type: ignore[arg-type]
             if tap in self.observed and least < math.inf:
@@ -206,6 +217,10 @@ class Problem:
                 if not squares <= least**2:
                     break
         return known
+
+    def gradients(self, program: Program | None = None, values: dict[str, Array] | None = None) -> Gradients:
+        """Reverse mode through this problem's operations; of the program under test, or of a changed one."""
+        return Gradients(program or self.program, self.call, values or self.values, self.taps, self.clock.check)
 
     def input(self, tap: str, which: int = 0) -> Array | None:
         """An input of an operation, as the program under test gives it to it."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,7 @@ from . import attention_mistakes as attention
 from .cache_mistakes import cache
 from .embedding_mistakes import embedding, head
 from .evidence import facts, shape_of_the_error, shown_by_the_file, stored_narrow
-from .gradients import F64, Gradients
+from .gradients import F64
 from .mistakes import (
     activation,
     fitted_epsilon,
@@ -34,7 +36,7 @@ from .mistakes import (
     residual,
     whole_results,
 )
-from .problem import CLOSE, Guess, Problem, name_likely, norm_names, one_thread, weight_names
+from .problem import CLOSE, Clock, Guess, Problem, TimeUp, name_likely, norm_names, one_thread, weight_names
 from .rounding_mistakes import narrow_everywhere, narrow_types
 from .solve import absent_biases, dead_column, single_elements
 from .where import describe, inside
@@ -103,40 +105,59 @@ def rank(
 def search(problem: Problem, spare: Mapping[str, Array], recorded: bool) -> list[Guess]:
     """All stages of the search, in the order of what they cost."""
     found = Ranking(problem)
-    for guess in [*facts(problem), *stored_narrow(problem)]:
-        found.keep(guess)
-    stages: list[Callable[[], Iterable[Guess]]] = []
-    if problem.before > 0 and math.isfinite(problem.before):
-        if is_wide(problem):  # one mistake in all layers is usual, and layer by layer takes long
-            found.try_all(promising(problem), 0.3)
-            if not found.settled:
-                found.try_all(everywhere(problem), 0.4)
-        if not found.settled:
-            found.try_all(plain(problem), 0.5)
-        stages = [
-            lambda: () if is_wide(problem) else everywhere(problem),
-            lambda: spare_weights(problem, spare),
-            lambda: (g for tap in problem.suspects for g in further(problem, tap)),
-            lambda: confined(problem, found),
-            lambda: by_head(problem, found.ranked()),
-            lambda: fitted(problem, found.ranked()),
-            lambda: absent_biases(problem),
-        ]
-        for number, stage in enumerate(stages):
-            if not found.explained:
-                found.try_all(stage(), 0.5 + 0.05 * number)
-        if not found.explained and not problem.clock.out("single weights", 0.7):
-            found.try_all([*dead_column(problem), *single_elements(problem)], 1.0, FIT)
-    if problem.before > 0 and not found.explained:
-        found.try_all(shape_of_the_error(problem), 1.0)
-    shown = shown_by_the_file(problem) if recorded and not problem.clock.out(share=0.95) else []
-    for guess in shown:
-        guess.removed = 0.1 if found.explained else guess.removed
-        guess.likely = not found.explained and len({g.tap for g in shown}) == 1 and guess.removed > 0.9
-        found.keep(guess)
+    with until(problem.clock, 0.85):
+        for guess in [*facts(problem), *stored_narrow(problem)]:
+            found.keep(guess)
+        if problem.before > 0 and math.isfinite(problem.before):
+            try_mistakes(problem, found, spare)
+    with until(problem.clock, 0.92):
+        if problem.before > 0 and not found.explained:
+            found.try_all(shape_of_the_error(problem), 1.0)
+    with until(problem.clock, 0.98):
+        shown = shown_by_the_file(problem) if recorded else []
+        for guess in shown:
+            guess.removed = 0.1 if found.explained else guess.removed
+            guess.likely = not found.explained and len({g.tap for g in shown}) == 1 and guess.removed > 0.9
+            found.keep(guess)
     ranked = [g for g in found.ranked() if g.removed > SHOWN]
     near = bool(ranked) and ranked[0].removed >= CLOSE and not ranked[0].fitted  # then what is left has no shape
     return [g for g in ranked if not (near and g.cause == "imprecise")]
+
+
+def try_mistakes(problem: Problem, found: Ranking, spare: Mapping[str, Array]) -> None:
+    """The stages that try mistakes, each with its share of the time, until one explains everything."""
+    if is_wide(problem):  # one mistake in all layers is usual, and layer by layer takes long
+        found.try_all(promising(problem), 0.3)
+        if not found.settled:
+            found.try_all(everywhere(problem), 0.4)
+    if not found.settled:
+        found.try_all(plain(problem), 0.5)
+    stages: list[Callable[[], Iterable[Guess]]] = [
+        lambda: () if is_wide(problem) else everywhere(problem),
+        lambda: spare_weights(problem, spare),
+        lambda: (g for tap in problem.suspects for g in further(problem, tap)),
+        lambda: confined(problem, found),
+        lambda: by_head(problem, found.ranked()),
+        lambda: fitted(problem, found.ranked()),
+        lambda: absent_biases(problem),
+    ]
+    for number, stage in enumerate(stages):
+        if not found.explained:
+            found.try_all(stage(), 0.5 + 0.05 * number)
+    if not found.explained and not problem.clock.out("single weights", 0.7):
+        found.try_all(dead_column(problem), 1.0, FIT)
+        found.try_all(single_elements(problem), 1.0, FIT)
+
+
+@contextmanager
+def until(clock: Clock, share: float) -> Iterator[None]:
+    """What is done here ends when that share of the time is used up, with whatever was found."""
+    before, clock.limit = clock.limit, share
+    try:
+        with suppress(TimeUp):
+            yield
+    finally:
+        clock.limit = before
 
 
 def catalogue(problem: Problem, tap: str, alone: bool = False) -> Iterator[Guess]:
@@ -153,6 +174,7 @@ def catalogue(problem: Problem, tap: str, alone: bool = False) -> Iterator[Guess
             yield from attention.c_attn(problem, layer)  # type: ignore[arg-type]
     elif part == "attn.scores":
         yield from attention.scale(problem, tap)
+        yield from attention.other_scores(problem, tap)
         yield from cache(problem, tap)
     elif part == "attn.probs":
         yield from attention.mask(problem, tap)
@@ -198,7 +220,7 @@ def promising(problem: Problem) -> list[Guess]:
     error e, e . J d = |e|^2; and e . J d for all operations comes from one backward pass over e. The operation alone
     is run for each guess, not all that follows it.
     """
-    back = Gradients(problem.program, problem.call, problem.values, problem.taps)
+    back = problem.gradients()
     back(problem.weighted(problem.residuals()))
     found: list[tuple[float, int, Guess]] = []
     for tap in [t for t in problem.suspects if t in back.at_taps and split_tap(t)[1] not in MAPS]:
@@ -242,12 +264,65 @@ def everywhere(problem: Problem) -> Iterator[Guess]:
                 groups.setdefault((guess.cause, variant.replace("h.*.ln", "ln")), []).append(guess)
     for same in sorted(groups.values(), key=lambda same: USUAL.index(same[0].cause) if same[0].cause in USUAL else 99):
         if len(same) > 1:
-            weights = {name: value for g in same for name, value in g.weights.items()}
-            runs = {tap: run for g in same for tap, run in g.runs.items()}
-            text = f"{same[0].text}, and so in all {len({split_tap(g.tap)[0] for g in same})} layers"
-            yield Guess(same[0].cause, same[0].tap, text, same[0].now, weights=weights, runs=runs)
+            yield in_all(same)
+        without = [g for g in same if g.tap != "ln_f"]
+        if 1 < len(without) < len(same) and not problem.is_large:
+            yield in_all(without)
     yield all_maps_misread(problem)
     yield from narrow_everywhere(problem)
+    yield from layer_orders(problem)
+
+
+def in_all(same: Sequence[Guess]) -> Guess:
+    """One mistake made at several operations, as one guess."""
+    weights = {name: value for g in same for name, value in g.weights.items()}
+    runs = {tap: run for g in same for tap, run in g.runs.items()}
+    layers = {split_tap(g.tap)[0] for g in same} - {None}
+    text = f"{same[0].text}, and so in all {len(layers)} layers" + (" and ln_f" * (same[-1].tap == "ln_f"))
+    return Guess(same[0].cause, same[0].tap, text, same[0].now, weights=weights, runs=runs)
+
+
+def layer_orders(problem: Problem) -> Iterator[Guess]:
+    """The layers' weights in another order: one too early or late, backwards, two exchanged, one over again."""
+    p, L = problem.program, problem.program.config.n_layer
+    if problem.local:  # one operation's weights are no layer's
+        return
+
+    def of(order: Sequence[int]) -> dict[str, Run]:
+        def run(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+            layer, part = split_tap(tap)
+            return p.run(f"h.{order[layer or 0]}.{part}", call, x, dtype)
+
+        moved = {i for i in range(L) if order[i] != i}
+        parts = ("ln_1", "ln_2", *MAPS)
+        return {t: run for t in problem.taps if split_tap(t)[0] in moved and split_tap(t)[1] in parts}
+
+    same = list(range(L))
+    orders = [(f"layers {i} and {i + 1} were exchanged", [*same[:i], i + 1, i, *same[i + 2 :]]) for i in same[:-1]]
+    orders += [("layers came in reverse order", same[::-1]), ("all layers had the weights of layer 0", [0] * L)]
+    orders += [
+        ("each layer had the weights of the one after", [*same[1:], 0]),
+        ("each layer had the weights of the one before", [L - 1, *same[:-1]]),
+        ("each layer but the last had the weights of the one after", [*same[1:], L - 1]),
+        ("each layer but the first had the weights of the one before", [0, *same[:-1]]),
+    ]
+    orders += [(f"layer {j} had the weights of layer {i}", [*same[:j], i, *same[j + 1 :]])
+               for i, j in permutations(same, 2) if not problem.is_large or abs(i - j) == 1]  # fmt: skip
+    tried: list[list[int]] = []
+    for text, order in orders:
+        runs = of(order)
+        if runs and order not in tried:
+            tried.append(order)
+            yield Guess("layer_order", next(iter(runs)), text, runs=runs)
+    for to, of_what in (("ln_1", "ln_2"), ("ln_2", "ln_1")):
+
+        def other(q: Program, call: Call, tap: str, x: list[Array], dtype: Any, stem: str = of_what) -> Array:
+            return p.run(f"h.{split_tap(tap)[0]}.{stem}", call, x, dtype)
+
+        taps = [t for t in problem.taps if split_tap(t)[1] == to]
+        if len(taps) > 1:
+            text = f"{to} had the weights of {of_what}, in all layers"
+            yield Guess("other_layer", taps[0], text, runs=dict.fromkeys(taps, other))
 
 
 def all_maps_misread(problem: Problem) -> Guess:

@@ -7,8 +7,8 @@ import numpy as np
 from ...weights import Array
 
 # Bits of the significand, the hidden one included. tf32 is float32 with 10 of its 23 stored bits.
-BITS = {"fp16": 11, "bf16": 8, "tf32": 11, "fp8_e4m3": 4, "fp8_e5m2": 3}
-SIXTEEN_BITS = ("bf16", "fp16")
+BITS = {"float16": 11, "bfloat16": 8, "tf32": 11, "float8_e4m3fn": 4, "float8_e5m2": 3}
+SIXTEEN_BITS = ("bfloat16", "float16")
 
 
 def rounded(x: Array, kind: str) -> Array:
@@ -19,8 +19,8 @@ def rounded(x: Array, kind: str) -> Array:
     if kind == "tf32":
         return ((x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32).astype(np.float64)
     narrow = {
-        "bf16": ml_dtypes.bfloat16, "fp16": np.float16,
-        "fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2,
+        "bfloat16": ml_dtypes.bfloat16, "float16": np.float16,
+        "float8_e4m3fn": ml_dtypes.float8_e4m3fn, "float8_e5m2": ml_dtypes.float8_e5m2,
     }[kind]  # fmt: skip
     with np.errstate(all="ignore"):
         return x.astype(narrow).astype(np.float64)
@@ -38,6 +38,20 @@ def kind_of(x: Array) -> str:
 def bits_of(x: Array) -> int:
     """Bits of the significand that an array's numbers need: 24, or those of a 16-bit type that holds them all."""
     return BITS[kind_of(x)] if kind_of(x) else 24
+
+
+# How activations are held in 8 bits: one scale, one for each row, or 256 levels from the lowest to the highest number.
+EIGHT_BITS = ("one scale", "a scale for each row", "256 levels from lowest to highest")
+
+
+def in_8_bits(x: Array, how: str) -> Array:
+    """Activations as 8-bit integers hold them, in one of the ways of `EIGHT_BITS`."""
+    if how == EIGHT_BITS[2]:
+        low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+        scale = (high - low) / 255 or 1.0
+        zero = np.rint(-low / scale)
+        return (np.clip(np.rint(x / scale) + zero, 0, 255) - zero) * scale
+    return quantised(np.moveaxis(x, -1, 0), how == EIGHT_BITS[1]).transpose(*range(1, x.ndim), 0)
 
 
 def quantised(x: Array, by_column: bool) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,11 @@ from ..operations import OPERATIONS, Run, split_tap, tap_inputs, tap_weights
 from ..program import Program
 from .gradients import F64
 from .problem import Guess, Problem, together, weight_names
-from .rounding import SIXTEEN_BITS, quantised, rounded
+from .rounding import EIGHT_BITS, SIXTEEN_BITS, in_8_bits, quantised, rounded
 
-ROUNDINGS = (*SIXTEEN_BITS, "tf32", "fp8_e4m3", "fp8_e5m2")
+# Parts of a layer whose results programs round in every layer, in words.
+EVERYWHERE = {"attn.scores": "all scores", "attn.probs": "all probabilities", "mlp.gelu": "the activation's results"}
+ROUNDINGS = (*SIXTEEN_BITS, "tf32", "float8_e4m3fn", "float8_e5m2")
 
 
 def narrow_types(problem: Problem, tap: str) -> Iterator[Guess]:
@@ -34,6 +36,7 @@ def narrow_types(problem: Problem, tap: str) -> Iterator[Guess]:
         for by_column, words in ((False, "one scale"), (True, "a scale for each column")):
             text = f"{name} held int8 values with {words}"
             yield Guess("quantised", group[0], text, weights={name: quantised(value, by_column)})
+    yield from _activations_in_8_bits(problem, group, inputs) if local else ()
     for kind in ROUNDINGS if local else SIXTEEN_BITS:
         both = {name: rounded(p.weights(name, F64).astype(np.float64), kind) for name in names}
         for name, value in both.items():
@@ -59,6 +62,29 @@ def narrow_types(problem: Problem, tap: str) -> Iterator[Guess]:
                 yield Guess("rounding", group[0], text, weights=some, runs=runs)
 
 
+def _activations_in_8_bits(problem: Problem, group: list[str], inputs: Sequence[str]) -> Iterator[Guess]:
+    """What the operation reads, or what it makes, in 8-bit integers."""
+    p = problem.program
+    for how in EIGHT_BITS:
+        for i, name in enumerate(inputs):
+            text = f"{name} were rounded to int8 ({how}) before {' and '.join(group)} read it"
+            yield Guess("quantised", group[0], text, runs=dict.fromkeys(group, in_8_bits_run(p, how, i)))
+        for some in [group, group[1:]] if len(group) > 1 else [group]:  # a cache holds keys and values alone
+            text = f"{' and '.join(some)} were rounded to int8 ({how})"
+            yield Guess("quantised", some[0], text, runs=dict.fromkeys(some, in_8_bits_run(p, how, None)))
+
+
+def in_8_bits_run(p: Program, how: str, which: int | None) -> Run:
+    """An operation one of whose inputs, or with None whose result, is held in 8-bit integers."""
+
+    def run(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+        read = [in_8_bits(v, how) if i == which else v for i, v in enumerate(x)]
+        value = p.run(tap, call, read, dtype)
+        return in_8_bits(value, how) if which is None else value
+
+    return run
+
+
 def rounded_run(p: Program, kind: str, which: set[int], result: bool) -> Run:
     def run(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
         base = q.with_(runs={tap: OPERATIONS[split_tap(tap)[1]].run})
@@ -82,3 +108,16 @@ def narrow_everywhere(problem: Problem) -> Iterator[Guess]:
             text = f"all weights and all results were rounded to {kind}"
             yield Guess("rounding", first, text, weights=weights, runs=runs)
         yield Guess("rounding", first, f"all results were rounded to {kind}", runs=runs)
+        for part, words in {"attn.k": "all keys and values", **EVERYWHERE}.items():
+            taps = [
+                t for t in problem.taps if split_tap(t)[1] == part or (part, split_tap(t)[1]) == ("attn.k", "attn.v")
+            ]
+            if len(taps) > 1:
+                yield Guess("rounding", taps[0], f"{words} were rounded to {kind}", runs={t: runs[t] for t in taps})
+    for how in EIGHT_BITS:
+        cached = [t for t in problem.taps if split_tap(t)[1] in ("attn.k", "attn.v")]
+        maps = [t for t in problem.taps if tap_weights(t, p) and tap_inputs(t, p.config) and "ln_" not in t]
+        for words, taps, which in (("all keys and values", cached, None), ("what all linear maps read", maps, 0)):
+            if taps:
+                text = f"{words} were rounded to int8 ({how})"
+                yield Guess("quantised", taps[0], text, runs=dict.fromkeys(taps, in_8_bits_run(p, how, which)))

@@ -11,8 +11,10 @@ from ...call import Call
 from ...weights import Array
 from ..operations import linear_of, split_tap
 from ..program import Program
-from .gradients import F64, Gradients
+from .gradients import F64
 from .problem import Guess, Problem, weight_names
+
+COLUMNS = 12  # that are run to the end in a large model
 
 
 def tap_of_element(program: Program, call: Call, name: str, index: tuple[int, ...]) -> str:
@@ -29,7 +31,7 @@ def tap_of_element(program: Program, call: Call, name: str, index: tuple[int, ..
     return f"h.{layer}.{stem.replace('c_proj', 'out')}"
 
 
-def single_elements(problem: Problem) -> list[Guess]:
+def single_elements(problem: Problem) -> Iterator[Guess]:
     """The single weight element whose change would explain the error best.
 
     To first order, changing element j by d changes the outputs by J_j d. The error that the best d removes is
@@ -39,13 +41,13 @@ def single_elements(problem: Problem) -> list[Guess]:
     """
     program = problem.program
     probes = 256 if len(problem.taps) <= 3 else 16
-    back = Gradients(program, problem.call, problem.values, problem.taps)
+    back = problem.gradients()
     numerator = back(problem.weighted(problem.residuals()))
     rng = np.random.default_rng(0)
     norms: dict[str, Array] = {name: np.zeros_like(g) for name, g in numerator.items()}
     for _ in range(probes):
         if problem.clock.out("single weights", 0.8):
-            return []
+            return
         noise = {tap: rng.standard_normal(t.shape) for tap, t in problem.observed.items()}
         for name, g in back(problem.weighted(noise)).items():
             norms[name] += g * g / probes
@@ -69,29 +71,30 @@ def single_elements(problem: Problem) -> list[Guess]:
     for name, index, step, tap in placed:
         if tap in problem.suspects and not problem.clock.out(f"one element of {name}", 0.95):
             rough.append(solve_element(problem, name, index, step, tap, rounds=2))
-    rough.sort(key=lambda g: -g.removed)
-    found = [solve_element(problem, *g.element, g.tap, rounds=8) for g in rough[:3]]
-    return sorted(found, key=lambda g: -g.removed)
+            yield rough[-1]
+    for guess in sorted(rough, key=lambda g: -g.removed)[:3]:
+        yield solve_element(problem, *guess.element, guess.tap, rounds=8)
 
 
-def dead_column(problem: Problem) -> list[Guess]:
-    """The columns of a linear map whose loss would explain the error best, to first order; the best of them judged."""
-    back = Gradients(problem.program, problem.call, problem.values, problem.taps)
+def dead_column(problem: Problem) -> Iterator[Guess]:
+    """The columns of linear maps whose loss would explain the error best, to first order, the best one first."""
+    back = problem.gradients()
     back(problem.weighted(problem.residuals()))
-    found = []
+    promising: list[tuple[float, str, int]] = []
     for tap in problem.suspects:
         if split_tap(tap)[1] not in ("attn.out", "mlp.c_fc", "mlp.out") or tap not in back.at_taps:
             continue
         promise = -(back.at_taps[tap] * problem.values[tap]).reshape(-1, problem.values[tap].shape[-1]).sum(axis=0)
+        promising += [(float(promise[column]), tap, int(column)) for column in np.argsort(-promise)[:3]]
+    promising.sort(reverse=True)
+    for _, tap, column in promising[:COLUMNS] if problem.is_large else promising:
         name = linear_of(tap)
-        for column in np.argsort(-promise)[:3]:
-            weights = {k: problem.program.weights(f"{name}.{k}", F64).copy() for k in ("weight", "bias")}
-            weights["weight"][:, column] = 0
-            weights["bias"][column] = 0
-            text = f"column {column} of {name} were dead: it gives 0"
-            changed = {f"{name}.{k}": value for k, value in weights.items()}
-            found.append(problem.judge(Guess("dead_column", tap, text, weights=changed, fitted=1)))
-    return found
+        weights = {k: problem.program.weights(f"{name}.{k}", F64).copy() for k in ("weight", "bias")}
+        weights["weight"][:, column] = 0
+        weights["bias"][column] = 0
+        text = f"column {column} of {name} were dead: it gives 0"
+        changed = {f"{name}.{k}": value for k, value in weights.items()}
+        yield problem.judge(Guess("dead_column", tap, text, weights=changed, fitted=1))
 
 
 def solve_element(problem: Problem, name: str, index: tuple[int, ...], step: float, tap: str, rounds: int) -> Guess:
@@ -166,7 +169,7 @@ def solve_bias(problem: Problem, name: str, tap: str, rounds: int = 3, steps: in
         error = sum(float(np.square(r).sum()) for r in residual.values())
         if not math.isfinite(error) or error < 1e-14 or problem.clock.out(f"{name} missing", 0.8):
             break
-        back = Gradients(program, problem.call, values, problem.taps)
+        back = problem.gradients(program, values)
 
         def along(d: Array, program: Program = program, values: dict[str, Array] = values) -> dict[str, Array]:
             h = 1e-5 / (float(np.abs(d).max()) or 1.0)
