@@ -20,12 +20,12 @@ from .explain.problem import Clock
 from .files import compare_files
 from .forms import as_array, form_of, named
 from .localise import Seen, TapRow, compare_taps, first_divergence
-from .operations import tap_inputs
+from .operations import is_tap, tap_inputs
 from .parties import Function, Ort, Runner, TraceRunner, model_of, port_of, runner_of
 from .replace import check_replace, put_right, say_whether_cured
 from .report import Pair, Report, Watch, add_once
 from .search import Oracle, investigate, judge
-from .subject import Subject, taps_of
+from .subject import Subject, misfit, taps_of
 from .trace import versions
 from .wiring import compare_wiring
 
@@ -164,6 +164,11 @@ def compare_cases(
             compare_arrays(result, y[name], x[name], model, case, budgets, padding)
             found.append(result)
         for runner, own in ((a, [n for n in x if n not in y]), (b, [n for n in y if n not in x])):
+            odd = [n for n in own if is_tap(n) and n not in model.output_names]
+            for name in odd:  # what is a tap by its name and none by its shape
+                problem = misfit((x if runner is a else y)[name], name, model.config, model.call(case.feeds))
+                found.append(Comparison(case.name, name, b.name, a.name, budgets.default, problem=problem))
+            own = [n for n in own if n not in odd]
             if own:
                 add_once(
                     report.not_compared,

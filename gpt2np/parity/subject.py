@@ -165,22 +165,26 @@ LAYOUTS: dict[str, Layouts] = {
 }  # fmt: skip
 
 
-def in_another_layout(value: Array, tap: str, config: GPT2Config, call: Call) -> tuple[Array | None, str]:
-    """A tap that is laid out as other programs do, in our layout, or None; and which layout it has, in words."""
+def in_another_layout(value: Array, tap: str, config: GPT2Config, call: Call) -> tuple[Array, str] | None:
+    """A tap that is laid out as other programs do, in our layout, and which one it has; None where it has none."""
     shape, own = tap_shape(tap, config, call), OPERATIONS[split_tap(tap)[1]].shape
-    expected = f"({own.replace(' ', ', ')})"
-    misfit = f"has shape {value.shape}, where {expected} is {shape}: it is not compared"
     (B, T), H, D = call.input_ids.shape, config.n_head, config.head_size
     sizes = {"B": B, "T": T, "S": call.start + T, "H": H, "D": D, "HD": H * D, "BH": B * H}
     if value.size != math.prod(shape):
-        return None, misfit
+        return None
     for letters, turn in LAYOUTS.get(own, ()):
         theirs = tuple(sizes[letter] for letter in letters.split())
         if [n for n in value.shape if n != 1] == [n for n in theirs if n != 1]:
             split = letters == "B T HD"  # the heads are to be told apart before they change places with the positions
             moved = value.reshape(B, T, H, D).swapaxes(1, 2) if split else turn(value.reshape(theirs))
-            return moved.reshape(shape), f"is ({letters.replace(' ', ', ')}), read as {expected}"
-    return None, misfit
+            return moved.reshape(shape), f"is ({letters.replace(' ', ', ')}), read as ({own.replace(' ', ', ')})"
+    return None
+
+
+def misfit(value: Array, tap: str, config: GPT2Config, call: Call) -> str:
+    """What is wrong with a tap's shape."""
+    letters = OPERATIONS[split_tap(tap)[1]].shape.replace(" ", ", ")
+    return f"shape {value.shape}, where ({letters}) is {tap_shape(tap, config, call)}: it could not be compared"
 
 
 def aliases(recognised: Recognised) -> dict[str, str]:
@@ -214,7 +218,7 @@ def sort_arrays(
     """Arrays under the file's outputs' names, or their roles', and under tap names, told apart and checked.
 
     What is an output and a tap at once ("logits") is both. `who` begins a complaint. A tap in another layout is
-    turned into ours; one of a shape that is none of the known ones is left out. The notes say so.
+    turned into ours, which the notes say; one of a shape that is none of the known ones stays among the outputs.
 
     Raises
     ------
@@ -236,8 +240,12 @@ def sort_arrays(
         if name in known and name not in names:
             tap = as_tap(array, name, model.config, call)
             if tap is None and output is None:
-                tap, text = in_another_layout(array, name, model.config, call)
-                odd.setdefault(text, []).append(name)
+                other = in_another_layout(array, name, model.config, call)
+                if other is None:
+                    made[name] = array
+                else:
+                    tap = other[0]
+                    odd.setdefault(other[1], []).append(name)
             if tap is not None:
                 found[name] = tap
         elif output is None:

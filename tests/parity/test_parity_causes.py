@@ -164,7 +164,10 @@ def test_plain_arrays_pass_where_they_are_right(right: tuple[gpt2np.GPT2, Taps],
     ("arrays", "complaint"),
     [
         ({"layer1": np.zeros(3)}, "'layer1', neither an output"),
-        ({"h.0.attn.q": np.zeros((1, 16, 6, 32), np.float32)}, r"shape \(1, 16, 6, 32\), expected \(1, 6, 16, 32\)"),
+        (
+            {"h.0.attn.q": np.zeros((1, 6, 16, 16), np.float32)},
+            r"shape \(1, 6, 16, 16\), where \(B, H, T, D\) is \(1, 6, 16, 32\)",
+        ),
     ],
 )
 def test_foreign_arrays_fail_with_what_is_wrong(arrays: Taps, complaint: str, mini: Path, tmp_path: Path) -> None:

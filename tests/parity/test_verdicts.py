@@ -153,8 +153,11 @@ def test_a_tap_of_no_known_shape_is_said_and_the_rest_compared(
 ) -> None:
     path, case, outputs = right
     report = judge(path, case, {**outputs, "h.0.attn.probs": np.zeros((1, 8, 8), np.float32)}, tmp_path)
-    assert report.exit_code == 0
-    assert "h.0.attn.probs has shape (1, 8, 8), where (B, H, T, S) is (1, 3, 8, 8): it is not compared" in said(report)
+    assert report.exit_code == 1
+    assert sum(c.ok for c in report.comparisons) == len(outputs)
+    assert "h.0.attn.probs, port - zoo: shape (1, 8, 8), where (B, H, T, S) is (1, 3, 8, 8): it could not" in said(
+        report
+    )
 
 
 def test_rows_of_the_embeddings_that_are_not_finite_are_told_though_no_input_reads_them(
