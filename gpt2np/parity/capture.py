@@ -15,6 +15,7 @@ from . import trace as traces
 from .cases import Case
 from .operations import split_tap, tap_names, tap_shape
 from .parties import Ort, Runner
+from .report import Report, add_once
 from .subject import Subject
 
 
@@ -40,16 +41,17 @@ class Options:
 
 
 def run_case(
-    case: Case, runners: Sequence[Runner], findings: list[str] | None = None
+    case: Case, runners: Sequence[Runner], report: Report | None = None
 ) -> dict[str, Mapping[str, Array] | Gpt2npError]:
-    """Outputs of every party, or the error that kept it from giving any; what is odd about them into `findings`."""
+    """Outputs of every party, or the error that kept it from giving any; what is odd about them into the report."""
     results: dict[str, Mapping[str, Array] | Gpt2npError] = {}
     for runner in runners:
         try:
             given = runner.run(case.feeds)
             results[runner.name] = given.outputs
-            if findings is not None:
-                findings += [text for note in given.notes if (text := f"{note} ({runner.name})") not in findings]
+            if report is not None:
+                add_once(report.findings, *(f"{note} ({runner.name})" for note in given.notes))
+                add_once(report.not_compared, *(f"{note} ({runner.name})" for note in given.left_out))
         except Gpt2npError as error:
             results[runner.name] = error
     return results

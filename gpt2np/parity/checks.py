@@ -72,7 +72,7 @@ def matrix(checks: Sequence[Check]) -> Table | None:
             return ""
         return ("ok" if check.ok else "FAIL") + ("" if check.worst is None else f" {number(check.worst)}")
 
-    rows = [(name, *(cell(cells.get((name, party))) for party in parties)) for name in names]
+    rows = [row for name in names if any((row := (name, *(cell(cells.get((name, party))) for party in parties)))[1:])]
     styles = ["red" if any("FAIL" in c for c in row) else "" for row in rows]
     notes = ["each party against itself, with the largest difference; an empty cell was not made, and is said above"]
     return Table("invariances", ("check", *parties), rows, styles, notes)

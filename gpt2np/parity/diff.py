@@ -150,7 +150,7 @@ def compare_cases(
     by_case: dict[str, list[Comparison]] = {}
     results: dict[str, tuple[dict[str, Array], dict[str, Array]]] = {}
     for case in cases:
-        given = run_case(case, runners, report.findings)
+        given = run_case(case, runners, report)
         x, y = given[a.name], given[b.name]
         found = by_case[case.name] = []
         for runner, outputs in ((a, x), (b, y)):

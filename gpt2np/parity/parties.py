@@ -41,6 +41,7 @@ class Captured(NamedTuple):
     outputs: dict[str, Array]
     taps: dict[str, Array]
     notes: tuple[str, ...] = ()  # what is odd about their form, as "logits is bfloat16"
+    left_out: tuple[str, ...] = ()  # what it gave and cannot be compared
 
 
 class Runner(Protocol):
@@ -339,7 +340,8 @@ def sorted_out(
     made, found, layouts = sort_arrays(model, call, given, who)
     held = {**model.outputs_as_taps(made, call), **found} if taps else {}
     forms = [f"{name} is {form}" for name, value in given.items() if (form := form_of(value))]
-    return Captured(made if outputs else {}, {t: held[t] for t in taps if t in held}, (*forms, *layouts))
+    left_out = ("logits: the file has no head",) if "logits" in found and not model.has_logits() else ()
+    return Captured(made if outputs else {}, {t: held[t] for t in taps if t in held}, (*forms, *layouts), left_out)
 
 
 def runner_of(model: Subject, text: str, engine: str) -> Runner:

@@ -137,7 +137,7 @@ def compare_all(
     exact = [Ort(model, optimise=False)] if any(isinstance(r, Ort) and r.optimise for r in runners) else []
     captured: dict[str, Outputs] = {}
     for case in cases:
-        outputs = captured[case.name] = run_case(case, runners, report.findings)
+        outputs = captured[case.name] = run_case(case, runners, report)
         report.comparisons += compare_case(case, model, runners, budgets, outputs, options.padding)
         if rounding is not None:
             ours = runners[0].name

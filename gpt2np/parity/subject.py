@@ -251,8 +251,6 @@ def sort_arrays(
         elif output is None:
             valid = nearest(name, [*names, *roles, *known])
             raise ComparisonError(f"{who} {name!r}, neither an output of {model.path} nor a tap; names are {valid}")
-    if "logits" in found and not model.has_logits():
-        odd["is not compared: the file has no head"] = ["logits"]
     return made, found, [
         f"{taps[0]}{f' (and {len(taps) - 1} more)' if len(taps) > 1 else ''} {text}" for text, taps in odd.items()
     ]  # fmt: skip

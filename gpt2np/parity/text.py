@@ -234,12 +234,18 @@ def what_failed(report: Report) -> str:
 
 
 def causes(report: Report) -> list[Sentence]:
-    """The further causes that were tried, with the share of the error that each explains."""
+    """The further causes that were tried, with the share of the error that each explains.
+
+    Where one explains everything, without being fitted, one that explains a part has nothing to say.
+    """
     found = report.diagnosis
-    if found is None or len(found.guesses) < 2:
+    guesses = [] if found is None else found.guesses
+    if guesses and guesses[0].explains and not guesses[0].fitted:
+        guesses = [guess for guess in guesses if guess.explains]
+    if len(guesses) < 2:
         return []
     said = []
-    for i, guess in enumerate(found.guesses):
+    for i, guess in enumerate(guesses):
         share = "shown" if guess.evidence and not guess.explains else f"{guess.removed:.2%}"
         extra = f" ({guess.evidence})" if guess.evidence else ""
         text = f"{share:>7}  {guess.named or guess.tap}  {guess.cause}"
@@ -339,7 +345,11 @@ def left_out(report: Report) -> list[str]:
     wide = list(dict.fromkeys(c.output for c in report.comparisons if c.wide))
     if wide:
         texts.append(f"{_shown(wide)} under a budget as wide as the signal")
-    texts += [f"{c.name} ({c.text})" for c in report.checks if c.ok is None]
+    unmade: dict[str, list[str]] = {}
+    for c in report.checks:
+        if c.ok is None:
+            unmade.setdefault(c.text, []).append(c.name)
+    texts += [f"{', '.join(names)} ({text})" for text, names in unmade.items()]
     return list(dict.fromkeys([*texts, *report.not_compared]))
 
 
