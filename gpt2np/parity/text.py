@@ -346,9 +346,9 @@ def left_out(report: Report) -> list[str]:
     if wide:
         texts.append(f"{_shown(wide)} under a budget as wide as the signal")
     unmade: dict[str, list[str]] = {}
-    for c in report.checks:
-        if c.ok is None:
-            unmade.setdefault(c.text, []).append(c.name)
+    for check in report.checks:
+        if check.ok is None:
+            unmade.setdefault(check.text, []).append(check.name)
     texts += [f"{', '.join(names)} ({text})" for text, names in unmade.items()]
     return list(dict.fromkeys([*texts, *report.not_compared]))
 
