@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from ..call import Call
-from ..errors import ComparisonError, InputError
+from ..errors import InputError
 from ..weights import Array
 from .capture import taps_from
 from .forms import named, nearest
@@ -31,6 +31,11 @@ def run_on(program: Program, call: Call, replace: Mapping[str, Array], names: Se
     return {tap: known[tap] for tap in names}
 
 
+def can_run_on(b: Runner) -> bool:
+    """Whether a party is a model whose operations can be run one by one."""
+    return isinstance(b, (Ort, Ours)) and b.model.found is not None
+
+
 def check_replace(taps: Sequence[str], model: Subject, b: Runner) -> None:
     """Refuse taps that the file does not have, and a port that cannot go on from one.
 
@@ -41,6 +46,8 @@ def check_replace(taps: Sequence[str], model: Subject, b: Runner) -> None:
     """
     if taps and isinstance(b, Function) and "replace" not in inspect.signature(b.function).parameters:
         raise InputError(f"{b.name} has no parameter `replace`: it is given {{tap: array}}, to go on from there")
+    if taps and not isinstance(b, Function) and not can_run_on(b):
+        raise InputError(f"{b.name} cannot be run on from a tap: give a model.onnx, or a function with `replace`")
     for tap in taps:
         if tap not in model.taps():
             raise InputError(f"--replace {tap}: no such tap; there is {nearest(tap, model.taps())}")
@@ -57,10 +64,9 @@ def put_right(report: Report, model: Subject, pair: Pair, replace: Sequence[str]
     if isinstance(b, Function):
         given = named(b.call(case.feeds, replace=values), model.output_names, b.name)
         taps = sorted_out(model, case.feeds, given, f"{b.name} returned", False, names).taps
-    elif isinstance(b, (Ort, Ours)) and b.model.found is not None:
-        taps = run_on(b.model.program, call, values, names)
     else:
-        raise ComparisonError(f"{b.name} cannot be run on from a tap: give a model.onnx, or a function with `replace`")
+        assert isinstance(b, (Ort, Ours))  # as `check_replace` has seen
+        taps = run_on(b.model.program, call, values, names)
     rows = list(compare_taps(model.program, call, taps_from(a, case), lambda wanted: _some(taps, wanted), names))
     rows = [r for r in rows if r.local_b is not None]
     behind = [r for r in rows if r.over_b > 1 and r.tap not in replace]

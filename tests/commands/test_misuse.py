@@ -137,6 +137,11 @@ MISUSES: dict[str, tuple[Callable[[], object], str, tuple[str, ...]]] = {
         "diff small port.py:forward --replace h.0.mlp.gelu",
         ("replace",),
     ),
+    "arrays that cannot be run on": (
+        lambda: np.savez("port.npz", embed=np.zeros((1, 4, 12), np.float32)),
+        "diff small port.npz --replace h.0.mlp.gelu",
+        ("port", "replace"),
+    ),
     "no folder for the report": (nothing, "parity small --json no/such/report.json", ("report.json", "no folder")),
     "a folder for the report": (lambda: Path("out").mkdir(), "parity small --junit out", ("out", "folder")),
     "a folder that holds other things": (
