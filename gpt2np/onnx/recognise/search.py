@@ -255,61 +255,81 @@ class _Values:
         return [n for n in self.graph.node if computed & set(n.output)]
 
 
-def _of_loop(file: ModelFile, node: NodeProto) -> Search:
-    from onnx import GraphProto, helper
+def _no_search(node: NodeProto, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"Loop node {node.name or node.output[0]!r}: {why}: no search around a GPT-2")
 
-    def fail(why: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"Loop node {node.name or node.output[0]!r}: {why}: no search around a GPT-2")
 
-    outer = file.proto.graph
-    body = next((a.g for a in node.attribute if a.name == "body"), GraphProto())
-    names, ends = [i.name for i in body.input], [o.name for o in body.output]
-    if len(names) < 3 or len(ends) != len(names) - 1 or len(node.input) != len(names):
-        raise fail(f"its body has {len(names)} inputs and {len(ends)} outputs")
-    values = _Values(body)
-    kinds = dict(zip(names, body.input, strict=True)) | dict(zip(ends, body.output, strict=True))
-    carried, given = names[2:], ends[1:]
+def _logits_and_pasts(
+    node: NodeProto, values: _Values, kinds: Mapping[str, ValueInfoProto], carried: Sequence[str]
+) -> tuple[str, dict[str, str]]:
+    """The logits in a Loop's body, which its only LogSoftmax takes, and the pasts, which are gathered by beam.
 
-    # 1. The logits are what the only LogSoftmax takes; the past is what is gathered by beam, along the batch.
-    soft = [n for n in body.node if n.op_type == "LogSoftmax"]
+    Of each past: its name as the GPT-2 takes it, and the carried value that it is taken from.
+    """
+    soft = [n for n in values.graph.node if n.op_type == "LogSoftmax"]
     if len(soft) != 1:
-        raise fail(f"its body has {len(soft)} LogSoftmax nodes")
+        raise _no_search(node, f"its body has {len(soft)} LogSoftmax nodes")
     logits = values.strip(soft[0].input[0], _VIEWS)
     above, _ = values.needed([logits])
-    pasts: dict[str, str] = {}  # the past as the GPT-2 takes it: the carried value that it is taken from
+    pasts: dict[str, str] = {}
     for maker in values.nodes(above):
         axis = next((a.i for a in maker.attribute if a.name == "axis"), 0)
         source = values.strip(maker.input[0]) if maker.op_type == "Gather" else ""
         if axis == 1 and source in carried and len(kinds[source].type.tensor_type.shape.dim) == 5:
             pasts[maker.output[0]] = source
     if not pasts:
-        raise fail("its body gathers no past by beam")
+        raise _no_search(node, "its body gathers no past by beam")
+    return logits, pasts
+
+
+def _step_around(
+    node: NodeProto, nodes: Sequence[NodeProto], body: GraphProto, model: GraphProto, pasts: Sequence[ValueInfoProto]
+) -> GraphProto:
+    """One step of the search: some nodes of a Loop's body, which take the GPT-2's outputs and give it its pasts."""
+    from onnx import GraphProto
+
+    step = GraphProto(name="step", initializer=body.initializer)
+    step.node.extend(nodes)
+    step.input.extend([*body.input, *model.output])
+    step.output.extend([*body.output, *pasts])
+    _keep_initializers(step, {i for n in step.node for i in n.input})
+    if any(np.prod(t.dims) > 4096 for t in step.initializer):
+        raise _no_search(node, "what surrounds its body's GPT-2 reads weights")
+    return step
+
+
+def _of_loop(file: ModelFile, node: NodeProto) -> Search:
+    from onnx import GraphProto, helper
+
+    outer = file.proto.graph
+    body = next((a.g for a in node.attribute if a.name == "body"), GraphProto())
+    names, ends = [i.name for i in body.input], [o.name for o in body.output]
+    if len(names) < 3 or len(ends) != len(names) - 1 or len(node.input) != len(names):
+        raise _no_search(node, f"its body has {len(names)} inputs and {len(ends)} outputs")
+    values = _Values(body)
+    kinds = dict(zip(names, body.input, strict=True)) | dict(zip(ends, body.output, strict=True))
+    carried, given = names[2:], ends[1:]
+
+    # 1. Where the GPT-2 begins and ends
+    logits, pasts = _logits_and_pasts(node, values, kinds, carried)
     presents = [values.strip(given[carried.index(source)]) for source in pasts.values()]
 
     # 2. The GPT-2 is what lies between them.
     inside, leaves = values.needed([logits, *presents], pasts)
     fed = [name for name in names if name in leaves] + [name for name in pasts if name in leaves]
     if not set(fed[: -len(pasts)]) & set(carried) or logits not in inside or not set(presents) <= inside:
-        raise fail("its body's GPT-2 has no inputs or outputs of its own")
+        raise _no_search(node, "its body's GPT-2 has no inputs or outputs of its own")
     model = GraphProto(name="decoder", initializer=body.initializer, sparse_initializer=body.sparse_initializer)
     model.node.extend(values.nodes(inside))
     model.input.extend(_renamed(kinds[pasts.get(name, name)], name) for name in fed)
     model.output.append(helper.make_tensor_value_info(logits, 1, [None, None, None]))
     for source, present in zip(pasts.values(), presents, strict=True):
         model.output.append(_renamed(kinds[given[carried.index(source)]], present))
-    used = {i for n in model.node for i in n.input}
-    _keep_initializers(model, used)
+    _keep_initializers(model, {i for n in model.node for i in n.input})
 
     # 3. All the rest is the step of the search.
     computed, _ = values.needed([*ends, *pasts], [logits, *presents])
-    step = GraphProto(name="step", initializer=body.initializer)
-    step.node.extend(values.nodes(computed))
-    step.input.extend([*body.input, *model.output])
-    step.output.extend([*body.output, *(_renamed(kinds[s], p) for p, s in pasts.items())])
-    _keep_initializers(step, {i for n in step.node for i in n.input})
-    if any(np.prod(t.dims) > 4096 for t in step.initializer):
-        raise fail("what surrounds its body's GPT-2 reads weights")
-
+    step = _step_around(node, values.nodes(computed), body, model, [_renamed(kinds[s], p) for p, s in pasts.items()])
     above, _ = values.needed([ends[0]], [logits, *presents])
     width, eos = _width(values, values.nodes(computed), values.nodes(above))
     cut = Body(
