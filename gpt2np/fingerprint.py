@@ -57,8 +57,8 @@ def _result(model: GPT2, ids: Array, hidden: Array, logits: Array, past: Array) 
     return Result(hidden, logits, past, logs[0])
 
 
-def _in_pieces(model: GPT2, ids: Array, ends: list[int], cache: KVCache | None = None) -> Result:
-    """One text in calls that end before these positions; a cache that is given holds the first ones already."""
+def _in_pieces(model: GPT2, ids: Array, ends: list[int], cache: KVCache | None = None) -> tuple[Array, Array, Array]:
+    """One text in calls that end before these positions; of those that a given cache holds already, only the past."""
     start = 0 if cache is None else cache.length
     cache = model.new_cache() if cache is None else cache
     parts = []
@@ -66,25 +66,25 @@ def _in_pieces(model: GPT2, ids: Array, ends: list[int], cache: KVCache | None =
         parts.append(model(ids[None, start:end], cache=cache))
         start = end
     logits = [part.logits[0] for part in parts if part.logits is not None]
-    return _result(
-        model,
-        ids,
-        np.concatenate([part.last_hidden_state[0] for part in parts]),
-        np.concatenate(logits),
-        np.stack([layer[:, 0] for layer in parts[-1].past]),
-    )
+    past = np.stack([layer[:, 0] for layer in parts[-1].past])
+    return np.concatenate([part.last_hidden_state[0] for part in parts]), np.concatenate(logits), past
+
+
+def _in_calls(model: GPT2, given: list[Array], ends: Callable[[int], list[int]]) -> list[Result]:
+    """Each text of T tokens in calls that end before ends(T)."""
+    return [_result(model, ids, *_in_pieces(model, ids, ends(len(ids)))) for ids in given]
 
 
 def _whole(model: GPT2, given: list[Array]) -> list[Result]:
-    return [_in_pieces(model, ids, [len(ids)]) for ids in given]
+    return _in_calls(model, given, lambda T: [T])
 
 
 def _chunks(model: GPT2, given: list[Array]) -> list[Result]:
-    return [_in_pieces(model, ids, sorted({1, 1 + len(ids) // 7, len(ids) // 2 + 1, len(ids)})) for ids in given]
+    return _in_calls(model, given, lambda T: sorted({1, 1 + T // 7, T // 2 + 1, T}))
 
 
 def _single(model: GPT2, given: list[Array]) -> list[Result]:
-    return [_in_pieces(model, ids, list(range(1, len(ids) + 1))) for ids in given]
+    return _in_calls(model, given, lambda T: list(range(1, T + 1)))
 
 
 def _batch(model: GPT2, given: list[Array]) -> list[Result]:
@@ -125,11 +125,11 @@ def _prefix(model: GPT2, given: list[Array]) -> list[Result]:
         cache = model.new_cache()
         begun = model(other[None], cache=cache)
         cache.crop(half)
-        rest = _in_pieces(model, ids, [len(ids)], cache)
+        *rest, past = _in_pieces(model, ids, [len(ids)], cache)
         assert begun.logits is not None
         first = begun.last_hidden_state[0, :half], begun.logits[0, :half]
-        hidden, logits = (np.concatenate(pair) for pair in zip(first, rest[:2], strict=True))
-        found.append(_result(model, ids, hidden, logits, rest.past))
+        hidden, logits = (np.concatenate(pair) for pair in zip(first, rest, strict=True))
+        found.append(_result(model, ids, hidden, logits, past))
     return found
 
 

@@ -56,6 +56,8 @@ class InferenceSession:
         The compiled kernels, or the textbook.
     dtype : "float32" or "float64", optional
         What is computed in; by default what the file computes in. Outputs have the file's own types.
+    weights : str, optional
+        What the matrices are rounded to, as `gpt2np.load` says.
     emulate_rounding : bool, "saturating", "optimised" or "unrounded"
         Instead of computing with the file's exact weights, run its nodes one by one in NumPy as ONNX Runtime does
         without optimisations, rounding included: activations to 8 bits where a quantised file asks for it, results
@@ -95,6 +97,7 @@ class InferenceSession:
         *,
         engine: str = "numba",
         dtype: str | None = None,
+        weights: str | None = None,
         emulate_rounding: Literally = False,
         read: tuple[ModelFile, Recognised] | None = None,
     ) -> None:
@@ -122,7 +125,7 @@ class InferenceSession:
             file = recognised.search.decoder
         wide = any(port.dtype == np.float64 for port in recognised.outputs)
         dtype = dtype or ("float64" if wide else "float32")
-        self.model = GPT2(recognised.config, recognised.sources, engine, dtype, file.path, recognised)
+        self.model = GPT2(recognised.config, recognised.sources, engine, dtype, file.path, recognised, weights)
         self._literally = partial(Emulation, file, way=emulate_rounding) if emulate_rounding else None
         self._emulations: dict[str, Emulation] = {}  # by the branch that is taken
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ._model import WeightsOption
+
 
 def fingerprint(
     model: Annotated[
@@ -15,6 +17,7 @@ def fingerprint(
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32 or float64; may be given twice. Default: both.")
     ] = None,
+    weights: WeightsOption = None,
 ) -> None:
     """Print SHA-256 of what a model computes: one line for each dtype if every way of computing gives the same bits.
 
@@ -36,7 +39,7 @@ def fingerprint(
     alike = True
     for name in wanted:
         ways: dict[str, list[str]] = {}
-        for found in fingerprints(load(path, dtype=name)):
+        for found in fingerprints(load(path, dtype=name, weights=weights)):
             ways.setdefault(found.sha256, []).append(found.way)
         for sha256, same in ways.items():
             console().print(f"{name}  {sha256}  {', '.join(same)}", soft_wrap=True)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ._model import WeightsOption
+
 
 def trace(
     model: Annotated[
@@ -28,6 +30,7 @@ def trace(
     stats_only: Annotated[bool, typer.Option("--stats-only", help="keep rms, maximum and samples of each tap")] = False,
     dtype: Annotated[str, typer.Option(help="of ours: float32 or float64")] = "float32",
     engine: Annotated[str, typer.Option(help="of ours: numba or numpy")] = "numba",
+    weights: WeightsOption = None,
     html: Annotated[
         Path | None, typer.Option(help="also write a page to look at: each tap's distance from float64")
     ] = None,
@@ -51,6 +54,8 @@ def trace(
 
     if sum((prompt is not None, data is not None, ids is not None, random)) != 1:
         raise InputError("give one of --prompt, --ids, --data and --random")
+    if weights is not None and runner != "ours":
+        raise InputError("--weights is of ours alone: another runner takes the file as it is")
     check_writable(output, html)
     evidence = evidence_for(html)
     subject = Subject(parties.model_path(named_model(model)))
@@ -59,7 +64,7 @@ def trace(
         [] if ids is None else [ids],
     )  # fmt: skip
     party = (
-        parties.Ours(subject, engine if dtype == "float32" else "numpy", dtype)
+        parties.Ours(subject, engine if dtype == "float32" else "numpy", dtype, weights=weights)
         if runner == "ours"
         else parties.runner_of(subject, runner, engine)
     )

@@ -90,6 +90,7 @@ def record(
         model_sha256=model.file.sha256,
         dtype=getattr(runner, "dtype", "float32"),
         engine=getattr(runner, "engine", None),
+        weights=getattr(runner, "weights", None),
         optimisation=("all" if runner.optimise else "off") if isinstance(runner, Ort) else None,
         threads=getattr(runner, "threads", None) or os.cpu_count(),
         taps_missing=[t for t in names if t not in run.taps],

@@ -57,12 +57,15 @@ class Runner(Protocol):
 class Ours:
     """gpt2np itself."""
 
-    def __init__(self, model: Subject, engine: str = "numba", dtype: str = "float32", name: str = "ours") -> None:
-        self.model, self.engine, self.dtype, self.name = model, engine, dtype, name
+    def __init__(
+        self, model: Subject, engine: str = "numba", dtype: str = "float32", name: str = "ours",
+        weights: str | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.engine, self.dtype, self.name, self.weights = model, engine, dtype, name, weights
 
     @cached_property
     def session(self) -> InferenceSession:
-        return self.model.session(self.engine, self.dtype)
+        return self.model.session(self.engine, self.dtype, weights=self.weights)
 
     @property
     def gpt2(self) -> GPT2:

@@ -77,13 +77,16 @@ class Subject:
         """Whether the file computes in 16 bits: its own nodes round every result."""
         return any(t.dtype.name in ("float16", "bfloat16") for t in self.file.tensors.values())
 
-    def session(self, engine: str, dtype: str = "float32", rounding: Literally = False) -> InferenceSession:
+    def session(
+        self, engine: str, dtype: str = "float32", rounding: Literally = False, weights: str | None = None
+    ) -> InferenceSession:
         """gpt2np's session over what was read and recognised here."""
         from ..session import InferenceSession
 
         return InferenceSession(
-            self.path, engine=engine, dtype=dtype, emulate_rounding=rounding, read=(self.file, self.recognised)
-        )
+            self.path, engine=engine, dtype=dtype, weights=weights, emulate_rounding=rounding,
+            read=(self.file, self.recognised),
+        )  # fmt: skip
 
     @property
     def recognised(self) -> Recognised:

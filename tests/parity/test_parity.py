@@ -15,6 +15,7 @@ import pytest
 from onnx import numpy_helper
 from typer.testing import CliRunner
 
+import gpt2np
 from gpt2np.cli import app
 from gpt2np.errors import ComparisonError, InputError, TraceError
 from gpt2np.model import Output
@@ -242,6 +243,17 @@ def test_a_trace_is_written_whole_and_judged_again(small: Path, tmp_path: Path) 
     assert {n.split(".")[2] for n in stats.taps} == {"attn"}
     assert {v.shape for v in stats.taps.values()} == {(16,)}
     assert not list(tmp_path.glob(".*.part"))
+
+
+def test_a_trace_of_rounded_weights(small: Path, tmp_path: Path) -> None:
+    path, options = tmp_path / "a.npz", ("--ids", "5,9,2", "--engine", "numpy", "--weights", "int8")
+    assert run("trace", small, "-o", path, *options)[0] == 0
+    loaded = trace.load(path)
+    assert loaded.manifest["weights"] == "int8"
+    expected = gpt2np.load(small, "numpy", weights="int8")([[5, 9, 2]]).last_hidden_state
+    np.testing.assert_array_equal(loaded.taps["ln_f"].reshape(expected.shape), expected)
+    with pytest.raises(InputError, match="--weights is of ours alone"):
+        run("trace", small, "-o", path, *options, "--runner", "ort")
 
 
 def test_a_damaged_or_foreign_trace_is_refused(small: Path, tmp_path: Path) -> None:
