@@ -39,7 +39,15 @@ def where(size, op, limit, other):
     return change
 
 
+def taken(table):
+    """The end of the positions is taken from a table of the file."""
+    return lambda form, end, sizes: form.op("Gather", form.constant(table, np.int64), end)
+
+
+BENT = np.arange(N + 1)
+BENT[17] = 16
 CHANGES = {
+    "a table": taken(BENT),
     "S is 2 at least": lambda form, end, sizes: form.op("Max", end, number(form, 2)),
     "S is n_ctx - 1 at most": lambda form, end, sizes: form.op("Min", end, number(form, N - 1)),
     "S modulo n_ctx": lambda form, end, sizes: form.op("Mod", end, number(form, N)),
@@ -72,7 +80,11 @@ def test_one_row_more_where_there_is_one_position(tmp_path):
 
 def test_positions_that_are_clipped_where_no_size_is_load(tmp_path):
     """The end of the positions between 1 and n_ctx, as every end is."""
-    form = with_positions(lambda form, end, sizes: form.op("Clip", end, number(form, 1), number(form, N)))
+
+    def change(form, end, sizes):
+        return taken(np.arange(N + 1))(form, form.op("Clip", end, number(form, 1), number(form, N)), sizes)
+
+    form = with_positions(change)
     path = form.save(tmp_path / "model.onnx")
     session = InferenceSession(path, engine="numpy")
     for B, T, P in ((1, 1, 0), (2, 3, 4), (1, 1, N - 1)):

@@ -286,11 +286,12 @@ SIZES: Mapping[str, NodeCheck] = {
 STRAIGHT = frozenset(
     {
         "Add", "Sub", "Mul", "Neg", "Sum", "ReduceSum", "ReduceProd", "CumSum", "Shape", "Size", "Range",
-        "ConstantOfShape", "NonZero", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Slice",
-        "Expand", "Tile", "Concat", "Gather", "GatherND", "GatherElements", "Identity", "SplitToSequence", "SequenceAt",
+        "ConstantOfShape", "NonZero", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Split", "Expand",
+        "Tile", "Concat", "Identity", "SplitToSequence", "SequenceAt",
     }
 )  # fmt: skip
 _COMPARING = frozenset({"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
+_TAKING = frozenset({"Gather", "GatherND", "GatherElements", "Slice"})
 _CHOOSING = frozenset({"Max", "Min", "Clip", "Mod", "Abs", "Relu", "Cast", "CastLike"})
 FEW = 8  # elements of a value that is arithmetic of sizes rather than one element for each position
 
@@ -299,8 +300,12 @@ def bends(ledger: Ledger, node: Node) -> str:
     """Why a node may make of sizes at some length what it makes at none that is tried; "" if it cannot.
 
     A comparison must come out alike at all ends of what sizes can be, and Max, Clip, Mod and their like hand on the
-    same operand there: of sums of sizes they then do so everywhere between.
+    same operand there: of sums of sizes they then do so everywhere between. What a size takes from a table of the
+    file must be an element of an arithmetic progression.
     """
+    taken = node.op in _TAKING
+    if taken and all(i in ledger.graph.fixed for i in node.inputs[1:] if i):
+        return ""
     shapes = {probe.evaluate(node.outputs[0]).shape for probe in ledger.probes[:2]}
     if len(shapes) > 1 or math.prod(min(shapes)) > FEW:
         return ""  # an element for each position: every one of them is tried
@@ -309,6 +314,9 @@ def bends(ledger: Ledger, node: Node) -> str:
         return ""
     if node.op == "Where":
         held = len({some[0].tobytes() for some in every}) == 1
+    elif taken:
+        table = every[0][0].ravel().astype(np.float64)
+        held = node.inputs[0] not in ledger.graph.fixed or len(set(np.diff(table).tolist())) < 2
     elif node.op in _COMPARING:
         held = len({np.sign(np.subtract(*some, dtype=np.float64)).tobytes() for some in every}) == 1
     elif node.op in _CHOOSING:
