@@ -29,6 +29,7 @@ from .subject import Subject, misfit, taps_of
 from .trace import versions
 from .wiring import compare_wiring
 
+FEW = 6  # names that are told one by one
 Cases = Callable[[Subject], list[Case]]
 
 
@@ -170,9 +171,9 @@ def compare_cases(
                 found.append(Comparison(case.name, name, b.name, a.name, budgets.default, problem=problem))
             own = [n for n in own if n not in odd]
             if own:
+                names = ", ".join(own) if len(own) <= FEW else f"{own[0]} ... {own[-1]}, {len(own)} arrays"
                 add_once(
-                    report.not_compared,
-                    f"{', '.join(own)} ({runner.name} alone gives {'it' if len(own) == 1 else 'them'})",
+                    report.not_compared, f"{names} ({runner.name} alone gives {'it' if len(own) == 1 else 'them'})"
                 )
         results[case.name] = (dict(x), dict(y))
     plain = [r for r in runners if isinstance(r, TraceRunner) and r.trace.plain and not r.trace.inputs]
