@@ -127,11 +127,11 @@ def search(problem: Problem, spare: Mapping[str, Array], recorded: bool) -> list
 def try_mistakes(problem: Problem, found: Ranking, spare: Mapping[str, Array]) -> None:
     """The stages that try mistakes, each with its share of the time, until one explains everything."""
     if is_wide(problem):  # one mistake in all layers is usual, and layer by layer takes long
-        found.try_all(promising(problem), 0.3)
+        found.try_all(promising(problem), 0.45)
         if not found.settled:
-            found.try_all(everywhere(problem), 0.4)
+            found.try_all(everywhere(problem), 0.55)
     if not found.settled:
-        found.try_all(plain(problem), 0.5)
+        found.try_all(plain(problem), 0.6)
     stages: list[Callable[[], Iterable[Guess]]] = [
         lambda: () if is_wide(problem) else everywhere(problem),
         lambda: spare_weights(problem, spare),
@@ -223,8 +223,9 @@ def promising(problem: Problem) -> list[Guess]:
     back = problem.gradients()
     back(problem.weighted(problem.residuals()))
     found: list[tuple[float, int, Guess]] = []
-    for tap in [t for t in problem.suspects if t in back.at_taps and split_tap(t)[1] not in MAPS]:
-        if problem.clock.out(f"what {tap} alone may make", 0.2):
+    taps = [t for t in problem.suspects if t in back.at_taps and split_tap(t)[1] not in MAPS]
+    for tap in sorted(taps, key=lambda tap: split_tap(tap)[1] != "mlp.gelu"):  # the usual one first
+        if problem.clock.out(f"what {tap} alone may make", 0.3):
             break
         inputs = [problem.given.get(i, problem.values.get(i)) for i in tap_inputs(tap, problem.program.config)]
         for guess in catalogue(problem, tap):
@@ -253,7 +254,7 @@ def everywhere(problem: Problem) -> Iterator[Guess]:
     groups: dict[tuple[str, str], list[Guess]] = {}
     for tap in problem.taps:
         part = split_tap(tap)[1]
-        if part in ("attn.k", "attn.v", "embed", "logits") or problem.clock.out(share=0.4):
+        if part in ("attn.k", "attn.v", "embed", "logits") or problem.clock.out(share=0.5):
             continue
         large = problem.is_large and part in MAPS  # whole matrices of every layer would not fit into memory
         for guess in own_weights(problem, tap, linear_of(tap)) if large else catalogue(problem, tap, alone=True):
