@@ -40,7 +40,7 @@ def test_every_way_of_computing_the_embedded_model_gives_the_published_bits(weig
     found = {f.way: f.sha256 for f in fingerprint.fingerprints(gpt2np.load(weights=weights))}
     assert len(set(found.values())) == 1, found
     assert list(found)[:7] == list(fingerprint.WAYS)
-    others = {None: [*FORMS, "float32"], "int8": [], "int4": ["float16", "float32"]}  # that hold these numbers
+    others = {None: [*FORMS, "float32"], "int8": ["float32"], "int4": ["float16", "float32"]}  # that hold these numbers
     assert [way for way in found if way.startswith("weights")] == [f"weights in {form}" for form in others[weights]]
     if fuses():
         assert found["prompt"] == MINI[weights]
