@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -119,12 +120,18 @@ def prove_positions(probe: Probe, offset: int, how: str) -> None:
             _check_rows(probe, counted + offset, {name: mask.astype(full.dtype)}, f"the position by {name!r}")
 
 
-def prove_given_positions(probe: Probe, offset: int) -> bool:
+def prove_given_positions(probes: Sequence[Probe], offset: int) -> bool:
     """Every position that is given must take its own row of wpe; whether negative ones count rows from the end."""
+    most = max(probes, key=lambda probe: probe.B * probe.T)  # it tries all of them, others the first and the last
+    negative = [_given_positions(probe, offset, probe is most) for probe in probes]
+    return all(negative)
+
+
+def _given_positions(probe: Probe, offset: int, whole: bool) -> bool:
     places, (name,) = probe.borders.places, probe.inputs.named("position_ids")
     known, N = probe.known[name], probe.borders.places.table.shape[0]
     negative = True
-    for start in range(0, max(N - offset, 1), known.size):
+    for start in range(0, max(N - offset, 1), known.size) if whole else (0, max(N - offset - known.size, 0)):
         numbers = (np.arange(start, start + known.size)[::-1] % max(N - offset, 1)).reshape(known.shape)
         ids = numbers.astype(known.dtype)
         _check_rows(probe, ids.reshape(-1, probe.T) + offset, {name: ids}, "the position that is given")

@@ -61,7 +61,7 @@ def prove(probes: Sequence[Probe], found: Findings) -> frozenset[str]:
     from_the_end = {"input_ids"} if prove_ids(usual, usual.borders.words, "input_ids") else set()
     if usual.borders.types is not None and prove_ids(usual, usual.borders.types, "token_type_ids"):
         from_the_end.add("token_type_ids")
-    if usual.inputs.named("position_ids") and all(prove_given_positions(p, found.offset) for p in probes):
+    if usual.inputs.named("position_ids") and prove_given_positions(probes, found.offset):
         from_the_end.add("position_ids")
     declared = {o.name: len(declared_shape(o)) for o in usual.graph.outputs}
     for probe in probes:
