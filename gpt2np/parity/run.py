@@ -117,7 +117,8 @@ def rows_not_finite(model: Subject) -> Iterator[str]:
         if bad.any():
             row = int(bad.argmax())
             column = int((~np.isfinite(value[row])).argmax())
-            more = f", and {int(bad.sum()) - 1:,} more rows are not finite" if bad.sum() > 1 else ""
+            others = int(bad.sum()) - 1
+            more = f", and {others:,} more {'row is' if others == 1 else 'rows are'} not finite" if others else ""
             yield f"{name}[{row}, {column}] is {value[row, column]}{more}: wrong wherever an input reads it"
 
 

@@ -236,7 +236,7 @@ def _rows_seen(problem: Problem, wpe: Array, rows: Array, table: Callable[[str, 
             return
         wrong.append(f"row {row} of wpe were {what}")
     if wrong:
-        text = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more rows were others" if len(wrong) > 3 else "")
+        text = ", ".join(wrong[:3]) + (f" and further rows, {len(wrong)} in all, were others" if len(wrong) > 3 else "")
         yield table("position_rows", text, new)
 
 
