@@ -38,7 +38,7 @@ from speed import THREADS, Party, ceilings_party, machine, put_between, serve, s
 
 LENGTHS = (1, 8, 32, 128, 512, 1024)
 CACHED = (32, 512, 960)
-SHORT = ("1", "8", "32", "128", "1024", "after 32", "after 512")  # what README shows
+SHORT = ("1", "8", "32", "128", "512", "1024", "after 32", "after 512")  # what README shows
 NEW = 8  # tokens after each of CACHED in a round
 RANDOM = "random ones, so that errors with a trained model's would differ"
 PROMPTS, PROMPT = 8, 32  # error: over the scores after so many prompts of so many tokens
