@@ -47,7 +47,8 @@ def test_every_sound_file_agrees_on_every_input(bases, tmp_path):
 # Once refused: shapes that only some layers have, scales taken there and back, zeros added inside a part: before heads
 # are split, in a layer norm, behind the embeddings.
 @pytest.mark.parametrize(
-    "name", ["q4:11:113", "old_past:2026:21", "own_head:202:371", "old_past:202:510", "form_mha:202:532"]
+    "name",
+    ["q4:11:113", "old_past:2026:21", "own_head:202:371", "old_past:202:510", "form_mha:202:532", "q4:8802:221"],
 )
 def test_other_words_that_were_refused_load(bases, tmp_path, name):
     base, seed, number = name.split(":")

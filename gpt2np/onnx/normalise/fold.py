@@ -60,7 +60,8 @@ def _whole_slice(graph: Graph, node: Node) -> list[Node] | None:
 
 
 # What a vector of zeros is added to that is no bias: what adds, chooses, or has a bias of its own.
-UNBIASED = frozenset({"Add", "Sub", "Gather", "Gemm"})
+BIAS_IS_THIRD = frozenset({"Gemm", "LayerNormalization"})  # among their inputs, and may be left out
+UNBIASED = frozenset({"Add", "Sub", "Gather"}) | BIAS_IS_THIRD
 
 
 def _without_effect(neutral: float, places: Sequence[int]) -> Callable[[Graph, Node], list[Node] | None]:
@@ -80,7 +81,9 @@ def _without_effect(neutral: float, places: Sequence[int]) -> Callable[[Graph, N
                     return [rewritten(node, "Identity", (other,), node.outputs[0])]
                 continue
             maker = graph.producers.get(graph.strip(other))
-            if maker is None or maker.op not in UNBIASED or (maker.op == "Gemm" and not maker.input(2)):
+            if maker is not None and maker.op == "Reshape":
+                maker = graph.producers.get(graph.strip(maker.inputs[0]))
+            if maker is None or maker.op not in UNBIASED or (maker.op in BIAS_IS_THIRD and not maker.input(2)):
                 continue
             if value.dtype.kind == "f" and not graph.is_constant(other) and (graph.constant(name) == neutral).all():
                 graph.neutral.add(name)
