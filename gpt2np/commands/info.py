@@ -14,9 +14,8 @@ if TYPE_CHECKING:
 
 
 ROWS_AT_ONCE = 256  # of a matrix, looked at for numbers that 16 bits hold
-NARROW = "bfloat16", "float16"
 KEPT = {
-    **{form: f"of {form} numbers: kept in 16 bits, with the same results" for form in NARROW},
+    **{form: f"of {form} numbers: kept in 16 bits, with the same results" for form in ("bfloat16", "float16")},
     **{f"int{n}": f"of whole numbers with scales: kept in {n} bits, with the same results" for n in (8, 4)},
     "float32": "of whole numbers with scales of another form than the kernels have: kept in float32",
 }
@@ -63,7 +62,9 @@ def describe(file: ModelFile, found: Recognised) -> dict[str, Any]:
     """Everything that `--json` prints."""
     from dataclasses import asdict
 
-    proto = file.proto
+    from ..arrays import NARROW
+
+    proto, kept = file.proto, kept_forms(found)
     return {
         "path": str(file.path),
         "bytes": file.nbytes,
@@ -89,8 +90,8 @@ def describe(file: ModelFile, found: Recognised) -> dict[str, Any]:
             for name, source in found.sources.items()
         },
         "bytes_by_dtype": bytes_by_dtype(file),
-        "sixteen_bits": {name: form for name, form in kept_forms(found).items() if form in NARROW},
-        "levels": {name: form for name, form in kept_forms(found).items() if form not in NARROW},
+        "sixteen_bits": {name: form for name, form in kept.items() if form in NARROW},
+        "levels": {name: form for name, form in kept.items() if form not in NARROW},
         "ignored": dict(found.ignored),
         "taps": {name: tap.tensor for name, tap in found.taps.items()},
         "notes": list(found.notes),

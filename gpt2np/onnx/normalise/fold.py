@@ -59,7 +59,7 @@ def _whole_slice(graph: Graph, node: Node) -> list[Node] | None:
     return [rewritten(node, "Identity", node.inputs[:1], node.outputs[0])]
 
 
-# What a vector of zeros is added to that is no bias: what adds, chooses, or has a bias of its own.
+# What a vector of zeros is added to, or to a Reshape of it, that is no bias: what adds, chooses, has a bias of its own.
 BIAS_IS_THIRD = frozenset({"Gemm", "LayerNormalization"})  # among their inputs, and may be left out
 UNBIASED = frozenset({"Add", "Sub", "Gather"}) | BIAS_IS_THIRD
 
