@@ -16,10 +16,10 @@ from .arguments import flag, real_number, whole_number
 from .beams import beam_steps
 from .cache import KVCache
 from .decoding import Decoder, LanguageModel, Row, Step, Stopper
-from .errors import InputError, TokenizerError
-from .prompts import check_cache, check_room, end_tokens, prompt_ids, window_length
+from .errors import InputError
+from .prompts import check_cache, check_room, end_tokens, prompt_ids, stop_strings, window_length
 from .sampling import Sampling
-from .tokenizer import HOW_TO_GET_ONE, StreamDecoder
+from .tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     import tokenizers
@@ -116,12 +116,6 @@ def generate(
         Before any work is done: see the parameters.
     """
     sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    given: Any = stop  # whatever its annotation says
-    if not isinstance(given, str | Sequence) or not all(isinstance(s, str) for s in given):
-        raise InputError(f"stop must be a string or a sequence of strings, got {stop!r}")
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise InputError("a stop string must not be empty")
     num_beams = whole_number("num_beams", num_beams, 1)
     length_penalty = real_number("length_penalty", length_penalty)
     logprobs = whole_number("logprobs", logprobs, 0)
@@ -130,8 +124,7 @@ def generate(
         seed = whole_number("seed", seed, 0)
     if tokenizer is None:
         tokenizer = model.tokenizer
-    if stops and tokenizer is None:
-        raise TokenizerError(f"stop strings need a tokenizer; {HOW_TO_GET_ONE}")
+    stops = stop_strings(stop, tokenizer)
     n_ctx, vocab_size = model.config.n_ctx, model.config.vocab_size
     kept = window_length(window, n_ctx)
     ends = end_tokens(eos_token_id, vocab_size)

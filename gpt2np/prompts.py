@@ -48,6 +48,18 @@ def prompt_ids(prompt: Any, vocab_size: int, tokenizer: tokenizers.Tokenizer | N
     return checked
 
 
+def stop_strings(stop: Any, tokenizer: tokenizers.Tokenizer | None) -> tuple[str, ...]:
+    """The strings that end a sequence."""
+    if not isinstance(stop, str | Sequence) or not all(isinstance(s, str) for s in stop):
+        raise InputError(f"stop must be a string or a sequence of strings, got {stop!r}")
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise InputError("a stop string must not be empty")
+    if stops and tokenizer is None:
+        raise TokenizerError(f"stop strings need a tokenizer; {HOW_TO_GET_ONE}")
+    return stops
+
+
 def window_length(window: bool | int, n_ctx: int) -> int | None:
     """How many tokens a context that is full begins anew with; None: it must not become full."""
     if window is False:

@@ -14,7 +14,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
@@ -87,10 +87,8 @@ class ModelFile:
             kind = _element_type(proto.data_type)
         except (KeyError, ValueError):
             raise ModelFileError(f"tensor {name!r} has the unknown element type {proto.data_type}") from None
-        shape, most = tuple(fields.get(1, ())), 1
-        for size in shape:
-            most = most * max(size, 1) if size >= 0 else 1 << 62
-        if len(shape) > 32 or most > 1 << 58:
+        shape = tuple(fields.get(1, ()))
+        if len(shape) > 32 or min(shape, default=0) < 0 or math.prod(filter(None, shape)) > 1 << 58:
             what = "impossible shape" if len(shape) <= 32 else f"{len(shape)} dims"
             raise ModelFileError(f"tensor {name!r} has the {what} {shape}")
         count = math.prod(shape)
@@ -99,44 +97,35 @@ class ModelFile:
         if dtype.kind == "O":
             return Tensor(name, dtype, shape, 0, "string_data")
 
-        def wrong(what: str) -> NoReturn:
-            raise ModelFileError(f"{self.path}: tensor {name!r}, {kind.name} {list(shape)}: {what}")
-
+        wrong: Callable[[str], NoReturn] = partial(_raise_wrong, self.path, name, kind.name, shape)
         stripped = self._stripped(fields[13], wrong) if 13 in fields else {}  # 13: external_data
-        inline = []
-        for number in fields.keys() & PAYLOADS.keys():
-            if len(fields[number]):
-                inline.append(number)  # noqa: PERF401  a frame for each tensor costs more
-        if len(stripped) + len(inline) > 1 or 3 in fields:  # 3: segment
+        if not fields.get(9, True):  # raw_data may be there and empty; of repeated fields ListFields lists no empty one
+            del fields[9]
+        inline = list(fields.keys() & PAYLOADS.keys())
+        external = proto.data_location == proto.EXTERNAL
+        if len(stripped) + len(inline) + external > 1 or 3 in fields:  # 3: segment
             wrong("its values are given in more than one place")
-
-        if proto.data_location == proto.EXTERNAL:
-            if stripped or inline:
-                wrong("its values are given both here and in another file")
+        if external:
             file, offset, origin = self._locate(proto, nbytes, wrong)
             return Tensor(name, dtype, shape, nbytes, origin, bits, False, file, ((offset, nbytes),))
-        if not stripped and not inline:
-            if count:
-                wrong("it has no values")
+        given = inline or list(stripped)
+        if not given and not count:
             return Tensor(name, dtype, shape, 0, "raw_data")
 
-        number = inline[0] if inline else next(iter(stripped))
+        number = given[0] if given else wrong("it has no values")
         origin, wire = PAYLOADS[number]
         if origin not in ("raw_data", kind.field):
             wrong(f"its values are in {origin}, not in {kind.field}")
         entries = nbytes if bits in (2, 4) else count * (2 if dtype.kind == "c" else 1)
+        needed = nbytes if origin == "raw_data" else entries
         if inline:
             values = np.frombuffer(fields[9], np.uint8) if origin == "raw_data" else np.array(fields[number])
-            needed = nbytes if origin == "raw_data" else entries
             if len(values) != needed:
                 wrong(f"its {origin} holds {len(values)} values, not {needed}")
             return Tensor(name, dtype, shape, nbytes, origin, bits, _inline=values)
         # of a field that is not repeated, the last one counts
         pieces = stripped[number][-1:] if origin == "raw_data" else stripped[number]
-        given = sum(length for _, length in pieces)
-        # a varint takes 1 to 10 bytes; `load` counts them
-        if not (entries <= given <= 10 * entries if wire == VARINT else given == nbytes):
-            wrong(f"its {origin} holds {given} bytes, not {entries if wire == VARINT else nbytes}")
+        _check_size(origin, wire, _size(pieces), entries if wire == VARINT else nbytes, wrong)
         return Tensor(name, dtype, shape, nbytes, origin, bits, wire == VARINT, self._file, pieces)
 
     def _stripped(self, entries: Iterable[Any], wrong: Callable[[str], NoReturn]) -> dict[int, tuple[Place, ...]]:
@@ -145,7 +134,7 @@ class ModelFile:
         if len(marks) > 1:
             wrong("it is given twice")
         payload = self._payloads[int(marks[0])] if marks else {}
-        return {n: tuple(p) for n, p in payload.items() if sum(length for _, length in p)}
+        return {n: tuple(p) for n, p in payload.items() if _size(p)}
 
     def _locate(self, proto: onnx.TensorProto, nbytes: int, wrong: Callable[[str], NoReturn]) -> tuple[File, int, str]:
         """The file with a tensor's external data, and the offset, both checked."""
@@ -180,6 +169,21 @@ class ModelFile:
         if offset + nbytes > file.size:
             wrong(f"{location!r} has only {file.size} of the {nbytes} bytes from byte {offset} that it needs")
         return file, offset, f"external {location}@{offset}"
+
+
+def _raise_wrong(path: Path, name: str, kind: str, shape: tuple[int, ...], what: str) -> NoReturn:
+    raise ModelFileError(f"{path}: tensor {name!r}, {kind} {list(shape)}: {what}")
+
+
+def _size(pieces: Iterable[Place]) -> int:
+    return sum([length for _, length in pieces])
+
+
+def _check_size(origin: str, wire: int, given: int, needed: int, wrong: Callable[[str], NoReturn]) -> None:
+    """Raise if a payload outside of the skeleton is too short or too long for its elements."""
+    # a varint takes 1 to 10 bytes; `Tensor.load` counts them
+    if not (needed <= given <= 10 * needed if wire == VARINT else given == needed):
+        wrong(f"its {origin} holds {given} bytes, not {needed}")
 
 
 class _ElementType(NamedTuple):

@@ -58,17 +58,8 @@ def _fused_norm(graph: Graph, name: str) -> LayerNormFound | None:
 
 def _written_out_norm(graph: Graph, name: str) -> LayerNormFound | None:
     """Mean, difference, square, mean, root, quotient as nodes; then gain and bias."""
-    value, node = name, graph.producers.get(name)
-    parts: dict[str, Source | None] = {"Add": None, "Mul": None}
-    for op in ("Add", "Mul"):
-        node = graph.producers.get(value)
-        if node is not None and node.op == op:
-            for rest, vector in (node.inputs, node.inputs[::-1]):
-                source = _constant_vector(graph, vector)
-                if source is not None and rest not in graph.fixed:
-                    parts[op] = source
-                    value = graph.strip(rest, SAME)
-                    break
+    value, bias = _without_vector(graph, name, "Add")
+    value, weight = _without_vector(graph, value, "Mul")
     node = graph.producers.get(value)
     if node is None or node.op not in ("Div", "Mul", "SimplifiedLayerNormalization", "RMSNormalization"):
         return None
@@ -80,22 +71,37 @@ def _written_out_norm(graph: Graph, name: str) -> LayerNormFound | None:
     x = next((m.inputs[0] for m in means if _is_mean_of_centred_input(graph, m, value)), None)
     if x is None:
         return None
-    gain, x = parts["Mul"] or parts["Add"], graph.strip(x, SAME)
-    given = _vectors(gain.shape[0] if gain else 8)
+    vector, x = weight or bias, graph.strip(x, SAME)
+    given = _vectors(vector.shape[0] if vector else 8)
     read: set[str] = set()
     epsilon, outside = _epsilon(given, Evaluator(graph, {x: given[None]}, read)(value)[0])
     if epsilon is None:
         if (other := _rearranged_norm(graph, name)) is not None:
             return other
-        what = f"{node.describe()} looks like the end of a layer norm, but does not compute one"
-        if np.allclose(outside, outside[0], rtol=1e-6):
-            what = (
-                f"{node.describe()}: the layer norm adds epsilon {outside[0]:.3g} to the root of the variance, "
-                "not to the variance under it"
-            )
-        graph.object(UnsupportedModelError(what))
+        graph.object(_no_norm(node, outside))
         epsilon = 1e-5
-    return LayerNormFound(x, name, parts["Mul"], parts["Add"], epsilon, node, frozenset(read))
+    return LayerNormFound(x, name, weight, bias, epsilon, node, frozenset(read))
+
+
+def _without_vector(graph: Graph, name: str, op: str) -> tuple[str, Source | None]:
+    """What a constant vector is added to or multiplied with to make a value, and the vector; else the value itself."""
+    node = graph.producers.get(name)
+    if node is not None and node.op == op:
+        for rest, vector in (node.inputs, node.inputs[::-1]):
+            source = _constant_vector(graph, vector)
+            if source is not None and rest not in graph.fixed:
+                return graph.strip(rest, SAME), source
+    return name, None
+
+
+def _no_norm(node: Node, outside: Array) -> UnsupportedModelError:
+    """What to say of nodes that look like a layer norm whose results are none; outside: what is beside each root."""
+    if np.allclose(outside, outside[0], rtol=1e-6):
+        return UnsupportedModelError(
+            f"{node.describe()}: the layer norm adds epsilon {outside[0]:.3g} to the root of the variance, "
+            "not to the variance under it"
+        )
+    return UnsupportedModelError(f"{node.describe()} looks like the end of a layer norm, but does not compute one")
 
 
 def _is_mean_of_centred_input(graph: Graph, mean: Node, value: str) -> bool:

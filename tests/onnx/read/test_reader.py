@@ -305,7 +305,7 @@ def in_wrong_field(tensor: TensorProto) -> None:
         (lambda t: t.ClearField("raw_data"), "no values"),
         (typed_as_well, "more than one place"),
         (in_wrong_field, "in int64_data, not in float_data"),
-        (lambda t: setattr(t, "data_location", TensorProto.EXTERNAL), "both here and in another file"),
+        (lambda t: setattr(t, "data_location", TensorProto.EXTERNAL), "in more than one place"),
         (lambda t: setattr(t, "name", ""), "nameless"),
     ],
 )
