@@ -61,7 +61,7 @@ class FaultServer:
         self.faults: dict[str, list[Fault]] = {}
         self.log: list[Request] = []
         self._closing = threading.Event()
-        self._http = _Server(("127.0.0.1", 0), _handler(self))
+        self._http = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
 
     def url(self, path: str) -> str:
@@ -99,84 +99,94 @@ def _etag(content: bytes | Path) -> str:
     return f'"{hashlib.sha256(content).hexdigest()[:16]}"'
 
 
-def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+def _spoilt(content: bytes, start: int, fault: Fault) -> bytes:
+    """A file from byte `start` on, as the fault has it."""
+    body = bytearray(content[start:])
+    if fault.flip is not None and fault.flip >= start:
+        body[fault.flip - start] ^= 0xFF
+    body += fault.extra
+    return gzip.compress(bytes(body)) if fault.compress else bytes(body)
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
 
-        def do_GET(self) -> None:
-            queue = server.faults.get(self.path, [])
-            fault = queue.pop(0) if queue else Fault()
-            content = server.files.get(self.path)
-            if fault.redirect is not None:
-                self.begin(302, {"Location": fault.redirect, "Content-Length": "0"})
-            elif fault.status is not None or content is None:
-                status = 404 if fault.status is None else fault.status
-                self.begin(status, {"Content-Length": "0", **fault.headers})
-            elif fault.offer is not None:
-                self.begin(200, {"Content-Length": str(len(fault.offer)), **fault.headers})
-                self.wfile.write(fault.offer)
-            else:
-                self.serve(content, fault)
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one connection; a subclass for each server says whose files it serves."""
 
-        def begin(self, status: int, headers: dict[str, str]) -> None:
-            asked = (self.headers.get(name) for name in ("Range", "If-Range", "Accept-Encoding"))
-            server.log.append(Request(self.path, *asked, status))
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.end_headers()
+    owner: FaultServer
+    protocol_version = "HTTP/1.1"
 
-        def serve(self, content: bytes | Path, fault: Fault) -> None:
-            size = content.stat().st_size if isinstance(content, Path) else len(content)
-            headers = {"Accept-Ranges": "bytes"}
-            if not fault.no_validator:
-                headers["ETag"] = _etag(content)
-            start, status = 0, 200
-            wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-            unchanged = self.headers.get("If-Range", headers.get("ETag")) == headers.get("ETag")
-            if wanted and (unchanged or fault.ignore_if_range) and not fault.ignore_range:
-                start = int(wanted[1]) + fault.shift_range
-                if start >= size:
-                    self.begin(416, {"Content-Range": f"bytes */{size}", "Content-Length": "0"})
-                    return
-                status = 206
-                headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
-            if isinstance(content, bytes):
-                body = bytearray(content[start:])
-                if fault.flip is not None and fault.flip >= start:
-                    body[fault.flip - start] ^= 0xFF
-                body += fault.extra
-                if fault.compress:
-                    body = bytearray(gzip.compress(bytes(body)))
-                    headers["Content-Encoding"] = "gzip"
-                length = len(body)
-            else:
-                length = size - start
-            if fault.no_length or fault.extra:
-                headers["Connection"] = "close"
-                self.close_connection = True
-            else:
-                headers["Content-Length"] = str(length)
-            self.begin(status, {**headers, **fault.headers})
-            if isinstance(content, bytes):
-                self.send(memoryview(bytes(body)), fault)
-            else:
-                with content.open("rb") as file:
-                    file.seek(start)
-                    self.connection.sendfile(file)
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
-        def send(self, body: memoryview, fault: Fault) -> None:
-            end = min(x for x in (fault.cut, fault.stall, len(body)) if x is not None)
-            for i in range(0, end, fault.piece):
-                if fault.slow:
-                    server._closing.wait(fault.slow)
-                self.wfile.write(body[i : min(i + fault.piece, end)])
-            if fault.stall is not None:
-                server._closing.wait(10)
-            if fault.stall is not None or fault.cut is not None:
-                self.close_connection = True
+    def do_GET(self) -> None:
+        queue = self.owner.faults.get(self.path, [])
+        fault = queue.pop(0) if queue else Fault()
+        content = self.owner.files.get(self.path)
+        if fault.redirect is not None:
+            self.begin(302, {"Location": fault.redirect, "Content-Length": "0"})
+        elif fault.status is not None or content is None:
+            status = 404 if fault.status is None else fault.status
+            self.begin(status, {"Content-Length": "0", **fault.headers})
+        elif fault.offer is not None:
+            self.begin(200, {"Content-Length": str(len(fault.offer)), **fault.headers})
+            self.wfile.write(fault.offer)
+        else:
+            self.serve(content, fault)
 
-    return Handler
+    def begin(self, status: int, headers: dict[str, str]) -> None:
+        asked = (self.headers.get(name) for name in ("Range", "If-Range", "Accept-Encoding"))
+        self.owner.log.append(Request(self.path, *asked, status))
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def serve(self, content: bytes | Path, fault: Fault) -> None:
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
+        headers = {"Accept-Ranges": "bytes"}
+        if not fault.no_validator:
+            headers["ETag"] = _etag(content)
+        start, status = self.first_byte(fault, headers.get("ETag")), 200
+        if start is None:
+            start = 0
+        elif start >= size:
+            self.begin(416, {"Content-Range": f"bytes */{size}", "Content-Length": "0"})
+            return
+        else:
+            status = 206
+            headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+        body = b""
+        if isinstance(content, bytes):
+            body = _spoilt(content, start, fault)
+            if fault.compress:
+                headers["Content-Encoding"] = "gzip"
+        if fault.no_length or fault.extra:
+            headers["Connection"] = "close"
+            self.close_connection = True
+        else:
+            headers["Content-Length"] = str(len(body) if isinstance(content, bytes) else size - start)
+        self.begin(status, {**headers, **fault.headers})
+        if isinstance(content, bytes):
+            self.send(memoryview(body), fault)
+        else:
+            with content.open("rb") as file:
+                file.seek(start)
+                self.connection.sendfile(file)
+
+    def first_byte(self, fault: Fault, etag: str | None) -> int | None:
+        """Where the part that was asked for begins; None: the whole file is sent."""
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        unchanged = self.headers.get("If-Range", etag) == etag
+        if wanted and (unchanged or fault.ignore_if_range) and not fault.ignore_range:
+            return int(wanted[1]) + fault.shift_range
+        return None
+
+    def send(self, body: memoryview, fault: Fault) -> None:
+        end = min(x for x in (fault.cut, fault.stall, len(body)) if x is not None)
+        for i in range(0, end, fault.piece):
+            if fault.slow:
+                self.owner._closing.wait(fault.slow)
+            self.wfile.write(body[i : min(i + fault.piece, end)])
+        if fault.stall is not None:
+            self.owner._closing.wait(10)
+        if fault.stall is not None or fault.cut is not None:
+            self.close_connection = True

@@ -102,8 +102,8 @@ class _Body:
         return self.tensors[-1].name
 
 
-def loop_file(path: Path, change: Any = None) -> Path:
-    """A beam search of width 4 as one Loop; `change` may alter its body."""
+def _loop_nodes() -> _Body:
+    """One turn of a beam search of width 4."""
     model = decoder()
     b = _Body()
     flat = b.op("Reshape", "beam", b.constant([-1]))
@@ -146,7 +146,12 @@ def loop_file(path: Path, change: Any = None) -> Path:
         b.op("Identity", f"og_present_{i}", out=f"past_{i}_next")
     left = b.op("ReduceSum", b.op("Cast", running, to=INT64), keepdims=0)
     b.op("Greater", left, b.constant(0), out="go_on")
+    return b
 
+
+def loop_file(path: Path, change: Any = None) -> Path:
+    """A beam search of width 4 as one Loop; `change` may alter its body."""
+    b = _loop_nodes()
     past = [2, "B", 2, "P", 8]
     kinds = {
         "ids": (INT64, "B", "T"), "positions": (INT64, "B", "T"), "mask": (FLOAT, "B", "S"), "beam": (INT64, 1, "B"),
