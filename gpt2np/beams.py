@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from . import sampling
 from .arguments import real_number, whole_number
 from .decoding import LanguageModel, Step
+from .errors import InputError
 from .prompts import check_room, end_tokens, prompt_ids
 from .tokenizer import StreamDecoder
 
@@ -51,7 +54,7 @@ def beam_search(
     InputError, TokenRangeError, ContextOverflowError
         As `generate` does.
     """
-    length_penalty = real_number("length_penalty", length_penalty)
+    length_penalty = check_length_penalty(length_penalty, model.config.n_ctx)
     num_beams = whole_number("num_beams", num_beams, 1)
     config = model.config
     (prompt,) = prompt_ids([ids], config.vocab_size, None)
@@ -69,7 +72,8 @@ def beam_search(
             if repetition_penalty != 1:
                 seen = np.unique([*prompt, *beam.ids])
                 scores[row] = sampling.penalise_repetition(scores[row], seen, repetition_penalty)
-        totals = (scores + [[sum(beam.logprobs)] for beam in running]).reshape(-1)  # (B * V,)
+        norm = _norm(length, length_penalty)
+        totals = (scores + [[math.fsum(beam.logprobs)] for beam in running]).reshape(-1)  # (B * V,)
 
         going_on: list[tuple[int, Beam]] = []  # (row of the beam it continues, beam)
         candidates = sampling.most_probable(totals, max(2, 1 + len(ends)) * num_beams)
@@ -78,7 +82,7 @@ def beam_search(
             beam = Beam(
                 (*running[row].ids, token_id),
                 (*running[row].logprobs, float(scores[row, token_id])),
-                float(totals[candidate]) / length**length_penalty,
+                float(totals[candidate]) / norm,
                 "eos" if token_id in ends else "length",
             )
             if token_id not in ends and length < limit:
@@ -92,6 +96,19 @@ def beam_search(
         running = [beam for _, beam in going_on]
         logits = np.stack(decoder.feed([row for row, _ in going_on], [[*prompt, *beam.ids] for beam in running]))
     return finished
+
+
+def check_length_penalty(penalty: float, n_ctx: int) -> float:
+    """The penalty as a float; InputError unless it is a number that some length can be raised to."""
+    number = real_number("length_penalty", penalty)
+    if not 0 < _norm(n_ctx, number) < math.inf:
+        raise InputError(f"length_penalty is out of range: {n_ctx} (n_ctx) ** {penalty} is no float64")
+    return number
+
+
+def _norm(length: int, penalty: float) -> float:
+    """length ** penalty: the same on every machine, which a system's pow need not be."""
+    return float(sampling.DIGITS.power(length, Decimal(penalty)))
 
 
 def beam_steps(

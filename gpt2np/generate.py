@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from . import sampling
-from .arguments import flag, real_number, whole_number
-from .beams import beam_steps
+from .arguments import flag, whole_number
+from .beams import beam_steps, check_length_penalty
 from .cache import KVCache
 from .decoding import Decoder, LanguageModel, Row, Step, Stopper
 from .errors import InputError
@@ -117,7 +117,7 @@ def generate(
     """
     sampler = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     num_beams = whole_number("num_beams", num_beams, 1)
-    length_penalty = real_number("length_penalty", length_penalty)
+    length_penalty = check_length_penalty(length_penalty, model.config.n_ctx)
     logprobs = whole_number("logprobs", logprobs, 0)
     lookup = flag("lookup", lookup)
     if seed is not None:

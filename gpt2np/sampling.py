@@ -3,6 +3,10 @@
 All functions take logits or probabilities (V,) of one position in float32 or float64 and work in that dtype; running
 sums are float64. The order in which the filters are applied, and what each keeps, is that of
 Hugging Face's `generate`: repetition penalty, temperature, top-k, top-p, min-p.
+
+What comes out has the same bits on every machine. NumPy's exp and a system's logarithm and powers have not: they go
+by what the processor can do. So exp is a chain of additions and multiplications here, and the others are `decimal`'s.
+NumPy's sums are the same everywhere: tests/generate/test_sampling.py writes out in which order it adds.
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Context, Decimal
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +26,29 @@ from .weights import Array
 # 50257 entries need neither a sort nor a running sum over all of them:
 SEARCHED_TOGETHER = 128  # entries whose maximum is looked at first, in the search for the largest
 RUN = 512  # entries whose sum is looked at first, in the search for a place in the running sum
+LOG_2 = 0.6931471805599453
 COLDEST = 1e-6  # temperatures below cannot be told from greedy in float32
+DIGITS = Context(prec=20, traps=[])  # more than a float64 has; what is out of range gives infinity or 0
+
+
+class _Format(NamedTuple):
+    """What `exp` has to know of a format of numbers."""
+
+    integer: type  # of as many bits
+    mantissa: int  # bits of it that are stored
+    bias: int  # of the exponent
+    log2: tuple[float, float]  # in two parts: whole numbers up to the bias times the first have no error
+    series: tuple[float, ...]  # of e ** x, the last term first; what is left out is no bit for |x| <= ln(2) / 2
+
+
+def _series(terms: int) -> tuple[float, ...]:
+    return tuple(1 / math.factorial(n) for n in range(terms, 0, -1))
+
+
+_FORMATS = {
+    np.float32: _Format(np.int32, 23, 127, (0.693359375, -2.12194440054690583e-4), _series(7)),
+    np.float64: _Format(np.int64, 52, 1023, (6.93147180369123816490e-1, 1.90821492927058770002e-10), _series(13)),
+}
 
 
 @dataclass(frozen=True)
@@ -91,18 +119,15 @@ class Sampling:
         """
         if self.repetition_penalty != 1:
             logits = penalise_repetition(logits, seen, self.repetition_penalty)
-        best = int(logits.argmax())  # of equal ones the first; a NaN comes out on top
-        largest = logits[best]
-        if not math.isfinite(largest):
-            raise InputError(f"no token can be chosen: the largest logit, that of token {best}, is {largest}")
+        best = most_probable_token(logits)
         if not self.temperature:
             return best
         kept = None  # ids of the tokens that `weights` are about; None: all
         if self.top_k:  # before the temperature, which changes no order
             kept = top_k(logits, self.top_k)
-        weights = (logits if kept is None else logits[kept]) - largest  # <= 0: exp cannot overflow
+        weights = (logits if kept is None else logits[kept]) - logits[best]  # <= 0: exp cannot overflow
         weights /= self.temperature
-        np.exp(weights, out=weights)
+        weights = exp(weights)
         if self.top_p not in (None, 1):
             inside, running = _nucleus(weights, self.top_p)
             if self.min_p:  # of weights in descending order the first ones, too; the largest of them is 1
@@ -192,11 +217,54 @@ def draw(weights: Array, uniform: float) -> int:
 
 
 def log_sum_exp(logits: Array) -> float:
-    """log(sum(exp(logits))), from exponentials in the dtype of the logits."""
-    largest = logits[logits.argmax()]  # several times as fast as max()
-    exps = logits - largest
-    np.exp(exps, out=exps)
-    return float(largest) + math.log(np.add.reduce(exps))  # pairwise: as exact as the exponentials
+    """log(sum(exp(logits))), from exponentials in the dtype of the logits; InputError as for `Sampling.choose`."""
+    largest = logits[most_probable_token(logits)]
+    return float(largest) + log(float(np.add.reduce(exp(logits - largest))))
+
+
+def exp(x: Array) -> Array:
+    """e ** x of numbers that are at most 0, within 2 ulp; 0 where that is about subnormal. x is written to.
+
+    x = n ln 2 + r with |r| <= ln(2) / 2; the series of e ** r; 2 ** n made from bits.
+    """
+    form = _FORMATS[x.dtype.type]
+    r = np.maximum(x, -form.bias * LOG_2, out=x)  # n = -bias, whose bits are those of 0
+    n = r * (1 / LOG_2)
+    np.rint(n, out=n)
+    y = n * form.log2[0]
+    r -= y
+    r -= np.multiply(n, form.log2[1], out=y)
+    last, *others = form.series
+    np.multiply(r, last, out=y)
+    for factor in others:
+        y += factor
+        y *= r
+    y += 1
+    bits = n.view(form.integer)
+    bits[:] = n
+    bits += form.bias
+    bits <<= form.mantissa
+    y *= n
+    return y
+
+
+def log(x: float) -> float:
+    """The natural logarithm of a positive number, or of 0."""
+    return float(DIGITS.ln(Decimal(x)))
+
+
+def most_probable_token(logits: Array) -> int:
+    """The id of the largest of the logits (V,), of equal ones the first.
+
+    Raises
+    ------
+    InputError
+        If no logit is above -inf, or one is NaN or inf.
+    """
+    best = int(logits.argmax())  # several times as fast as max(); a NaN comes out on top
+    if not math.isfinite(logits[best]):
+        raise InputError(f"no token can be chosen: the largest logit, that of token {best}, is {logits[best]}")
+    return best
 
 
 def most_probable(logits: Array, n: int) -> Array:

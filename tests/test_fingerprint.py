@@ -1,5 +1,6 @@
 """The same bits in every way of computing, and on every machine with fused multiply-add."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -14,6 +15,7 @@ import gpt2np
 from gpt2np import fingerprint
 from gpt2np.cli import app
 from gpt2np.errors import InputError
+from gpt2np.generate import generate
 from gpt2np.kernels import chained_product
 from gpt2np.kernels.tile import FORMS
 from tiny import tiny_model
@@ -25,6 +27,18 @@ MINI = {
     "int8": "c4a1d181cd9c9fbc36b13ce78de455b7bd611878673d24da65cb66834a6f77db",
     "int4": "972d742e0b5c5e1bff4ec052ce358a6d75084ca4596b4804c0bf03e2061affa1",
 }
+
+
+# Of the steps of three ways to go on that are not greedy, from the 96bf90ef... of the model: see `draws`.
+DRAWS = "8c60a6049c6c328c999208574084252c72e976d80a0930cca9268ed648f1d6e8"
+
+
+def draws(model):
+    """SHA-256 of tokens and log-probabilities that are drawn, drawn from few, and found by beams."""
+    chosen = {"temperature": 1.0, "logprobs": 3}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9}, {"num_beams": 3}
+    text = fingerprint.texts(model)[0].tolist()
+    steps = [list(generate(model, text, 40, seed=5, length_penalty=0.7, **options)) for options in chosen]
+    return hashlib.sha256(repr([step[1:2] + step[3:] for way in steps for step in way]).encode()).hexdigest()
 
 
 def fuses():
@@ -102,8 +116,14 @@ def test_the_command_says_which_ways_differ(monkeypatch):
 
 
 @pytest.mark.jit
+def test_draws_and_beams_of_the_embedded_model_are_the_published_ones():
+    if fuses():
+        assert draws(gpt2np.load()) == DRAWS
+
+
+@pytest.mark.jit
 def test_numpy_and_blas_on_another_machine_change_nothing_that_is_promised():
-    """Results, scores, embeddings, and tokens of greedy search: by NumPy for the oldest CPUs, too."""
+    """Results, scores, embeddings, and what goes on from a text: by NumPy for the oldest CPUs, too."""
     code = """
         import gpt2np, hashlib
         from gpt2np.embed import embed
@@ -113,8 +133,9 @@ def test_numpy_and_blas_on_another_machine_change_nothing_that_is_promised():
 
         model, text = gpt2np.load(), "Once upon a time there was a king, and the king had a daughter. "
         print(digest(WAYS["prompt"](model, texts(model))))
-        for options in {"repetition_penalty": 1.3}, {"lookup": True}:
-            print([step.token_id for step in generate(model, text, 20, **options)])
+        drawn = {"temperature": 1.0, "seed": 3}, {"top_p": 0.9, "seed": 4}
+        for options in {"repetition_penalty": 1.3}, {"lookup": True}, {"num_beams": 3, "length_penalty": 0.7}, *drawn:
+            print(list(generate(model, text, 20, **options)))
         scoring = TextScoring(model, text * 4, 40, 20)
         print(list(scoring), scoring.result)
         for pool in "mean", "last", None:

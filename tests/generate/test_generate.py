@@ -332,6 +332,8 @@ def test_stop_and_text_need_a_tokenizer(model):
         ([1], {"num_beams": 2, "logprobs": 2}, InputError),
         ([1], {"length_penalty": float("nan")}, InputError),
         ([1], {"num_beams": 2, "length_penalty": float("inf")}, InputError),
+        ([1], {"num_beams": 2, "length_penalty": 1e4}, InputError),
+        ([1], {"num_beams": 2, "length_penalty": -1e4}, InputError),
     ],
 )
 def test_bad_arguments_are_errors_at_the_call(prompt, options, error):

@@ -1,6 +1,7 @@
 """Choosing a token: every filter against its definition written out, and the draw against its distribution."""
 
 import math
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -208,6 +209,49 @@ def test_logits_that_are_no_numbers_are_an_error(bad):
             sampler.choose(np.array([0.0, bad, 1.0]), NOTHING, np.random.default_rng(0))
     with pytest.raises(InputError, match="-inf"):
         Sampling().choose(np.full(3, -np.inf), NOTHING, None)
+    with pytest.raises(InputError, match=f"token 1, is {bad}"):  # of a beam, too
+        sampling.log_sum_exp(np.array([0.0, bad, 1.0]))
+
+
+def in_order(values):
+    """The sum of a vector in the order in which NumPy adds: halves, of which up to 128 numbers are eight chains."""
+    n = len(values)
+    if n > 128:
+        half = n // 2 - n // 2 % 8
+        return in_order(values[:half]) + in_order(values[half:])
+    eights, total = n - n % 8, values.dtype.type(0)
+    if n >= 8:
+        chains = values[:8].copy()
+        for i in range(8, eights, 8):
+            chains += values[i : i + 8]
+        pairs = chains[0::2] + chains[1::2]
+        total = (pairs[0] + pairs[1]) + (pairs[2] + pairs[3])
+    for value in values[eights:]:
+        total += value
+    return total
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("n", [1, 7, 8, 100, 128, 129, 1000, 2048, 50257])
+def test_numpy_adds_in_one_order_on_every_machine(n, dtype):
+    values = np.random.default_rng(n).random(n).astype(dtype)
+    assert np.add.reduce(values) == in_order(values)
+    starts = [0, n // 3] if n > 2 else [0]
+    parts = np.split(values, starts[1:])
+    assert np.add.reduceat(values, starts).tolist() == [part[0] + in_order(part[1:]) for part in parts]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exp_and_log_are_the_nearest_numbers_or_almost(dtype):
+    limits = np.finfo(dtype)
+    x = np.linspace(np.log(limits.tiny) + 1, 0, 20_001).astype(dtype)
+    exact = np.array([float(Decimal(float(number)).exp()) for number in x[::20]])
+    ulp = np.spacing(exact.astype(dtype))
+    found = sampling.exp(x.copy())
+    assert (abs(found[::20] - exact) / ulp).max() < 2
+    assert (np.diff(found) >= 0).all()
+    assert sampling.exp(np.array([-np.inf, limits.min, 0, np.log(limits.tiny) - 1], dtype)).tolist() == [0, 0, 1, 0]
+    assert [sampling.log(y) for y in (0.0, 1.0, 1e300, 50257.0)] == [-math.inf, 0, *map(math.log, (1e300, 50257.0))]
 
 
 @pytest.mark.parametrize(
