@@ -217,6 +217,17 @@ def test_quantised_weights_are_seen_through():
     assert any("rounded" in note for note in int8.notes)
 
 
+def test_scales_that_nodes_compute_are_refused_by_name(tmp_path):
+    model = onnx.load(DATA / "q4.onnx")
+    at, node = next((i, n) for i, n in enumerate(model.graph.node) if n.op_type == "MatMulNBits")
+    model.graph.node.insert(at, helper.make_node("Cast", ["doubles"], ["computed"], to=onnx.TensorProto.FLOAT))
+    model.graph.node.insert(at, helper.make_node("Cast", [node.input[2]], ["doubles"], to=onnx.TensorProto.DOUBLE))
+    node.input[2] = "computed"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(UnsupportedModelError, match="its scales 'computed' are computed by nodes"):
+        read(tmp_path / "model.onnx")
+
+
 # ------------------------------------------------------------------------------------------------- other spellings
 def rename(model: onnx.ModelProto) -> None:
     """Initializers and values lose all names that mean something."""

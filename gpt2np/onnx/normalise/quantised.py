@@ -155,7 +155,11 @@ def _check_packed(graph: Graph, node: Node, name: str, bits: int, block: int, K:
         raise UnsupportedModelError(
             f"{node.describe()}: {name!r} holds {held} elements of {bits} bits, which is no {N} x {K} matrix"
         )
-    count = math.prod(graph.shape(scales)) if scales in graph.constants else 0
+    if scales not in graph.constants:
+        raise UnsupportedModelError(
+            f"{node.describe()}: its scales {scales!r} are computed by nodes; expected is a tensor that the file holds"
+        )
+    count = math.prod(graph.shape(scales))
     if count * block < K * N:
         raise UnsupportedModelError(
             f"{node.describe()}: {scales!r} holds {count} scales, too few for blocks of {block} in {N} x {K} elements"
