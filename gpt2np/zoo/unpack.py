@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Self, cast
+from typing import Any, BinaryIO, Self, TypeVar, cast
 
 from ..errors import DownloadError
 
@@ -17,6 +17,7 @@ MAX_FILES = 1000
 MAX_BYTES = 8 << 30  # unpacked; the zoo's largest GPT-2 archive holds 0.7 GB
 
 MAX_HEADER = 1 << 16
+MemberT = TypeVar("MemberT", bound=tarfile.TarInfo)
 EXTENDED_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME)
 
 
@@ -63,8 +64,8 @@ def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, root: Path) ->
     if member.isdir():
         path.mkdir(parents=True, exist_ok=True)
         return
-    content = tar.extractfile(member)
-    if content is None or member.issparse() or not parts:
+    content = tar.extractfile(member) if member.isreg() and not member.issparse() and parts else None
+    if content is None:
         raise DownloadError(f"refused the archive: its member {member.name!r} is no plain file")
     path.parent.mkdir(parents=True, exist_ok=True)
     with content, path.open("xb") as file:
@@ -76,12 +77,19 @@ class _Member(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        member = super().frombuf(buf, encoding, errors)
-        if member.type in EXTENDED_HEADERS and member.size <= MAX_HEADER:
-            return member
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
-            raise DownloadError(f"refused the archive: its member {member.name!r} is neither a plain file nor a folder")
+        return _admitted(super().frombuf(buf, encoding, errors))
+
+    @classmethod
+    def _frombuf(cls, *args: Any, **options: Any) -> Self:  # which tarfile calls in its place from Python 3.14 on
+        return _admitted(super()._frombuf(*args, **options))  # type: ignore[misc]
+
+
+def _admitted(member: MemberT) -> MemberT:
+    if member.type in EXTENDED_HEADERS and member.size <= MAX_HEADER:
         return member
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
+        raise DownloadError(f"refused the archive: its member {member.name!r} is neither a plain file nor a folder")
+    return member
 
 
 class _Limited(io.RawIOBase):
