@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from itertools import islice
 from multiprocessing.connection import Connection, wait
@@ -41,7 +41,7 @@ Seen = Callable[[Shard, bool], None]
 class Engine(NamedTuple):
     """Who computes shards; as made without arguments, this process does."""
 
-    target: Any = None  # what Dask's Client connects to
+    address: str | None = None  # of Dask's scheduler
     workers: int = 0  # that were there at the beginning
     dashboard: str = ""  # the address of Dask's pages
 
@@ -72,23 +72,19 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
         import distributed
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # what matters of it is told here
-    if workers is None:
+    with ExitStack() as stack:
+        if workers is not None:
+            begin = stack.enter_context(_workers(workers))
+            stack.enter_context(dask.config.set({PROFILE: False}))
+            failures = {"allowed_failures": 100}  # a worker that is killed is no fault of its shard's
+            cluster = distributed.LocalCluster(n_workers=0, dashboard_address=":0", scheduler_kwargs=failures)
+            begin(address := stack.enter_context(cluster).scheduler_address)
         try:
-            with _client(address) as client:
-                yield Engine(address, len(client.scheduler_info(n_workers=-1)["workers"]), _dashboard(client))
+            client = stack.enter_context(_client(address))
         except _Lost as error:
             raise InputError(f"no Dask scheduler answers at {address}: {error}") from None
-        return
-    with (
-        _workers(workers) as begin,
-        dask.config.set({PROFILE: False}),
-        distributed.LocalCluster(
-            n_workers=0, dashboard_address=":0", silence_logs=logging.CRITICAL,
-            scheduler_kwargs={"allowed_failures": 100},  # a worker that is killed is no fault of its shard's
-        ) as cluster,
-    ):  # fmt: skip
-        begin(cluster.scheduler_address)
-        yield Engine(cluster.scheduler_address, workers, _dashboard(cluster))
+        count = workers or len(client.scheduler_info(n_workers=-1)["workers"])
+        yield Engine(address, count, client.dashboard_link if find_spec("bokeh") else "")  # bokeh draws Dask's pages
 
 
 @contextmanager
@@ -100,7 +96,7 @@ def _workers(count: int) -> Iterator[Callable[[str], None]]:
     """
     processes: Any = multiprocessing.get_context(METHOD)
     ours, theirs = processes.Pipe()
-    nursery = processes.Process(target=_keep_alive, args=(ours, theirs, count))
+    nursery = processes.Process(target=_keep_alive, args=(METHOD, ours, theirs, count))
     with catch_warnings():
         # of forks beside threads: NumPy's and the kernels' are ready for it
         simplefilter("ignore", DeprecationWarning)
@@ -113,7 +109,7 @@ def _workers(count: int) -> Iterator[Callable[[str], None]]:
         nursery.join()
 
 
-def _keep_alive(ours: Connection, theirs: Connection, count: int) -> None:
+def _keep_alive(method: str, ours: Connection, theirs: Connection, count: int) -> None:
     """Workers, each of which is started anew when it ends, until the process that is on `ours` closes it or ends.
 
     Dask's own nanny gives up where a worker is killed while it starts.
@@ -127,7 +123,7 @@ def _keep_alive(ours: Connection, theirs: Connection, count: int) -> None:
     os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
     if kernels := sys.modules.get("gpt2np.kernels"):
         kernels.set_num_threads(min(threads, kernels.get_num_threads()))
-    processes: Any = multiprocessing.get_context(METHOD)
+    processes: Any = multiprocessing.get_context(method)
     workers: dict[Any, Any] = {}  # by what tells that they have ended
     with suppress(EOFError):  # closed before there was a scheduler
         address = theirs.recv()
@@ -187,7 +183,7 @@ def compute(
             lost += 1
             if lost == ROUNDS:
                 raise InputError(f"{len(left):,} of {len(shards):,} shards could not be computed: {error}") from None
-    if engine.target is not None and any(store.read(shard.name) is None for shard in shards):
+    if engine.address is not None and any(store.read(shard.name) is None for shard in shards):
         raise InputError(f"results are missing in {store.folder} as this machine sees it: do all workers see it?")
     store.remove_drafts(shards)
 
@@ -200,45 +196,38 @@ def make(work: Work, shard: Shard, store: Store) -> None:
 
 def _round(work: Work, shards: Sequence[Shard], store: Store, engine: Engine) -> Iterator[Shard]:
     """Compute shards in any order; yields each that is done."""
-    if engine.target is None:
+    if engine.address is None:
         for shard in shards:
             make(work, shard, store)
             yield shard
         return
     from distributed import KilledWorker, as_completed
 
-    with _client(engine.target) as client:
-        names: dict[str, Shard] = {}
+    with _client(engine.address) as client:
+        waiting, running, shard_of = iter(shards), as_completed(loop=client.loop), {}
 
-        def submit(shard: Shard) -> Any:
-            future = client.submit(make, work, shard, store, pure=False)
-            names[future.key] = shard
-            return future
+        def submit(count: int) -> None:
+            for shard in islice(waiting, count):
+                running.add(future := client.submit(make, work, shard, store, pure=False))
+                shard_of[future] = shard
 
-        waiting = iter(shards)
-        running = as_completed([submit(shard) for shard in islice(waiting, AHEAD)], loop=client.loop)
+        submit(AHEAD)
         for future in running:
             if future.status == "error" and not isinstance(error := future.exception(), KilledWorker):
                 raise error
             if future.status != "finished":
                 raise _Lost(f"a worker or the scheduler was lost ({future.status})")
-            yield names.pop(future.key)
-            for shard in islice(waiting, 1):
-                running.add(submit(shard))
-
-
-def _dashboard(of: Any) -> str:
-    """The address of Dask's pages, where what draws them is installed."""
-    return str(of.dashboard_link) if find_spec("bokeh") else ""
+            yield shard_of.pop(future)
+            submit(1)
 
 
 @contextmanager
-def _client(target: Any) -> Iterator[Any]:
+def _client(address: str | None) -> Iterator[Any]:
     """A connection to a scheduler."""
     from distributed import Client
 
     try:
-        client = Client(target, timeout=WAIT, set_as_default=False)
+        client = Client(address, timeout=WAIT, set_as_default=False)
     except (OSError, ValueError) as error:  # ValueError: no address
         raise _Lost(str(error)) from None
     with client:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import socket
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,8 +21,7 @@ from .store import Shard
 
 Described = tuple[dict[str, Any], dict[str, Any]]  # what a shard is of its model: `content` and `where`
 
-NAMES = "model", "tokenizer", "program", "engine", "dtype", "weights", "fingerprint"  # in `content`, of the model
-_opened: dict[str, GPT2] = {}  # the last model, by what `describe` says of it
+_last: list[Any] = []  # what `describe` said of the last model, and that model
 
 
 @cache
@@ -47,7 +45,7 @@ def describe(model: GPT2, tokenizer: Path | None) -> Described:
     assert model.path is not None
     with _alone() if model.engine == "numba" else nullcontext():
         computed = digest(WAYS["prompt"](model, texts(model)))
-    content = {
+    what = {
         "model": hash_of_files(open_model(model.path).files),
         "tokenizer": hash_of_files(tokenizers.locate(tokenizer or model.path.parent) or ()),
         "program": program(),
@@ -56,10 +54,9 @@ def describe(model: GPT2, tokenizer: Path | None) -> Described:
         "weights": model.rounded_to,
         "fingerprint": computed,
     }
-    where = {"model": str(model.path.resolve()), "tokenizer": str(tokenizer.resolve()) if tokenizer else None}
-    _opened.clear()
-    _opened[json.dumps([content, where])] = model
-    return content, where
+    paths = {"model": model.path.resolve(), "tokenizer": tokenizer and tokenizer.resolve()}
+    _last[:] = what, paths, model
+    return {"of": what}, {"of": paths}
 
 
 def _alone() -> AbstractContextManager[int]:
@@ -71,17 +68,15 @@ def _alone() -> AbstractContextManager[int]:
 
 def open_described(shard: Shard) -> GPT2:
     """The model of a shard, which must be the one that `describe` saw; the last one is kept."""
-    content = {name: shard.content[name] for name in NAMES}
-    where = {name: shard.where[name] for name in ("model", "tokenizer")}
-    model = _opened.get(json.dumps([content, where]))
-    if model is not None:
-        return model
-    model = load(where["model"], content["engine"], content["dtype"], content["weights"])
-    if where["tokenizer"] is not None:
-        model.tokenizer = tokenizers.load(where["tokenizer"])
-    found, _ = describe(model, where["tokenizer"] and Path(where["tokenizer"]))
-    for name, value in content.items():
-        if found[name] != value:
-            what = "computes other bits with" if name == "fingerprint" else f"has another {name} at"
-            raise InputError(f"{socket.gethostname()} {what} {where['model']} than the machine that cut the work")
+    what, paths = shard.content["of"], shard.where["of"]
+    if _last[:2] == [what, paths]:
+        return _last[2]
+    model = load(paths["model"], what["engine"], what["dtype"], what["weights"])
+    if paths["tokenizer"] is not None:
+        model.tokenizer = tokenizers.load(paths["tokenizer"])
+    found, _ = describe(model, paths["tokenizer"])
+    for name, value in what.items():
+        if found["of"][name] != value:
+            fault = "computes other bits with" if name == "fingerprint" else f"has another {name} at"
+            raise InputError(f"{socket.gethostname()} {fault} {paths['model']} than the machine that cut the work")
     return model

@@ -44,7 +44,7 @@ def report_shards(options: Options, models: Sequence[Path], search_time: float) 
             part.skip, part.random = first, last
             if first:  # what is not random is compared with the first of the random prompts
                 part.data, part.prompts, part.ids = [], [], []
-            where = {"options": json.dumps(asdict(part), default=str), "shown": str(model)}
+            where = {"options": part, "shown": str(model)}
             shards.append(Shard("report", content | {"first": first, "last": last}, where, max(1, last - first)))
     return shards
 
@@ -68,10 +68,8 @@ def _files_of(path: Path) -> list[Path]:
 
 def compare(shard: Shard, store: Store) -> bytes:
     """One report, as JSON and as people read it."""
-    given = json.loads(shard.where["options"])
-    given |= {"model": Path(given["model"]), "data": [Path(p) for p in given["data"]], "checks": tuple(given["checks"])}
     try:
-        report = parity(Options(**given), None, Clock(shard.content["search_time"]))
+        report = parity(shard.where["options"], None, Clock(shard.content["search_time"]))
         made: dict[str, Any] = {"report": report.as_dict(), "lines": [text for text, _ in lines_of(report)]}
     except Gpt2npError as error:  # of this model; the others go on
         made = {"report": {"exit_code": 2, "comparisons": [], "error": str(error)}, "lines": [f"error: {error}"]}

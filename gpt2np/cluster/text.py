@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -32,8 +32,9 @@ CUT = ("window", "stride", "first", "last")
 def token_shard(path: Path, described: Described) -> Shard:
     """A text to be tokenized: as a whole, because where one may be cut only its tokenizer knows."""
     content, where = described
-    place = {"text": str(path.resolve()), "begin": 0, "end": -1}
-    return Shard("tokens", content | {"text": File(path, InputError).sha256()}, where | place)
+    file = File(path, InputError)
+    place = {"text": path.resolve(), "begin": 0, "bytes": file.size}
+    return Shard("tokens", content | {"text": file.sha256()}, where | place)
 
 
 def tokenize(shard: Shard, store: Store) -> bytes:
@@ -92,18 +93,19 @@ def line_shards(kind: str, path: Path, described: Described, options: dict[str, 
         If the file cannot be read, or what is seen without a tokenizer says that a line cannot be used.
     """
     content, where = described
-    where |= {"text": str(path.resolve()), "batch_size": batch_size}
+    where |= {"text": path.resolve(), "batch_size": batch_size}
     shards, begin, line = [], 0, 1
-    with _opened(path) as file:
+    with File(path, InputError).path.open("rb") as file:
         while piece := b"".join(islice(file, LINES)):
-            place = {"begin": begin, "end": begin + len(piece), "line": line}
+            place = {"begin": begin, "bytes": len(piece), "line": line}
             what = {"text": hashlib.sha256(piece).hexdigest()}
             shard = Shard(kind, content | options | what, where | place)
-            shards.append(replace(shard, size=len(_lines(shard, piece))))
+            if size := len(_lines(shard, piece)):
+                shards.append(replace(shard, size=size))
             begin, line = begin + len(piece), line + LINES
     if not shards:
         raise InputError(f"{path} is empty")
-    return [shard for shard in shards if shard.size]
+    return shards
 
 
 def _score_passages(shard: Shard, store: Store) -> bytes:
@@ -128,7 +130,7 @@ def embed_lines(shard: Shard, store: Store) -> bytes:
     options = shard.content["taps"], shard.content["pool"], shard.where["batch_size"]
     with _placed(shard):
         found = embed(open_described(shard), lines, *options)
-    packed = io.BytesIO()
+    packed = BytesIO()
     write_arrays(packed, ((f"{i}/{n}", value) for i, states in enumerate(found) for n, value in states.items()))
     return packed.getvalue()
 
@@ -137,7 +139,7 @@ def embedded(shards: Iterable[Shard], store: Store) -> Iterator[dict[str, Array]
     """What `embed` yields, line by line, once the shards are computed."""
     for shard in shards:
         states: list[dict[str, Array]] = [{} for _ in range(shard.size)]
-        with np.load(io.BytesIO(store.result(shard.name))) as arrays:
+        with np.load(BytesIO(store.result(shard.name))) as arrays:
             for key in arrays.files:
                 i, name = key.split("/", 1)
                 states[int(i)][name] = arrays[key]
@@ -153,18 +155,11 @@ _windows = lru_cache(maxsize=1)(windows)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-
-
-@contextmanager
 def _placed(shard: Shard) -> Iterator[None]:
     """Errors of a text say which it is, and where in it they are."""
-    place = shard.where["text"] + (f", from line {shard.where['line']} on" if "line" in shard.where else "")
+    place = (
+        f"{shard.where['text']}, from line {shard.where['line']} on" if "line" in shard.where else shard.where["text"]
+    )
     try:
         yield
     except UnicodeDecodeError as error:
@@ -175,13 +170,11 @@ def _placed(shard: Shard) -> Iterator[None]:
 
 def _read(shard: Shard) -> bytes:
     """The bytes of a shard's text, which must be those that it is named by."""
-    begin, end = shard.where["begin"], shard.where["end"]
-    with _opened(Path(shard.where["text"])) as file:
-        file.seek(begin)
-        raw = file.read(end - begin)  # all for -1 - 0
-    if hashlib.sha256(raw).hexdigest() != shard.content["text"]:
+    raw = np.empty(shard.where["bytes"], np.uint8)
+    File(shard.where["text"], InputError).read_into(raw, [(shard.where["begin"], raw.size)])
+    if hashlib.sha256(raw.data).hexdigest() != shard.content["text"]:
         raise InputError(f"{shard.where['text']} has changed since the work was cut")
-    return raw
+    return raw.tobytes()
 
 
 def _lines(shard: Shard, piece: bytes) -> list[str]:

@@ -43,19 +43,20 @@ class Shards:
     store: Store
     unit: str
     began: float = field(default_factory=time.perf_counter)
-    counts: dict[str, int] = field(default_factory=lambda: {"shards": 0, "computed": 0, "size": 0})
+    shards: int = 0
+    computed: int = 0
+    size: int = 0  # of these, but for those that are not counted in `unit`
 
     def compute(self, work: Work, shards: Sequence[Shard], what: str, unit: str = "") -> None:
         """Compute those shards whose results are not there yet."""
         from ..cluster.engine import compute
 
-        self.counts["shards"] += len(shards)
+        self.shards += len(shards)
         with shard_progress(what, shards, unit or self.unit) as advance:
 
             def seen(shard: Shard, computed: bool) -> None:
-                self.counts["computed"] += computed
-                if computed and not unit:
-                    self.counts["size"] += shard.size
+                self.computed += computed
+                self.size += shard.size if computed and not unit else 0
                 advance(shard.size)
 
             try:
@@ -76,13 +77,13 @@ class Shards:
         """What was done, for --json."""
         seconds = time.perf_counter() - self.began
         return {
-            "shards": self.counts["shards"],
-            "computed": self.counts["computed"],
-            "found": self.counts["shards"] - self.counts["computed"],
+            "shards": self.shards,
+            "computed": self.computed,
+            "found": self.shards - self.computed,
             "workers": self.engine.workers,
             "seconds": round(seconds, 3),
             "unit": self.unit,
-            "per_second": round(self.counts["size"] / seconds, 1),
+            "per_second": round(self.size / seconds, 1),
             "results": str(self.store.folder),
             "dashboard": self.engine.dashboard or None,
         }
@@ -119,7 +120,7 @@ def open_shards(workers: int | None, cluster: str | None, results: Path | None, 
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engine = stack.enter_context(open_engine(workers, cluster))
-        if engine.target is not None:
+        if engine.address is not None:
             pages = engine.dashboard or "none (pip install bokeh)"
             note(f"{engine.workers or 'no'} workers; dashboard: {pages}; results: {folder}")
         yield Shards(engine, Store(folder), unit)

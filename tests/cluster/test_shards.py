@@ -111,7 +111,7 @@ def test_a_name_changes_with_all_that_the_result_depends_on(cut, tmp_path, toy):
     for window, stride in ((41, 10), (40, 9)):
         assert not names & {s.name for s in text.window_shards(tokens, store, window, stride, 1)}
     assert names == {s.name for s in text.window_shards(tokens, store, 40, 10, batch_size=8)}
-    (tmp_path / "text.txt").write_text(TEXT + "x")
+    (tmp_path / "text.txt").write_text("x" + TEXT)
     assert (
         text.token_shard(tmp_path / "text.txt", describe(load(toy / "model.onnx", "numpy"), None)).name != tokens.name
     )
@@ -127,9 +127,9 @@ def test_another_model_or_program_at_the_place_is_refused(cut, tmp_path):
     tokens, _, _, _ = cut
     other = write_toy(tmp_path / "other", n_ctx=59)
     with pytest.raises(InputError, match="has another model at"):
-        open_described(Shard("tokens", tokens.content, tokens.where | {"model": str(other / "model.onnx")}))
+        open_described(Shard("tokens", tokens.content, {"of": {"model": other / "model.onnx", "tokenizer": None}}))
     with pytest.raises(InputError, match="computes other bits with"):
-        open_described(Shard("tokens", tokens.content | {"fingerprint": "0"}, tokens.where))
+        open_described(Shard("tokens", {"of": tokens.content["of"] | {"fingerprint": "0"}}, tokens.where))
 
 
 def test_a_full_disk_is_an_error_and_nothing_is_half_written(cut):
