@@ -79,6 +79,7 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
             failures = {"allowed_failures": 100}  # a worker that is killed is no fault of its shard's
             cluster = distributed.LocalCluster(n_workers=0, dashboard_address=":0", scheduler_kwargs=failures)
             begin(address := stack.enter_context(cluster).scheduler_address)
+        assert address is not None
         try:
             client = stack.enter_context(_client(address))
         except _Lost as error:
@@ -222,11 +223,13 @@ def _round(work: Work, shards: Sequence[Shard], store: Store, engine: Engine) ->
 
 
 @contextmanager
-def _client(address: str | None) -> Iterator[Any]:
+def _client(address: str) -> Iterator[Any]:
     """A connection to a scheduler."""
     from distributed import Client
+    from distributed.comm.addressing import get_address_host_port
 
     try:
+        get_address_host_port(address)  # with what is no address a Client is half made, and Python does not end
         client = Client(address, timeout=WAIT, set_as_default=False)
     except (OSError, ValueError) as error:  # ValueError: no address
         raise _Lost(str(error)) from None

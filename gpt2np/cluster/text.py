@@ -32,9 +32,15 @@ CUT = ("window", "stride", "first", "last")
 def token_shard(path: Path, described: Described) -> Shard:
     """A text to be tokenized: as a whole, because where one may be cut only its tokenizer knows."""
     content, where = described
-    file = File(path, InputError)
+    file = _file(path)
     place = {"text": path.resolve(), "begin": 0, "bytes": file.size}
     return Shard("tokens", content | {"text": file.sha256()}, where | place)
+
+
+def _file(path: Path) -> File:
+    if str(path) == "-":
+        raise InputError("other processes cannot read this one's standard input: give a file to cut into shards")
+    return File(path, InputError)
 
 
 def tokenize(shard: Shard, store: Store) -> bytes:
@@ -95,7 +101,7 @@ def line_shards(kind: str, path: Path, described: Described, options: dict[str, 
     content, where = described
     where |= {"text": path.resolve(), "batch_size": batch_size}
     shards, begin, line = [], 0, 1
-    with File(path, InputError).path.open("rb") as file:
+    with _file(path).path.open("rb") as file:
         while piece := b"".join(islice(file, LINES)):
             place = {"begin": begin, "bytes": len(piece), "line": line}
             what = {"text": hashlib.sha256(piece).hexdigest()}
@@ -104,7 +110,7 @@ def line_shards(kind: str, path: Path, described: Described, options: dict[str, 
                 shards.append(replace(shard, size=size))
             begin, line = begin + len(piece), line + LINES
     if not shards:
-        raise InputError(f"{path} is empty")
+        raise InputError(f"{path} is empty: there is no line in it")
     return shards
 
 

@@ -25,7 +25,7 @@ from ._shards import ClusterOption, ResultsOption, Shards, WorkersOption, open_s
 from ._terminal import note, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from ..cluster.models import Described
+    from ..cluster.store import Shard
 
 
 def score(
@@ -74,12 +74,15 @@ def score(
         if resume is not None:
             raise InputError("--resume is for one process; --results keeps what --workers and --cluster compute")
         from ..cluster.models import describe
+        from ..cluster.text import line_shards, token_shard
 
         gpt2 = load_model(model, tokenizer, engine, dtype, weights)
         how = *check_cut(gpt2.config.n_ctx, window, stride), check_batch_size(batch_size)
         described = describe(gpt2, tokenizer)
+        whole = {path: token_shard(path, described) for path in files if path.suffix != ".jsonl"}
+        cut = {p: line_shards("passages", p, described, {}, batch_size) for p in files if p not in whole}
         with open_shards(workers, cluster, results, "tokens") as shards:
-            _score_shards(shards, files, described, how, json)
+            _score_shards(shards, files, whole, cut, how, json)
         return
     kept = Progress(resume)
     texts = [read_text(path) for path in files]
@@ -125,14 +128,17 @@ def _run(path: Path, scoring: TextScoring | LastWordScoring) -> float | None:
 
 
 def _score_shards(
-    shards: Shards, files: list[Path], described: Described, how: tuple[int, int, int], json: bool
+    shards: Shards,
+    files: list[Path],
+    texts: dict[Path, Shard],
+    cut: dict[Path, list[Shard]],
+    how: tuple[int, int, int],
+    json: bool,
 ) -> None:
-    """Score files by shards: texts are tokenized first, then windows and passages are scored together."""
+    """Score files by shards: texts are tokenized first, then windows and passages (`cut`) are scored together."""
     from ..cluster import text
 
     window, stride, batch_size = how
-    texts = {path: text.token_shard(path, described) for path in files if path.suffix != ".jsonl"}
-    cut = {p: text.line_shards("passages", p, described, {}, batch_size) for p in files if p not in texts}
     shards.compute(text.tokenize, list(texts.values()), "tokenizing", "texts")
     for path, tokens in texts.items():
         cut[path] = text.window_shards(tokens, shards.store, window, stride, batch_size)

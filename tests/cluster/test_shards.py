@@ -247,6 +247,8 @@ def test_wrong_options(run, tmp_path, monkeypatch, arguments, message):
         ("a.jsonl", '{"text": "one two"}\nnothing', "from line 1 on: line 2 is not a JSON object"),
         ("a.jsonl", '{"text": "one"}', "has no words before its last one"),
         ("a.jsonl", "", "is empty"),
+        ("a.jsonl", "\n\n", "is empty"),
+        ("-", None, "standard input"),
         ("missing.txt", None, "cannot read"),
         ("missing.jsonl", None, "cannot read"),
     ],
@@ -255,7 +257,7 @@ def test_texts_that_cannot_be_scored(run, tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
-        run("score", tmp_path / name, "--results", tmp_path / "r")
+        run("score", "-" if name == "-" else tmp_path / name, "--results", tmp_path / "r")
 
 
 def test_without_dask_one_process_does_it_and_workers_are_refused(monkeypatch):
@@ -269,18 +271,21 @@ def test_without_dask_one_process_does_it_and_workers_are_refused(monkeypatch):
 # -------------------------------------------------------------------------------------- several processes
 
 
-def python(*arguments):
+def python(*arguments, timeout=None):
     where = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "support")))
     environment = {**os.environ, "PYTHONPATH": where}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)
 
 
-def test_two_workers_give_the_bits_of_one_process(run, tmp_path, toy):
+@pytest.mark.parametrize("method", sorted({engine.METHOD, "spawn"}))  # the second is all there is but on Linux
+def test_two_workers_give_the_bits_of_one_process(run, tmp_path, toy, method):
     file = tmp_path / "a.txt"
     file.write_text(TEXT)
     [alone] = run("score", file, "--json")
     options = ["--workers", 2, "--results", tmp_path / "r", "-m", toy, "--engine", "numpy", "--json"]
-    done = python("-m", "gpt2np", "score", file, *options)
+    code = f"from gpt2np.cluster import engine; engine.METHOD = {method!r}; from gpt2np.cli import main; main()"
+    done = python("-c", code, "score", file, *options)
     assert done.returncode == 0, done.stderr
     found, summary = map(json.loads, done.stdout.splitlines())
     assert found == alone | {"per_second": None}
@@ -303,8 +308,16 @@ def test_no_scheduler_at_the_address(monkeypatch):
             pass
 
 
-def test_killed_workers_lose_nothing():
-    done = python(ROOT / "tests" / "support" / "kill_campaign.py", "--kills", 2)
+def test_a_wrong_address_is_the_end(tmp_path, toy):
+    """Dask's threads, which were begun for it, do not keep Python from ending."""
+    (tmp_path / "a.txt").write_text(TEXT)
+    done = python("-m", "gpt2np", "score", tmp_path / "a.txt", "-m", toy, "--cluster", "no address", timeout=300)
+    assert (done.returncode, done.stderr.splitlines()[1:]) == (2, [])
+
+
+@pytest.mark.parametrize("options", [[], pytest.param(["--spawn"], marks=pytest.mark.slow)])
+def test_killed_workers_lose_nothing(options):
+    done = python(ROOT / "tests" / "support" / "kill_campaign.py", "--kills", 2, *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ok: 20 shards" in done.stdout
 

@@ -1,9 +1,10 @@
 """Kill what computes shards at random moments, again and again; the result must be the one of a single process.
 
-    python tests/support/kill_campaign.py [--kills 100] [--seed 0] [--scheduler]
+    python tests/support/kill_campaign.py [--kills 100] [--seed 0] [--spawn] [--scheduler]
 
 A tiny model scores a text by workers on this machine. Workers are killed (SIGKILL) until enough were; whenever the
-run ends before, some results are damaged or removed and it goes on with another number of workers. --scheduler kills
+run ends before, some results are damaged or removed and it goes on with another number of workers. --spawn starts
+workers as on systems without fork. --scheduler kills
 a scheduler of its own instead, with its workers, and starts them anew. Each begun computation is logged, so that
 it is seen whether anything was computed twice that was not in flight when something was killed.
 """
@@ -173,7 +174,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--spawn", action="store_true")
     parser.add_argument("--scheduler", action="store_true")
     given = parser.parse_args()
+    engine.METHOD = "spawn" if given.spawn else engine.METHOD
     with tempfile.TemporaryDirectory() as scratch:
         (by_scheduler if given.scheduler else by_workers)(Path(scratch), given.kills, random.Random(given.seed))
