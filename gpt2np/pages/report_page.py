@@ -104,7 +104,7 @@ def table_html(table: Table) -> str:
         "<tr>" + "".join(f"<td{c}>{escape(cell)}</td>" for c, cell in zip(classes, row, strict=True)) + "</tr>"
         for row in table.rows
     )
-    notes = "".join(f"<p>{escape(note)}</p>" for note in table.notes)
+    notes = "".join(f"<p>{escape(note)}</p>" for note in (" ".join(table.legend.values()), *table.notes) if note)
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title or "outputs")}"><table>'
         f"<caption>{escape(table.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>{notes}"

@@ -52,8 +52,9 @@ class Table:
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     styles: Sequence[str] = ()  # of the rows; none: all plain
-    notes: Sequence[str] = ()  # sentences below it: the legend, what is left out
+    notes: Sequence[str] = ()  # sentences below it: what is left out
     implied: Sequence[str] = ()  # heads of columns that may go where it is too wide, the first one first
+    legend: Mapping[str, str] = field(default_factory=dict)  # sentences below it on columns, by their heads
 
 
 @dataclass

@@ -26,10 +26,13 @@ from .report import Check, Pair, Place, Report, Table, add_once, number
 from .subject import Subject, taps_of
 
 SHOWN_ROWS = 16  # of the tap table; JSON has them all
-LEGEND = (
-    "total: rms of A - B. local: what the operation itself adds, each party's own inputs given. inherited: what came "
-    "in with them. gain: relative error out / in. R: rms(A - float64) / rms(B - float64); below 1 A is closer."
-)
+LEGEND = {
+    "total": "total: rms of A - B.",
+    "local A": "local: what the operation itself adds, each party's own inputs given.",
+    "inherited": "inherited: what came in with them.",
+    "gain": "gain: relative error out / in.",
+    "R": "R: rms(A - float64) / rms(B - float64); below 1 A is closer.",
+}
 
 
 class Oracle(NamedTuple):
@@ -286,7 +289,7 @@ def tap_table(rows: Sequence[TapRow], case: str, a: str, b: str, every: bool = F
         ))  # fmt: skip
         styles.append("red" if row.diverges else "")
     head = ("tap", ">total", ">local A", ">local B", ">inherited", ">gain", ">R", "closer", "")
-    notes = [LEGEND]
-    if len(shown) < len(rows):
-        notes.append(f"{len(rows) - len(shown)} more taps in --json, and with diff --local")
-    return Table(f"taps on {case}, rms errors; A is {a}, B is {b}", head, lines, styles, notes, ("closer", "gain"))
+    left = len(rows) - len(shown)
+    notes = [f"{left} more taps in --json, and with diff --local"] if left else []
+    title = f"taps on {case}, rms errors; A is {a}, B is {b}"
+    return Table(title, head, lines, styles, notes, ("closer", "gain"), LEGEND)

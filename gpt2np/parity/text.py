@@ -59,7 +59,8 @@ def table_lines(table: Table, width: int = WIDTH) -> list[Line]:
         if apart:
             lines.append((row[0], style))
         lines.append((joined(row), style))
-    for note in table.notes:
+    legend = " ".join(table.legend[heads[i]] for i in shown if heads[i] in table.legend)
+    for note in (*filter(None, [legend]), *table.notes):
         lines += [(line, "dim") for line in wrap(note, "  ", width)]
     return lines
 
