@@ -91,8 +91,9 @@ def flow(reading: Reading, layer: int = 0) -> Picture:
         "ln_f": ("normalised once more", 0), "logits": ("a score for each token of the vocabulary", 0),
     }  # fmt: skip
     rows = []
-    for order, (part, (words, branch)) in enumerate(parts.items()):
-        tap = part if part in ("embed", "ln_f", "logits") else f"h.{layer}.{part}"
+    shown = [tap for tap in reading.taps if tap in parts or tap.startswith(f"h.{layer}.")]
+    for order, tap in enumerate(shown):
+        words, branch = parts.get(tap.removeprefix(f"h.{layer}."), ("", 1))
         value = reading.taps[tap]
         size = rounded(np.sqrt(np.square(value, dtype=np.float64).mean()))
         shape = ", ".join(map(str, value.shape))

@@ -196,36 +196,6 @@ def activate(x: Array, activation: str) -> Array:
     return out
 
 
-def gelu_tanh(x: Array) -> Array:
-    """GELU as GPT-2 computes it."""
-    return activate(x, "gelu_tanh")
-
-
-def gelu_erf(x: Array) -> Array:
-    """GELU exactly, x times the normal distribution's cumulative probability."""
-    return activate(x, "gelu_erf")
-
-
-def gelu_quick(x: Array) -> Array:
-    """GELU by a sigmoid, x * sigmoid(1.702 x)."""
-    return activate(x, "gelu_quick")
-
-
-def relu(x: Array) -> Array:
-    """max(x, 0); a NaN stays a NaN."""
-    return activate(x, "relu")
-
-
-def silu(x: Array) -> Array:
-    """x * sigmoid(x)."""
-    return activate(x, "silu")
-
-
-def tanh(x: Array) -> Array:
-    """The hyperbolic tangent."""
-    return activate(x, "tanh")
-
-
 def mlp(x: Array, w: MLP, tap: Tap, name: str) -> Array:
     """Two linear maps with a GELU between, each position by itself: (B, T, C) -> (B, T, C)."""
     hidden = linear(x, *w.c_fc)  # (B, T, C) -> (B, T, F)

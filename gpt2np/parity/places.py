@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config import GPT2Config
 from ..weights import Array
-from .operations import split_tap, tap_inputs, tap_names
+from .operations import OPERATIONS, split_tap, tap_inputs, tap_names
 
 if TYPE_CHECKING:
     from ..call import Call
@@ -47,8 +47,8 @@ def kept(tap: str, call: Call) -> Array | None:
 
     A row of padding sees no key, so every runtime makes something else of it; rows of real tokens never look at it.
     """
-    rows, part = seen_rows(call), split_tap(tap)[1]
-    if part in ("attn.scores", "attn.probs"):  # (B, H, T, S)
+    rows, axes = seen_rows(call), OPERATIONS[split_tap(tap)[1]].shape
+    if axes == "B H T S":
         keys = seen_keys(call)
         if keys is None:
             return None
@@ -56,7 +56,7 @@ def kept(tap: str, call: Call) -> Array | None:
         return (queries[:, :, None] & keys[:, None, :])[:, None]
     if rows is None:
         return None
-    return rows[:, None, :, None] if part in ("attn.q", "attn.k", "attn.v") else rows[:, :, None]
+    return rows[:, None, :, None] if axes == "B H T D" else rows[:, :, None]
 
 
 def kept_output(role: str, shape: tuple[int, ...], call: Call) -> Array | None:

@@ -128,7 +128,7 @@ def test_layer_norm(C, dtype):
 def test_activations(name, dtype):
     x = np.linspace(-12, 12, 500).astype(dtype)
     x[:5] = 0, -0.0, np.inf, np.nan, -1e30
-    got = getattr(kernels, name)(x)
+    got = kernels.activate(x, name)
     with np.errstate(all="ignore"):
         expected = ACTIVATIONS[name](x.astype(np.float64))
     assert got.dtype == dtype
@@ -146,7 +146,7 @@ def test_logarithm_and_tanh_to_the_last_place():
     assert [vectors.log(2.0**k) for k in (0, 1, 4)] == [0, math.log(2), math.log(16)]
     x = np.concatenate([rng.uniform(-10, 10, 5000), 10.0 ** rng.uniform(-30, 0, 500)]).astype(np.float32)
     exact = np.tanh(x.astype(np.float64))
-    assert (np.abs(kernels.tanh(x) - exact) / np.spacing(np.abs(exact).astype(np.float32))).max() < 2
+    assert (np.abs(kernels.activate(x, "tanh") - exact) / np.spacing(np.abs(exact).astype(np.float32))).max() < 2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
