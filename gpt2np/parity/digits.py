@@ -87,5 +87,9 @@ def show_digits(report: Report, found: Sequence[Digits], totals: Mapping[str, fl
         report.findings.append(f"{text}: by {number(spreads[beyond])} times the spread of random rounding")
     elif spreads:
         text = "A - B is what any float32 program would show"
-        report.findings.append(f"{text}: at most {max(spreads.values()):.1f} times the spread of random rounding")
+        largest = max(spreads.values())
+        how = (
+            f"at most {largest:.1f} times the spread of random rounding" if largest else "the same numbers at every tap"
+        )
+        report.findings.append(f"{text}: {how}")
     report.details["digits"] = [d._asdict() for d in found]

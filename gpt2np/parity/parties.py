@@ -369,7 +369,7 @@ def runner_of(model: Subject, text: str, engine: str) -> Runner:
         path = model_path(Path(text))
         if not path.is_file():
             raise InputError(f"{text}: no such model")
-        other = Ort(Subject(path), optimise=False)
+        other = Ort(fed_alike(model, Subject(path)), optimise=False)
         other.name = path.parent.name if path.name == "model.onnx" else path.stem
         return other
     if ":" in text:
@@ -378,6 +378,18 @@ def runner_of(model: Subject, text: str, engine: str) -> Runner:
         f"a party is {', '.join(simple)}, ort-1t (threads), a model.onnx, a trace.npz, or package.module:function;"
         f" got {text!r}"
     )
+
+
+def fed_alike(model: Subject, other: Subject) -> Subject:
+    """Another file, if it can be run on the inputs of the first."""
+    missing = [name for name in other.input_names if name not in model.input_names]
+    if missing:
+        few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise InputError(
+            f"{other.path} takes {few}, and {model.path} takes {', '.join(model.input_names[:3])}: both must take the"
+            " same inputs; gpt2np convert writes a file in another form"
+        )
+    return other
 
 
 def model_path(given: Path | None) -> Path:

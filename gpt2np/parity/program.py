@@ -8,7 +8,7 @@ float32 and float64 side by side (the float32 floor), or written out alone (repr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -22,12 +22,13 @@ from ..weights import Array, WeightSources
 from .operations import OPERATIONS, Run, split_tap, tap_inputs, tap_names
 
 SMALL = 1 << 24  # weights of a model from which on they are not all kept
+Changes = Mapping[str, Array | Callable[[], Array]]  # by name: weights, or what makes one whenever it is read
 
 
 class Parameters:
     """Weights by name in the dtype asked for, read when first used; `changed` take the place of the file's."""
 
-    def __init__(self, sources: WeightSources, changed: Mapping[str, Array] | None = None) -> None:
+    def __init__(self, sources: WeightSources, changed: Changes | None = None) -> None:
         self.sources = sources
         self.changed = dict(changed or {})
         numbers = sum(math.prod(source.shape) for source in sources.values())
@@ -37,10 +38,17 @@ class Parameters:
     def __call__(self, name: str, dtype: np.dtype[Any]) -> Array:
         """One weight; matrices of the vocabulary's size come as they are stored, to be cast where used."""
         if name in self.changed:
-            return self.changed[name] if name.startswith(("wte", "lm_head")) else self.changed[name].astype(dtype)
+            value = self.changed[name]
+            value = value() if callable(value) else value
+            return value if name.startswith(("wte", "lm_head")) else value.astype(dtype)
         if name in ("wte.weight", "lm_head.weight"):
             return self._raw(name)
         return self._cached(name, dtype)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a weight, without reading it."""
+        value = self.changed.get(name)
+        return value.shape if isinstance(value, np.ndarray) else tuple(self.sources[name].shape)
 
     def __contains__(self, name: str) -> bool:
         return name in self.changed or name in self.sources
@@ -48,7 +56,7 @@ class Parameters:
     def _cast(self, name: str, dtype: np.dtype[Any]) -> Array:
         return self.sources[name].load().astype(dtype)
 
-    def with_(self, changed: Mapping[str, Array]) -> Parameters:
+    def with_(self, changed: Changes) -> Parameters:
         """The same with further weights replaced; what was read already is shared."""
         twin = object.__new__(Parameters)
         twin.sources, twin._cached, twin._raw = self.sources, self._cached, self._raw
@@ -68,9 +76,7 @@ class Program:
     def of(cls, config: GPT2Config, sources: WeightSources) -> Program:
         return cls(config, Parameters(sources), {})
 
-    def with_(
-        self, weights: Mapping[str, Array] | None = None, runs: Mapping[str, Run] | None = None, **config: Any
-    ) -> Program:
+    def with_(self, weights: Changes | None = None, runs: Mapping[str, Run] | None = None, **config: Any) -> Program:
         """The same with some weights, operations or config fields replaced."""
         return Program(
             replace(self.config, **config),

@@ -11,7 +11,7 @@ import pytest
 
 import gpt2np
 import gpt2np.reference
-from gpt2np.errors import ComparisonError, TraceError
+from gpt2np.errors import ComparisonError, InputError, TraceError
 from gpt2np.masks import MaskRule
 from gpt2np.parity import capture, parties, trace
 from gpt2np.parity.cases import Case, case_from_ids
@@ -230,6 +230,12 @@ def test_an_output_that_is_not_its_tap_is_not_called_noise(
     report = diff(str(mini), str(tmp_path / "port.npz"), cases)
     assert report.exit_code == 1
     assert "output1 is not what its taps are" in report.headline
+
+
+def test_two_files_must_take_the_same_inputs(mini: Path) -> None:
+    other = Path(__file__).parents[1] / "data" / "optimum_past.onnx"
+    with pytest.raises(InputError, match=r"optimum_past.onnx takes .*input1: both must take the same inputs"):
+        diff(str(mini), str(other), cases)
 
 
 def test_nothing_given_is_nothing_compared(mini: Path, tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import gpt2np
 import judge
 from cache_ports import CACHE_BUGS
 from gpt2np.parity.text import lines_of, sentences
 from mutants import MUTANTS, mask_value
+from port_bugs import Bug, erf, port_of
+from ports import Port
 from wiring_mutants import WIRINGS
 from wrong_records import RECORDS
 
@@ -31,6 +34,11 @@ QUICK = {
     ("logits", "all maps misread"), ("logits", "positions twice"), ("logits", "logits capped"),
     ("outputs", "GELU by erf everywhere"), ("outputs", "tokens shifted"), ("outputs", "scale by layer"),
     ("outputs", "c_proj bias negated"), ("outputs", "centred logits"),
+    ("outputs", "heads 0 and 2 zero everywhere"), ("outputs", "c_proj's heads in reverse order"),
+    ("outputs", "ln_2 in int8"), ("outputs", "window of 5 in every second layer"), ("outputs", "layer 1 twice"),
+    ("outputs", "half of each c_proj"), ("taps", "c_proj reads other numbers"), ("taps", "values read as (T, D)"),
+    ("taps", "keys and values of the first sequence"), ("outputs", "keys and values of pairs of heads"),
+    ("outputs", "head not transposed"), ("outputs", "token types of zeros"),
     *(("cache", name) for name in CACHE_BUGS), ("file", "fp16_activation"),
     *(("wiring", name) for name in ("residual lost", "MLP reads ln_1", "ln_2 skipped", "RMS norm", "layer dropped",
                                     "stream doubled", "tanh behind the stream", "c_fc rounded to float16")),
@@ -82,7 +90,28 @@ def test_where_inside_an_array_it_is_wrong_is_printed(cases: dict[tuple[str, str
     assert said["inside"] == "h.1.attn.out is wrong in position 5 alone"
     assert "none of the usual mistakes explains it" in said["why"]
     for width in (60, 80, 100):
-        assert max(len(line) for line, _ in lines_of(report, width)) <= width
+        lines = [line for line, _ in lines_of(report, width)]
+        assert max(map(len, lines)) <= width
+        columns = next(line for line in lines if "local A" in line and "total" in line).split()
+        assert ("gain:" in " ".join(lines)) == ("gain" in columns)  # columns that are not shown have no legend
+
+
+def test_the_first_of_several_mistakes_is_named_by_the_outputs_next_to_it(tmp_path: Path) -> None:
+    """GELU by erf in layer 0, a mask one ahead in layer 1: neither explains all; layer 1's keys and values one."""
+    source = judge.write_small(tmp_path, "lm")
+    model = gpt2np.load(source, engine="numpy")
+    port = port_of(
+        model.weights, Bug("", (), {"gelu": erf, "seen": lambda s, i, T, S, m: np.tri(T, S, i, dtype=bool)}, (0, 1))
+    )
+    port.wrong["gelu"] = lambda self, i, x: erf(self, i, x) if i == 0 else Port.gelu(self, i, x)
+    ids = np.arange(24).reshape(2, 12)
+    presents = port.run(ids)
+    np.savez(tmp_path / "port.npz", output1=port.taps["logits"][None],
+             **{f"output{i + 2}": p for i, p in enumerate(presents)})  # fmt: skip
+    verdict = judge.diff(source, tmp_path / "port.npz", {"input1": ids[None]})
+    assert (verdict.place, verdict.likely) == ("h.0.mlp.gelu", "gelu_form"), verdict
+    assert "what comes later differs further" in verdict.report.diagnosis.guesses[0].evidence
+    assert verdict.report.next.startswith("put that right")
 
 
 @pytest.mark.parametrize(("name", "kept"), [("past rows reversed", False), ("positions from 0", True)])

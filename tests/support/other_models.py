@@ -48,6 +48,20 @@ def int8_rows(x: Array) -> Array:
     return (np.rint(x / scale) * scale).astype(np.float32)
 
 
+def twice(self: Port, i: int, x: Array, out: Array, normed: Array) -> Array:
+    """The stream after a layer, put through the layer once more."""
+    x = x + out
+    q, k, v = self.split(i, self.c_attn(i, self.ln_1(i, x)))
+    probs = self.probs(i, self.scores(i, q, k), self.seen(i, q.shape[2], k.shape[2], None))
+    x = x + self.out(i, self.heads(i, probs, v))
+    return x + self.mlp(i, self.gelu(i, self.c_fc(i, self.ln_2(i, x), x)))
+
+
+def half(x: Array, w: Array, b: Array) -> Array:
+    """One of two devices' part of a linear map."""
+    return x[..., : len(w) // 2] @ w[: len(w) // 2] + b
+
+
 def largest(x: Array) -> Array:
     return np.where(x < np.sort(x, -1)[..., -10:-9], -np.inf, x)
 
@@ -66,7 +80,12 @@ OTHERS: dict[str, Bug] = {
         "h.1.attn.heads",
         ("dead_head",),
         {"heads": lambda s, i, p, v: Port.heads(s, i, p * (np.arange(s.H) % 2)[:, None, None], v)},
-        outputs_tell=False,
+    ),
+    "heads 0 and 2 zero everywhere": Bug(
+        "h.0.attn.heads",
+        ("dead_head",),
+        {"heads": lambda s, i, p, v: Port.heads(s, i, p * (np.arange(s.H) % 2)[:, None, None], v)},
+        None,
     ),
     "squares summed in the norms": Bug(
         "h.0.ln_1",
@@ -82,6 +101,51 @@ OTHERS: dict[str, Bug] = {
         linear("c_fc", lambda x, w, b: int8_rows(x) @ w + b),
         outputs_tell=False,
     ),
+    "c_proj reads other numbers": Bug(
+        "h.1.attn.out",
+        ("permuted",),
+        linear("out", lambda x, w, b: x[..., np.random.default_rng(3).permutation(len(w))] @ w + b),
+        outputs_tell=False,
+    ),
+    "c_proj's heads in reverse order": Bug(
+        "h.1.attn.out",
+        ("swapped_heads", "permuted"),
+        {"out": lambda s, i, x: Port.out(s, i, x.reshape(*x.shape[:2], s.H, -1)[:, :, ::-1].reshape(x.shape))},
+    ),
+    "ln_2 in int8": Bug("h.1.ln_2", ("quantised",), mapped("ln_2", int8_rows)),
+    "half of each c_proj": Bug(
+        "h.0.attn.out", ("missing_weight",), {**linear("out", half), **linear("mlp", half)}, None
+    ),
+    "keys and values of pairs of heads": Bug(
+        "h.0.attn.k", ("shared_heads",), in_qkv(np.asarray, *(2 * [lambda x: x[:, ::2].repeat(2, axis=1)])), None
+    ),
+    "keys and values of the first two heads": Bug(
+        "h.0.attn.k", ("shared_heads",), in_qkv(np.asarray, *(2 * [lambda x: x[:, [0, 1, 0, 1]]])), None
+    ),
+    "keys and values of the first sequence": Bug(
+        "h.0.attn.k", ("shared_batch",), in_qkv(np.asarray, *(2 * [lambda x: x[:1].repeat(len(x), axis=0)])), None
+    ),
+    "values read as (T, D)": Bug(
+        "h.0.attn.v",
+        ("head_split",),
+        in_qkv(np.asarray, np.asarray, lambda x: x.swapaxes(-1, -2).reshape(x.shape)),
+        None,
+    ),
+    "window of 5 in every second layer": Bug(
+        "h.0.attn.probs",
+        ("mask_shape",),
+        {"seen": lambda s, i, T, S, m: np.tri(T, S, 0, bool) & ~np.tri(T, S, -5, bool)},
+        (0, 2),
+    ),
+    "token types of zeros": Bug(
+        "embed", ("token_types",), {"embed": lambda s, i, ids, p: s.w.wte[ids] + s.w.wpe[p] + s.w.wte[0]}
+    ),
+    "head not transposed": Bug(
+        "logits",
+        ("transposed",),
+        {"logits": lambda s, i, x: x @ s.w.lm_head.reshape(s.w.lm_head.shape[::-1])},
+    ),
+    "layer 1 twice": Bug("h.1.resid_post", ("layer_repeated",), {"resid_post": twice}),
     "one other token": Bug("embed", ("token_ids",), {"embed": other_token}, outputs_tell=False),
     "layer 1 left out": Bug(
         "h.1.resid_mid",

@@ -16,7 +16,9 @@ from ..operations import Run, masked_softmax, split_tap, tap_inputs, with_past
 from ..program import Program
 from .gradients import F64
 from .mistakes import misread, own_weights
-from .problem import Guess, Problem, afterwards, fit
+from .problem import Guess, Problem, afterwards, fit, remade
+
+LARGEST = 32  # heads, of models of which every way to share them is tried
 
 
 def c_attn(problem: Problem, layer: int) -> Iterator[Guess]:
@@ -24,13 +26,12 @@ def c_attn(problem: Problem, layer: int) -> Iterator[Guess]:
     p = problem.program
     name = f"h.{layer}.attn.c_attn"
     taps = [f"h.{layer}.attn.{x}" for x in "qkv"]
-    weight, bias = p.weights(f"{name}.weight", F64), p.weights(f"{name}.bias", F64)
 
-    def columns(order: Array) -> dict[str, Array]:
-        return {f"{name}.weight": weight[:, order], f"{name}.bias": bias[order]}
+    def columns(order: Array) -> dict[str, Callable[[], Array]]:
+        return remade(problem, lambda w: w[..., order], f"{name}.weight", f"{name}.bias")
 
     yield from _column_orders(problem, taps, columns)
-    yield from _transposed_parts(problem, taps, name, weight)
+    yield from _transposed_parts(problem, taps, f"{name}.weight")
     yield from _heads_and_positions(problem, taps)
 
     def unmoved(q: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
@@ -40,7 +41,7 @@ def c_attn(problem: Problem, layer: int) -> Iterator[Guess]:
     if problem.call.input_ids.shape[1] > 1:
         text = "(B, T, HD) were reshaped to (B, H, T, D) without transposing"
         yield Guess("head_split", taps[0], text, runs=dict.fromkeys(taps, unmoved))
-    grid = np.arange(bias.size).reshape(3, p.config.n_head, -1)
+    grid = np.arange(3 * p.config.n_head * p.config.head_size).reshape(3, p.config.n_head, -1)
     for heads, which, first in _head_orders(problem, layer):
         swapped = grid.copy()
         for w in which:
@@ -49,10 +50,12 @@ def c_attn(problem: Problem, layer: int) -> Iterator[Guess]:
         text = f"heads {moved} of {', '.join('qkv'[w] for w in which)} were swapped"
         yield Guess("swapped_heads", taps[first], text, weights=columns(swapped.ravel()))
     yield from own_weights(problem, next((t for t in taps if t in problem.suspects), taps[0]), name)
-    yield from _parts_missing(taps, name, weight, bias)
+    yield from _parts_missing(problem, taps, name)
 
 
-def _column_orders(problem: Problem, taps: list[str], columns: Callable[[Array], dict[str, Array]]) -> Iterator[Guess]:
+def _column_orders(
+    problem: Problem, taps: list[str], columns: Callable[[Array], dict[str, Callable[[], Array]]]
+) -> Iterator[Guess]:
     """c_attn's thirds, heads and numbers in another order."""
     H, D = problem.program.config.n_head, problem.program.config.head_size
     grid = np.arange(3 * H * D).reshape(3, H, D)
@@ -75,33 +78,33 @@ def _column_orders(problem: Problem, taps: list[str], columns: Callable[[Array],
             yield Guess("head_split", taps[0], f"c_attn's columns were {words}", weights=columns(order_of))
 
 
-def _transposed_parts(problem: Problem, taps: list[str], name: str, weight: Array) -> Iterator[Guess]:
+def _transposed_parts(problem: Problem, taps: list[str], key: str) -> Iterator[Guess]:
     """c_attn's weight, or a third of it, transposed."""
-    C, width = len(weight), weight.shape[1] // 3
+    C, width = problem.program.weights.shape(key)[0], problem.program.weights.shape(key)[1] // 3
     for which in [(0,), (1,), (2,), (0, 1, 2)] if C == width else []:
-        new = weight.copy()
-        for w in which:
-            new[:, w * C : (w + 1) * C] = weight[:, w * C : (w + 1) * C].T
-        text = f"the {''.join('qkv'[w] for w in which)} part of {name}.weight were transposed"
-        yield Guess("transposed", taps[which[0]], text, weights={f"{name}.weight": new})
-    for text, flipped in misread(f"{name}.weight", weight):
-        yield Guess("transposed", taps[0], text, weights={f"{name}.weight": flipped})
+
+        def flipped(weight: Array, which: tuple[int, ...] = which) -> Array:
+            new = weight.copy()
+            for w in which:
+                new[:, w * C : (w + 1) * C] = weight[:, w * C : (w + 1) * C].T
+            return new
+
+        text = f"the {''.join('qkv'[w] for w in which)} part of {key} were transposed"
+        yield Guess("transposed", taps[which[0]], text, weights=remade(problem, flipped, key))
+    yield from misread(problem, taps[0], key)
 
 
-def _parts_missing(taps: list[str], name: str, weight: Array, bias: Array) -> Iterator[Guess]:
+def _parts_missing(problem: Problem, taps: list[str], name: str) -> Iterator[Guess]:
     """The bias, or the weight, of q, k or v alone is missing."""
-    width = bias.size // 3
+    bias = problem.program.weights(f"{name}.bias", F64)
     for w, tap in enumerate(taps):
-        part = slice(w * width, (w + 1) * width)
-        if bias[part].any():
-            changed = bias.copy()
-            changed[part] = 0
+        gone = np.arange(bias.size) * 3 // bias.size == w
+        if bias[gone].any():
             text = f"the {'qkv'[w]} part of {name}.bias were missing"
-            yield Guess("missing_bias", tap, text, weights={f"{name}.bias": changed})
-        zeros = weight.copy()
-        zeros[:, part] = 0
+            yield Guess("missing_bias", tap, text, weights={f"{name}.bias": np.where(gone, 0, bias)})
         text = f"the {'qkv'[w]} part of {name}.weight were zeros"
-        yield Guess("missing_weight", tap, text, weights={f"{name}.weight": zeros})
+        zeroed = remade(problem, lambda x, gone=gone: np.where(gone, 0, x), f"{name}.weight")  # type: ignore[misc]
+        yield Guess("missing_weight", tap, text, weights=zeroed)
 
 
 def _heads_and_positions(problem: Problem, taps: list[str]) -> Iterator[Guess]:
@@ -125,10 +128,32 @@ def _heads_and_positions(problem: Problem, taps: list[str]) -> Iterator[Guess]:
             yield Guess("rotary", taps[0], text, runs=dict.fromkeys(taps[:2], turn))
     yield from _normalised(taps, run)
     yield from _other_head_count(problem, taps)
-    if problem.program.config.n_head > 1:
-        share = run(lambda x, call: np.broadcast_to(x[:, :1], x.shape))
-        text = "all heads had the keys and values of head 0"
-        yield Guess("shared_heads", taps[1], text, runs=dict.fromkeys(taps[1:], share))
+    yield from _shared(problem, taps, run)
+
+
+def _shared(
+    problem: Problem, taps: list[str], run: Callable[[Callable[[Array, Call], Array]], Run]
+) -> Iterator[Guess]:  # fmt: skip
+    """Keys and values that heads share, as in newer models, or sequences; and such whose memory is misread."""
+    B, H = problem.call.input_ids.shape[0], problem.program.config.n_head
+    for n in range(2, H + 1) if H <= LARGEST else (H,):
+        if H % n == 0:
+            first = f"heads {n} by {n} had the keys and values of the first of them"
+            text = "all heads had the keys and values of head 0" if n == H else first
+            share = run(lambda x, call, n=n: x[:, ::n].repeat(n, axis=1))  # type: ignore[misc]
+            yield Guess("shared_heads", taps[1], text, runs=dict.fromkeys(taps[1:], share))
+            if n < H:
+                text = f"the keys and values of the first {H // n} heads served all heads in turn"
+                share = run(lambda x, call, n=n: np.tile(x[:, : x.shape[1] // n], (1, n, 1, 1)))  # type: ignore[misc]
+                yield Guess("shared_heads", taps[1], text, runs=dict.fromkeys(taps[1:], share))
+    if B > 1:
+        share = run(lambda x, call: np.broadcast_to(x[:1], x.shape))
+        text = "every sequence had the keys and values of the first one"
+        yield Guess("shared_batch", taps[1], text, runs=dict.fromkeys(taps[1:], share))
+    for some, words in ((taps[1:2], "keys'"), (taps[2:], "values'"), (taps[1:], "keys' and values'")):
+        flip = run(lambda x, call: x.swapaxes(-1, -2).reshape(x.shape))
+        text = f"the {words} (D, T) were read as (T, D)"
+        yield Guess("head_split", some[0], text, runs=dict.fromkeys(some, flip))
 
 
 def _normalised(taps: list[str], run: Callable[[Callable[[Array, Call], Array]], Run]) -> Iterator[Guess]:
@@ -293,7 +318,7 @@ def mask(problem: Problem, tap: str) -> Iterator[Guess]:
     shapes = [(f"the mask were block-wise, in blocks of {n}", key // n <= query // n) for n in (2, 4, 8, 16) if n < S]
     shapes += [
         (f"each query saw only its last {n} keys", (key <= query) & (key > query - n))
-        for n in (1, 2, 3, 4, 6, 8, 16, 32)
+        for n in (*range(1, 17), 32, 64, 128, 256)
         if n < S
     ]
     shapes += [("the mask were upside down: queries saw later keys only", key >= query)]
@@ -424,6 +449,14 @@ def merge(problem: Problem, tap: str) -> Iterator[Guess]:
     still = [] if seen is None else np.flatnonzero(~seen.reshape(-1, H, D).any(axis=(0, 2))).tolist()
     for dead in [still] if seen is not None else [[h] for h in range(H)]:
         if dead and len(dead) < H:
-            zeros = np.repeat(~np.isin(np.arange(H), dead), D)
-            text = f"head{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))} gave zeros"
-            yield Guess("dead_head", tap, text, runs=afterwards(problem, tap, lambda x, z=zeros: x * z))  # type: ignore[misc]
+            yield _dead_heads(problem, tap, dead)
+
+
+def _dead_heads(problem: Problem, tap: str, dead: list[int]) -> Guess:
+    """Heads whose results are zeros, and as its next steps one more of them."""
+    H, D = problem.program.config.n_head, problem.program.config.head_size
+    alive = np.repeat(~np.isin(np.arange(H), dead), D)
+    text = f"head{'s' if len(dead) > 1 else ''} {', '.join(map(str, sorted(dead)))} gave zeros"
+    rest = [h for h in range(H) if h not in dead] if len(dead) < H - 1 else []
+    return Guess("dead_head", tap, text, runs=afterwards(problem, tap, lambda x: x * alive),
+                 more=lambda: (_dead_heads(problem, tap, [*dead, h]) for h in rest))  # fmt: skip

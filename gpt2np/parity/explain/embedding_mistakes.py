@@ -14,6 +14,7 @@ from ..metrics import difference
 from ..operations import Run, embed_at
 from ..program import Program
 from .gradients import F64
+from .mistakes import misread
 from .problem import Guess, Problem, afterwards
 from .rounding import quantised
 
@@ -74,7 +75,16 @@ def _tokens(problem: Problem) -> Iterator[Guess]:
     if others is not None:
         text = f"there were {tokens_in_words(others, ids)}"
         yield Guess("token_ids", "embed", text, call=problem.call._replace(input_ids=others))
-    first = np.broadcast_to(ids[:, :1], ids[:, :1].shape)
+    types = problem.call.token_type_ids
+    if types is None:
+        zeros = problem.call._replace(token_type_ids=np.zeros_like(ids))
+        text = "token_type_ids of zeros were given: row 0 of wte were added everywhere"
+        yield Guess("token_types", "embed", text, "none", call=zeros)
+    else:
+        yield Guess(
+            "token_types", "embed", "token_type_ids were not used", call=problem.call._replace(token_type_ids=None)
+        )
+    first = ids[:, :1]
     for text, moved in (
         ("the tokens were shifted by one to the right, the last one first", np.roll(ids, 1, axis=1)),
         ("the tokens were shifted by one to the right, the first one twice", np.concatenate([first, ids[:, :-1]], 1)),
@@ -337,5 +347,6 @@ def head(problem: Problem) -> Iterator[Guess]:
             yield Guess("output_order", "logits", text, runs=of_rows(moved))
     weight = p.weights(p.head, F64)
     if weight.size <= 1 << 25:
+        yield from misread(problem, "logits", p.head)
         yield Guess("quantised", "logits", f"{p.head} held int8 values with one scale",
                     weights={p.head: quantised(weight.astype(np.float64), False)})  # fmt: skip

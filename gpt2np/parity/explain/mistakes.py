@@ -12,10 +12,10 @@ import numpy as np
 from ...activations import ACTIVATIONS
 from ...call import Call
 from ...weights import Array
-from ..operations import Run, split_tap, tap_inputs
+from ..operations import LAYER_PARTS, OPERATIONS, Run, split_tap, tap_inputs
 from ..program import Program
 from .gradients import F64
-from .problem import Guess, Problem, afterwards, fit, norm_names, together
+from .problem import Guess, Problem, afterwards, fit, norm_names, remade, together
 
 # What an operation is fed with by mistake: (which of its inputs, the tap that it reads). "{x}" is the layer's stream.
 OTHER_INPUTS: dict[str, tuple[tuple[int, str], ...]] = {
@@ -116,14 +116,32 @@ def residual(problem: Problem, tap: str) -> Iterator[Guess]:
     if part == "resid_mid":
         left_out = {t: lambda p, call, name, x, dtype: x[0] for t in (tap, f"h.{layer}.resid_post")}
         yield Guess("layer_dropped", tap, f"layer {layer} were left out", runs=left_out)
+    else:
+        yield Guess("layer_repeated", tap, f"layer {layer} were run twice", runs={tap: _again})
     yield Guess("missing_residual", tap, f"the residual were not added to {what}'s result", runs=sums(0, 1))
     yield Guess("missing_branch", tap, f"{what}'s result were not added", runs=sums(1, 0))
     yield Guess("residual_twice", tap, "the residual were added twice", runs=sums(2, 1))
     yield Guess("branch_twice", tap, f"{what}'s result were added twice", runs=sums(1, 2))
+    L = problem.program.config.n_layer
+    for words, factor in (("1/sqrt(2 L)", 1 / math.sqrt(2 * L)), ("1/sqrt(L)", 1 / math.sqrt(L)), ("1/2", 0.5),
+                          ("sqrt(1/2)", math.sqrt(0.5))):  # fmt: skip
+        text = f"{what}'s result were multiplied by {words}"
+        yield Guess("branch_scale", tap, text, runs=sums(1, factor))
     yield Guess("residual_sign", tap, f"{what}'s result were taken off, not added", runs=sums(1, -1))
     yield Guess(
         "residual_scale", tap, "the sum were multiplied by sqrt(1/2)", runs=sums(math.sqrt(0.5), math.sqrt(0.5))
     )
+
+
+def _again(p: Program, call: Call, tap: str, x: list[Array], dtype: Any) -> Array:
+    """A layer's result, put through the layer once more."""
+    layer, _ = split_tap(tap)
+    names = [f"h.{layer}.{part}" for part in LAYER_PARTS]
+    known = {tap_inputs(names[0], p.config)[0]: np.asarray(x[0] + x[1])}
+    for name in names:
+        inputs = [known[i] for i in tap_inputs(name, p.config)]
+        known[name] = OPERATIONS[split_tap(name)[1]].run(p, call, name, inputs, dtype)
+    return known[tap]
 
 
 def norm_run(epsilon: float | None = None, outside: bool = False, ddof: int = 0, centre: bool = True) -> Run:
@@ -203,8 +221,7 @@ def fitted_epsilon(problem: Problem, tap: str, start: float) -> Guess:
 
 def own_weights(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
     """What can happen to the weight and bias of any map by themselves: missing, twice, negated."""
-    w = problem.program.weights
-    bias = w(f"{name}.bias", F64)
+    bias = problem.program.weights(f"{name}.bias", F64)
     if bias.any():
         for cause, words, factor in (
             ("missing_bias", "missing", 0.0), ("bias_twice", "added twice", 2.0), ("bias_negated", "negated", -1.0),
@@ -212,10 +229,10 @@ def own_weights(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
         ):  # fmt: skip
             yield Guess(cause, tap, f"{name}.bias were {words}", weights={f"{name}.bias": factor * bias})
     if "ln_" not in name:
-        negated = {f"{name}.weight": -w(f"{name}.weight", F64)}
-        yield Guess("weight_negated", tap, f"{name}.weight were negated", weights=negated)
-        zeros = {f"{name}.weight": np.zeros_like(negated[f"{name}.weight"])}
-        yield Guess("missing_weight", tap, f"{name}.weight were zeros: its bias alone came out", weights=zeros)
+        key = f"{name}.weight"
+        yield Guess("weight_negated", tap, f"{key} were negated", weights=remade(problem, np.negative, key))
+        text = f"{key} were zeros: its bias alone came out"
+        yield Guess("missing_weight", tap, text, weights=remade(problem, np.zeros_like, key))
 
 
 def other_weights(problem: Problem, tap: str, name: str, others: list[str]) -> Iterator[Guess]:
@@ -237,41 +254,87 @@ def other_weights(problem: Problem, tap: str, name: str, others: list[str]) -> I
             yield Guess("weights_exchanged", tap, text, weights={**one, f"{other}.{kind}": mine[kind]})
 
 
-def misread(name: str, weight: Array) -> Iterator[tuple[str, Array]]:
+def misread(problem: Problem, tap: str, key: str) -> Iterator[Guess]:
     """A matrix whose memory is taken for that of its transpose, either way."""
-    rows, columns = weight.shape
-    yield f"{name} were read as ({columns}, {rows}) and transposed", weight.reshape(columns, rows).T
-    yield f"{name} were transposed and read as ({rows}, {columns})", weight.T.reshape(rows, columns)
+    rows, columns = problem.program.weights.shape(key)
+    for text, flip in (
+        (f"{key} were read as ({columns}, {rows}) and transposed", lambda w: w.reshape(w.shape[::-1]).T),
+        (f"{key} were transposed and read as ({rows}, {columns})", lambda w: w.T.reshape(w.shape)),
+    ):
+        yield Guess("transposed", tap, text, weights=remade(problem, flip, key))
 
 
 def linear(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
-    """Guesses at a linear map that makes one tap: transposed, heads in another order, another's weights."""
+    """Guesses at a linear map that makes one tap: transposed, heads in another order, some of it, another's weights."""
     p = problem.program
-    part = split_tap(tap)[1]
     key = f"{name}.weight"
-    weight = p.weights(key, F64)
-    rows, columns = weight.shape
+    rows, columns = p.weights.shape(key)
     if rows == columns:
-        yield Guess("transposed", tap, f"{key} were transposed", weights={key: weight.T})
+        yield Guess("transposed", tap, f"{key} were transposed", weights=remade(problem, np.transpose, key))
     else:
-        for text, flipped in misread(key, weight):
-            yield Guess("transposed", tap, text, weights={key: flipped})
-    if part == "attn.out":
-        H = p.config.n_head
-        heads = weight.reshape(H, rows // H, columns)
-        for a, b in combinations(range(H), 2):
-            order = list(range(H))
-            order[a], order[b] = b, a
-            new = {key: heads[order].reshape(rows, columns)}
-            yield Guess("swapped_heads", tap, f"heads {a} and {b} of {key} were swapped", weights=new)
-        for text, mixed in (
-            ("(D, H)", heads.transpose(1, 0, 2)),
-            ("(H, D) taken for (D, H)", weight.reshape(rows // H, H, columns).transpose(1, 0, 2)),
-        ):
-            new = {key: mixed.reshape(rows, columns)}
-            yield Guess("head_split", tap, f"the rows of {key} were ordered {text}", "(H, D)", weights=new)
+        yield from misread(problem, tap, key)
+    if split_tap(tap)[1] == "attn.out":
+        yield from _rows_by_head(problem, tap, key)
+        yield from _permuted_rows(problem, tap, name)
+    if split_tap(tap)[1] != "mlp.c_fc":  # these are cut by rows where several devices share a layer
+        for half, words in enumerate(("first", "second")):
+
+            def cut(w: Array, half: int = half) -> Array:
+                return np.where(np.arange(len(w)) // ((len(w) + 1) // 2) == half, w.T, 0).T
+
+            text = f"the {words} half of {key}'s rows alone were used"
+            yield Guess("missing_weight", tap, text, weights=remade(problem, cut, key))
     yield from own_weights(problem, tap, name)
     yield from dead_columns(problem, tap, name)
+
+
+def _rows_by_head(problem: Problem, tap: str, key: str) -> Iterator[Guess]:
+    """The rows of the attention's c_proj with its heads in another order."""
+    H = problem.program.config.n_head
+    for a, b in combinations(range(H), 2):
+        yield _reordered(problem, tap, key, [b if i == a else a if i == b else i for i in range(H)])
+
+    def mixed(axes: tuple[int, int]) -> Callable[[Array], Array]:
+        sizes = {0: H, 1: -1}
+        return lambda w: w.reshape(sizes[axes[0]], sizes[axes[1]], w.shape[1]).transpose(1, 0, 2).reshape(w.shape)
+
+    for text, axes in (("(D, H)", (0, 1)), ("(H, D) taken for (D, H)", (1, 0))):
+        words = f"the rows of {key} were ordered {text}"
+        yield Guess("head_split", tap, words, "(H, D)", weights=remade(problem, mixed(axes), key))
+
+
+def _reordered(problem: Problem, tap: str, key: str, order: list[int]) -> Guess:
+    """A matrix with the rows of its heads in another order; its next steps have two more of them swapped."""
+    moved = [i for i, head in enumerate(order) if i != head]
+    text = f"heads {moved[0]} and {moved[-1]} of {key} were swapped"
+    if len(moved) > 2:
+        text = f"the heads of {key} came in the order {', '.join(map(str, order))}"
+
+    def change(w: Array) -> Array:
+        return w.reshape(len(order), -1, w.shape[1])[order].reshape(w.shape)
+
+    def more() -> Iterator[Guess]:
+        for a, b in combinations(range(len(order)), 2):
+            other = order.copy()
+            other[a], other[b] = order[b], order[a]
+            if other != sorted(other):
+                yield _reordered(problem, tap, key, other)
+
+    return Guess("swapped_heads", tap, text, weights=remade(problem, change, key), more=more)
+
+
+def _permuted_rows(problem: Problem, tap: str, name: str) -> Iterator[Guess]:
+    """The rows of an observed square map in any other order: the map undone shows which number each one met."""
+    observed, x = problem.observed.get(tap), problem.input(tap)
+    if observed is None or x is None or not np.isfinite(observed).all() or not np.isfinite(x).all():
+        return
+    weight, bias = problem.program.weights(f"{name}.weight", F64), problem.program.weights(f"{name}.bias", F64)
+    x, met = x.reshape(-1, len(weight)), np.linalg.lstsq(weight.T, (observed - bias).reshape(-1, len(bias)).T)[0]
+    order = ((met * met).sum(axis=1)[:, None] - 2 * met @ x + (x * x).sum(axis=0)).argmin(axis=1)
+    if len(x) > 1 and (np.sort(order) == np.arange(len(order))).all() and (np.diff(order) != 1).any():
+        text = f"the rows of {name}.weight, or the numbers that it reads, came in another order"
+        back = np.argsort(order)
+        yield Guess("permuted", tap, text, weights={f"{name}.weight": weight[back]})
 
 
 def dead_columns(problem: Problem, tap: str, name: str) -> Iterator[Guess]:

@@ -23,7 +23,7 @@ from ...weights import Array
 from ..metrics import difference
 from ..operations import Run, split_tap, tap_inputs, tap_names, tap_weights
 from ..places import kept
-from ..program import Program
+from ..program import Changes, Program
 from .gradients import F32, F64, Gradients
 from .rounding import BITS, kind_of, rounded
 
@@ -93,7 +93,7 @@ class Guess:
     tap: str  # the first tap that it changes
     text: str  # a clause: what was observed behaves as if "the bias were missing"
     now: str = ""  # what the model has, where that is not said already
-    weights: dict[str, Array] = field(default_factory=dict)
+    weights: Changes = field(default_factory=dict)
     runs: dict[str, Run] = field(default_factory=dict)
     call: Call | None = None  # another call: another past, mask or positions
     fitted: int = 0  # numbers that were fitted to the error; what is exact goes before what is fitted
@@ -103,6 +103,7 @@ class Guess:
     evidence: str = ""  # what the file or the arrays themselves show for it
     element: tuple[str, tuple[int, ...], float] = ("", (), 0.0)  # a wrong element: weight, index, correction
     stated: bool = False  # the text is a sentence of its own, no clause after "as if"
+    more: Callable[[], Iterable[Guess]] | None = None  # the same mistake with one step more of its kind
     named: str = ""  # the tap to name, where it is an input of `tap` that arrives changed
 
     @property
@@ -182,6 +183,7 @@ class Problem:
                     error = np.sqrt(np.minimum(error, step) * step)
                 squares += float(np.square(self.defined(tap, error) * self.weights[tap]).sum())
         self.noise = math.sqrt(squares)
+        self.is_whole = True  # or the nearest wrong outputs alone, for which no layer is like the others
         self.only: dict[str, Array] = {}  # where alone guesses are made, as masks; see `confined`
 
     @property
@@ -195,6 +197,11 @@ class Problem:
         c = self.program.config
         layers = len({split_tap(tap)[0] for tap in self.taps})
         return layers * (4 * c.n_embd**2 + 2 * c.n_embd * c.n_inner) > LARGE
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether the mistake may lie in many layers of a large model."""
+        return self.is_large and len(self.suspects) > 20
 
     def run(
         self, program: Program, first: str | None = None, dtype: Any = F64, call: Call | None = None,
@@ -287,6 +294,11 @@ def name_likely(ranked: Sequence[Guess]) -> None:
     best, others = ranked[0], [g for g in ranked[1:] if g.cause != ranked[0].cause]
     rivals = [g for g in others if g.explains or 1 - g.removed <= RIVAL * max(1 - best.removed, 1e-6)]
     best.likely = best.likely or best.explains or (best.removed >= CLOSE and not best.fitted and not rivals)
+
+
+def remade(problem: Problem, change: Callable[[Array], Array], *names: str) -> dict[str, Callable[[], Array]]:
+    """Weights as a mistake makes them of the program's own, when they are read: a guess at all layers holds none."""
+    return {name: lambda name=name: change(problem.program.weights(name, F64)) for name in names}  # type: ignore[misc]
 
 
 def together(problem: Problem, tap: str) -> list[str]:

@@ -9,6 +9,7 @@ earlier one explains everything, and the clock ends the search wherever it is.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import permutations
@@ -32,7 +33,6 @@ from .mistakes import (
     linear,
     other_input,
     other_weights,
-    own_weights,
     residual,
     whole_results,
 )
@@ -44,6 +44,8 @@ from .where import describe, inside
 KEPT = 0.02  # a guess that removes less is forgotten
 SHOWN = 0.05
 MAPS = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.c_fc", "mlp.out")
+MAP = re.compile(r"(?<=\.)(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)(?=\.)")
+BRANCH = re.compile("the attention's|the MLP's")
 # What is most often made in all layers alike, tried first.
 USUAL = ("gelu_form", "epsilon_value", "scale", "mask_missing", "mask_shift", "ddof", "no_centring", "missing_bias")
 NEAR = 0.3  # how far the error that a guess makes to first order may be from the one observed
@@ -126,24 +128,25 @@ def search(problem: Problem, spare: Mapping[str, Array], recorded: bool) -> list
 
 def try_mistakes(problem: Problem, found: Ranking, spare: Mapping[str, Array]) -> None:
     """The stages that try mistakes, each with its share of the time, until one explains everything."""
-    if is_wide(problem):  # one mistake in all layers is usual, and layer by layer takes long
+    if problem.is_wide and problem.is_whole:  # one mistake in all layers is usual, and layer by layer takes long
         found.try_all(promising(problem), 0.45)
         if not found.settled:
             found.try_all(everywhere(problem), 0.55)
     if not found.settled:
         found.try_all(plain(problem), 0.6)
     stages: list[Callable[[], Iterable[Guess]]] = [
-        lambda: () if is_wide(problem) else everywhere(problem),
+        lambda: everywhere(problem) if problem.is_whole and not problem.is_wide else (),
         lambda: spare_weights(problem, spare),
         lambda: (g for tap in problem.suspects for g in further(problem, tap)),
         lambda: confined(problem, found),
+        lambda: step_by_step(problem, found.ranked()),
         lambda: by_head(problem, found.ranked()),
         lambda: fitted(problem, found.ranked()),
         lambda: absent_biases(problem),
     ]
     for number, stage in enumerate(stages):
         if not found.explained:
-            found.try_all(stage(), 0.5 + 0.05 * number)
+            found.try_all(stage(), 0.5 + 0.04 * number)
     if not found.explained and not problem.clock.out("single weights", 0.7):
         found.try_all(dead_column(problem), 1.0, FIT)
         found.try_all(single_elements(problem), 1.0, FIT)
@@ -208,11 +211,6 @@ def further(problem: Problem, tap: str) -> Iterator[Guess]:
     yield from narrow_types(problem, tap)
 
 
-def is_wide(problem: Problem) -> bool:
-    """Whether the mistake may lie in many layers of a large model."""
-    return problem.is_large and len(problem.suspects) > 20
-
-
 def promising(problem: Problem) -> list[Guess]:
     """Mistakes at single operations that to first order make just the error that was observed, the nearest first.
 
@@ -252,20 +250,25 @@ def plain(problem: Problem) -> Iterator[Guess]:
 def everywhere(problem: Problem) -> Iterator[Guess]:
     """The same mistake made in every layer at once: exporters and ports err in all layers alike."""
     groups: dict[tuple[str, str], list[Guess]] = {}
+    wide = problem.is_wide
     for tap in problem.taps:
         part = split_tap(tap)[1]
         if part in ("attn.k", "attn.v", "embed", "logits") or problem.clock.out(share=0.5):
             continue
-        large = problem.is_large and part in MAPS  # whole matrices of every layer would not fit into memory
-        for guess in own_weights(problem, tap, linear_of(tap)) if large else catalogue(problem, tap, alone=True):
-            if large and guess.cause == "weight_negated":
+        for guess in catalogue(problem, tap, alone=True):
+            if wide and guess.cause == "swapped_heads":  # every pair of heads, each a run of the whole model
                 continue
             if not guess.fitted and guess.call is None:
-                variant = guess.variant.replace("ln_1", "ln").replace("ln_2", "ln").replace("ln_f", "ln")
-                groups.setdefault((guess.cause, variant.replace("h.*.ln", "ln")), []).append(guess)
-    for same in sorted(groups.values(), key=lambda same: USUAL.index(same[0].cause) if same[0].cause in USUAL else 99):
-        if len(same) > 1:
-            yield in_all(same)
+                variant = re.sub(r"\bln_[12f]\b", "ln", guess.variant).replace("h.*.ln", "ln")
+                groups.setdefault((guess.cause, variant), []).append(guess)
+                of_any = BRANCH.sub("a branch's", MAP.sub("map", variant))
+                if of_any != variant:  # the same of several maps: a bias that two devices add, no bias anywhere
+                    groups.setdefault((guess.cause, of_any), []).append(guess)
+                    if part in ("attn.out", "mlp.out"):
+                        groups.setdefault((guess.cause, f"{of_any}, c_proj"), []).append(guess)
+    distinct = {tuple(map(id, same)): same for same in groups.values() if len(same) > 1}.values()
+    for same in sorted(distinct, key=lambda same: USUAL.index(same[0].cause) if same[0].cause in USUAL else 99):
+        yield in_all(same)
         without = [g for g in same if g.tap != "ln_f"]
         if 1 < len(without) < len(same) and not problem.is_large:
             yield in_all(without)
@@ -278,9 +281,17 @@ def in_all(same: Sequence[Guess]) -> Guess:
     """One mistake made at several operations, as one guess."""
     weights = {name: value for g in same for name, value in g.weights.items()}
     runs = {tap: run for g in same for tap, run in g.runs.items()}
-    layers = {split_tap(g.tap)[0] for g in same} - {None}
-    text = f"{same[0].text}, and so in all {len(layers)} layers" + (" and ln_f" * (same[-1].tap == "ln_f"))
-    return Guess(same[0].cause, same[0].tap, text, same[0].now, weights=weights, runs=runs)
+    layers = sorted({layer for g in same if (layer := split_tap(g.tap)[0]) is not None})
+    whole = layers == list(range(len(layers)))
+    which = f"all {len(layers)} layers" if whole else f"layers {', '.join(map(str, layers))}"
+    maps = dict.fromkeys(stem for g in same for stem in MAP.findall(g.text))
+    text = same[0].text + (f", and so of {', '.join(list(maps)[1:])}" if len(maps) > 1 else "")
+    which = f"the whole of layer {layers[0]}" if len(layers) == 1 else which
+    text = BRANCH.sub("each branch's", text) if len({b for g in same for b in BRANCH.findall(g.text)}) > 1 else text
+    text += f", and so in {which}" + " and ln_f" * (same[-1].tap == "ln_f")
+    steps = [g.more for g in same if g.more is not None]
+    more = (lambda: map(in_all, zip(*(step() for step in steps), strict=True))) if len(steps) == len(same) else None
+    return Guess(same[0].cause, same[0].tap, text, same[0].now, weights=weights, runs=runs, more=more)
 
 
 def layer_orders(problem: Problem) -> Iterator[Guess]:
@@ -373,6 +384,17 @@ def confined(problem: Problem, found: Ranking) -> Iterator[Guess]:
                     yield judged
     finally:
         problem.only = {}
+
+
+def step_by_step(problem: Problem, ranked: Sequence[Guess]) -> Iterator[Guess]:
+    """Mistakes that explain a part, with more of their kind as long as that helps: two dead heads, further swaps."""
+    for best in [g for g in ranked if g.more is not None][:3]:
+        while best.more is not None and not best.explains:
+            guess = max(map(problem.judge, best.more()), key=lambda g: g.merit, default=best)
+            if guess.merit <= best.merit:
+                break
+            best = guess
+            yield best
 
 
 def by_head(problem: Problem, ranked: Sequence[Guess]) -> Iterator[Guess]:

@@ -55,6 +55,7 @@ def in_8_bits(x: Array, how: str) -> Array:
 
 
 def quantised(x: Array, by_column: bool) -> Array:
-    """A matrix as 8-bit integers with one scale, or one for each column, hold it."""
+    """A matrix as 8-bit integers with one scale, or one for each column, hold it; in float32, as programs have it."""
+    x = x.astype(np.float32)
     scale = np.abs(x).max(axis=0 if by_column else None, keepdims=True) / 127
-    return np.rint(x / np.where(scale > 0, scale, 1)) * scale
+    return (np.rint(x / np.where(scale > 0, scale, 1)) * scale).astype(np.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ...weights import Array
 from ..operations import OPERATIONS, Run, split_tap, tap_inputs, tap_weights
 from ..program import Program
 from .gradients import F64
-from .problem import Guess, Problem, together, weight_names
+from .problem import Guess, Problem, remade, together
 from .rounding import EIGHT_BITS, SIXTEEN_BITS, in_8_bits, quantised, rounded
 
 # Parts of a layer whose results programs round in every layer, in words.
@@ -26,7 +27,7 @@ def narrow_types(problem: Problem, tap: str) -> Iterator[Guess]:
     group = together(problem, tap)
     if tap != group[0]:
         return
-    names = list(dict.fromkeys(name for name, of in weight_names(problem) if of in group))
+    names = list(dict.fromkeys(name for of in group for name in tap_weights(of, p)))
     inputs = tap_inputs(tap, p.config)
     subject = " and ".join(group)
     matrices = [n for n in names if p.weights(n, F64).ndim == 2 and not n.startswith(("wte", "lm_head"))]
@@ -36,7 +37,7 @@ def narrow_types(problem: Problem, tap: str) -> Iterator[Guess]:
         for by_column, words in ((False, "one scale"), (True, "a scale for each column")):
             text = f"{name} held int8 values with {words}"
             yield Guess("quantised", group[0], text, weights={name: quantised(value, by_column)})
-    yield from _activations_in_8_bits(problem, group, inputs) if local else ()
+    yield from _activations_in_8_bits(problem, group, inputs) if local or not problem.is_wide else ()
     for kind in ROUNDINGS if local else SIXTEEN_BITS:
         both = {name: rounded(p.weights(name, F64).astype(np.float64), kind) for name in names}
         for name, value in both.items():
@@ -53,7 +54,7 @@ def narrow_types(problem: Problem, tap: str) -> Iterator[Guess]:
             guess = Guess("rounding", group[0], text, runs={t: rounded_run(p, kind, {i}, False) for t in group})
             guess.named = name
             yield guess
-        if local and (both or len(inputs) > 1):
+        if (local or not problem.is_wide) and (both or len(inputs) > 1):
             for result in (False, True):
                 text = f"everything that {subject} read{'s' if len(group) == 1 else ''} were rounded to {kind}"
                 text += ", and the result" if result else ""
@@ -114,6 +115,12 @@ def narrow_everywhere(problem: Problem) -> Iterator[Guess]:
             ]
             if len(taps) > 1:
                 yield Guess("rounding", taps[0], f"{words} were rounded to {kind}", runs={t: runs[t] for t in taps})
+    parts = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    held = {name: tap for tap in reversed(problem.taps) for name in tap_weights(tap, p) if name.endswith(parts)}
+    for by_column, words in ((False, "one scale"), (True, "a scale for each column")) if held else ():
+        text = f"the weights of all linear maps held int8 values with {words}"
+        change = partial(quantised, by_column=by_column)
+        yield Guess("quantised", list(held.values())[-1], text, weights=remade(problem, change, *held))
     for how in EIGHT_BITS:
         cached = [t for t in problem.taps if split_tap(t)[1] in ("attn.k", "attn.v")]
         maps = [t for t in problem.taps if tap_weights(t, p) and tap_inputs(t, p.config) and "ln_" not in t]

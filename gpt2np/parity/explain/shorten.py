@@ -8,7 +8,7 @@ import numpy as np
 
 from ...call import Call
 from ...weights import Array
-from ..operations import split_tap, tap_names
+from ..operations import OPERATIONS, split_tap, tap_names
 from ..program import Program
 from .gradients import F64
 
@@ -50,9 +50,7 @@ def _cut(value: Array, tap: str, row: int, length: int) -> Array:
     value = value[row : row + 1]
     if value.ndim == 4:  # (B, H, T, D) or (B, H, T, S)
         return (
-            value[:, :, :length, :length]
-            if split_tap(tap)[1] in ("attn.scores", "attn.probs")
-            else value[:, :, :length]
+            value[:, :, :length, :length] if OPERATIONS[split_tap(tap)[1]].shape == "B H T S" else value[:, :, :length]
         )
     return value[:, :length]
 
