@@ -1,6 +1,5 @@
 """The same bits in every way of computing, and on every machine with fused multiply-add."""
 
-import hashlib
 import os
 import platform
 import subprocess
@@ -15,30 +14,10 @@ import gpt2np
 from gpt2np import fingerprint
 from gpt2np.cli import app
 from gpt2np.errors import InputError
-from gpt2np.generate import generate
 from gpt2np.kernels import chained_product
 from gpt2np.kernels.tile import FORMS
+from published import DRAWS, MINI, draws
 from tiny import tiny_model
-
-# Of weights/mini in float32, as computed on x86-64 with AVX2; by the rounding of its matrices. The file's own numbers
-# were seen to give the same when compiled for Haswell and x86-64-v3, and on emulated arm64 as well.
-MINI = {
-    None: "96bf90efba7d8f304c9b49483974c2d04cd424100ab681836375f4bc0b0bc113",
-    "int8": "c4a1d181cd9c9fbc36b13ce78de455b7bd611878673d24da65cb66834a6f77db",
-    "int4": "972d742e0b5c5e1bff4ec052ce358a6d75084ca4596b4804c0bf03e2061affa1",
-}
-
-
-# Of the steps of three ways to go on that are not greedy, from the 96bf90ef... of the model: see `draws`.
-DRAWS = "8c60a6049c6c328c999208574084252c72e976d80a0930cca9268ed648f1d6e8"
-
-
-def draws(model):
-    """SHA-256 of tokens and log-probabilities that are drawn, drawn from few, and found by beams."""
-    chosen = {"temperature": 1.0, "logprobs": 3}, {"temperature": 0.8, "top_k": 40, "top_p": 0.9}, {"num_beams": 3}
-    text = fingerprint.texts(model)[0].tolist()
-    steps = [list(generate(model, text, 40, seed=5, length_penalty=0.7, **options)) for options in chosen]
-    return hashlib.sha256(repr([step[1:2] + step[3:] for way in steps for step in way]).encode()).hexdigest()
 
 
 def fuses():
@@ -128,8 +107,7 @@ def test_numpy_and_blas_on_another_machine_change_nothing_that_is_promised():
         import gpt2np, hashlib
         from gpt2np.embed import embed
         from gpt2np.fingerprint import WAYS, digest, texts
-        from gpt2np.generate import generate
-        from gpt2np.score import TextScoring
+                from gpt2np.score import TextScoring
 
         model, text = gpt2np.load(), "Once upon a time there was a king, and the king had a daughter. "
         print(digest(WAYS["prompt"](model, texts(model))))

@@ -224,14 +224,22 @@ def _round(work: Work, shards: Sequence[Shard], store: Store, engine: Engine) ->
 
 @contextmanager
 def _client(address: str) -> Iterator[Any]:
-    """A connection to a scheduler."""
-    from distributed import Client
-    from distributed.comm.addressing import get_address_host_port
+    """A connection to a scheduler.
+
+    A Client waits for ever for what answers in another way than Dask, such as a scheduler's pages; and after what is
+    no address Python does not end. So a connection is tried first.
+    """
+    from distributed import Client, Security
+    from distributed.comm.core import connect
+
+    async def tried() -> None:
+        secured = Security().get_connection_args("client")
+        await (await asyncio.wait_for(connect(address, WAIT, **secured), WAIT + 1)).close()
 
     try:
-        get_address_host_port(address)  # with what is no address a Client is half made, and Python does not end
+        asyncio.run(tried())
         client = Client(address, timeout=WAIT, set_as_default=False)
     except (OSError, ValueError) as error:  # ValueError: no address
-        raise _Lost(str(error)) from None
+        raise _Lost(str(error) or "it does not talk as Dask does") from None
     with client:
         yield client

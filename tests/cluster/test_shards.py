@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -300,12 +301,13 @@ def test_two_workers_give_the_bits_of_one_process(run, tmp_path, toy, method):
 
 def test_no_scheduler_at_the_address(monkeypatch):
     monkeypatch.setattr(engine, "WAIT", 0.1)
-    for address in ("tcp://127.0.0.1:1", "no address"):
-        with (
-            pytest.raises(InputError, match=f"no Dask scheduler answers at {address}"),
-            engine.open_engine(None, address),
-        ):
-            pass
+    with socket.create_server(("127.0.0.1", 0)) as other:  # says nothing, as a server of pages does
+        for address in ("tcp://127.0.0.1:1", "no address", f"127.0.0.1:{other.getsockname()[1]}"):
+            with (
+                pytest.raises(InputError, match=f"no Dask scheduler answers at {address}"),
+                engine.open_engine(None, address),
+            ):
+                pass
 
 
 def test_a_wrong_address_is_the_end(tmp_path, toy):
