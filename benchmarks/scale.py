@@ -54,7 +54,7 @@ class Job:
         return self.shard_tokens / self.tokens_per_second
 
 
-SCORE = Job("score 10 GB", tokens=2.4e9, tokens_per_second=390, shard_tokens=32 * 512)
+SCORE = Job("score 10 GB", tokens=2.4e9, tokens_per_second=390, shard_tokens=16 * 512)
 EMBED = Job("embed 8 million documents", tokens=2.4e9, tokens_per_second=1100, shard_tokens=256 * 300, files=0)
 
 

@@ -24,7 +24,7 @@ from ..weights import Array
 from .models import Described, open_described
 from .store import Shard, Store
 
-WINDOWS = 32  # of a shard: some seconds of work, beside which what the scheduler does for a shard is nothing
+WINDOWS = 16  # of a shard: work beside which what the scheduler does for it is little, and few wait for the last
 LINES = 256
 CUT = ("window", "stride", "first", "last")
 
