@@ -8,7 +8,7 @@ Each NamedTuple holds what one operation needs, in the order in which the functi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -48,10 +48,19 @@ class BlockWeights(NamedTuple):
     mlp: MLP
 
 
+class Blocks(tuple[BlockWeights, ...]):
+    """The blocks, in order; an engine may keep what it makes of them in `table`, which no copy takes over."""
+
+    table: Any = None
+
+    def __reduce__(self) -> Any:
+        return Blocks, (tuple(self),)
+
+
 class GPT2Weights(NamedTuple):
     wte: Array  # (V, C) token embedding
     wpe: Array  # (N, C) position embedding
-    h: tuple[BlockWeights, ...]  # L blocks
+    h: tuple[BlockWeights, ...]  # L Blocks
     ln_f: LayerNorm
     lm_head: Array  # (V, C); the same object as wte when the head is tied
     lm_head_bias: Array  # (V,), or (0,) where the head has no bias (GPT-2 has none)
@@ -155,7 +164,7 @@ def assemble(config: GPT2Config, read: Read, head_bias: bool = False) -> GPT2Wei
     return GPT2Weights(
         wte=wte,
         wpe=wpe,
-        h=tuple(assemble_block(config, read, i) for i in range(config.n_layer)),
+        h=Blocks(assemble_block(config, read, i) for i in range(config.n_layer)),
         ln_f=_layer_norm(config, read, "ln_f"),
         lm_head=wte if config.tied else read("lm_head.weight"),
         lm_head_bias=read("lm_head.bias") if head_bias else np.zeros(0, wpe.dtype),

@@ -16,12 +16,12 @@ from ..masks import Mask, SafeScores, ScoresReachMask
 from ..quantised import GROUP, LEVELS, Quantised
 from ..reference import Tap, no_tap, split_heads
 from ..weights import MLP, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear
-from . import loops, threads, vectors
+from . import fused, loops, threads, vectors
 from .jit import DiskCache, config
 from .loops import PIECE_PANELS, PIECE_QUERIES, PIECE_ROWS, VisibleKeys
 from .panels import pack_levels, pack_matrix
 from .products import TERMS
-from .threads import pool, run_pieces
+from .threads import pool, run_pieces, run_steps
 from .tile import FORMS, PANEL, ROWS, STREAMS
 from .vectors import ACTIVATION_CODES, LANES, activate_in_place
 
@@ -31,7 +31,7 @@ READ_COST = 8  # multiply-adds that take as long as to read one number from memo
 
 def needs_compilation() -> bool:
     """Whether the first call will take some seconds longer, because compiled kernels are not on disk yet."""
-    kernel = loops.attend_range  # the last one of a first call, however many threads there are
+    kernel = fused.block_steps  # the last one of a first call, however many threads there are
     if config.DISABLE_JIT or kernel.signatures:
         return False
     machine = cpu_target.target_context.codegen().magic_tuple()
@@ -56,11 +56,19 @@ def _linear_into(
     terms: int = TERMS,
 ) -> None:  # fmt: skip
     """out = activation(x @ weight + bias), or out += that: (R, K) @ (K, N) -> (R, N)."""
-    group = STREAMS[len(x)] if len(x) < len(STREAMS) else PIECE_PANELS if len(x) > PIECE_ROWS else 1
-    pieces = -(-len(weight.data) // group) * -(-len(x) // PIECE_ROWS)
-    work = (READ_COST + len(x)) * len(weight.data) * x.shape[1] * PANEL
-    arguments = x, weight.data, weight.scales, bias, ACTIVATION_CODES[activation], added, terms, group, out
-    run_pieces(pieces, work, loops.linear_range, loops.linear_parallel, scratch, *arguments)
+    arguments = x, weight.data, weight.scales, bias, ACTIVATION_CODES[activation], added, terms, _group(len(x)), out
+    run_pieces(*_linear_work(x, weight), loops.linear_range, loops.linear_parallel, scratch, *arguments)
+
+
+def _group(rows: int) -> int:
+    """How many panels share one pass over so many rows."""
+    return STREAMS[rows] if rows < len(STREAMS) else PIECE_PANELS if rows > PIECE_ROWS else 1
+
+
+def _linear_work(x: Array, weight: Any) -> tuple[int, int]:
+    """Pieces of a linear map, and what they cost in multiply-adds."""
+    pieces = -(-len(weight.data) // _group(len(x))) * -(-len(x) // PIECE_ROWS)
+    return pieces, (READ_COST + len(x)) * len(weight.data) * x.shape[1] * PANEL
 
 
 def _layer_norm_into(out: Array, x: Array, weight: Array, bias: Array, epsilon: float, scratch: Array) -> None:
@@ -75,18 +83,27 @@ def _attend_into(
 ) -> None:  # fmt: skip
     """heads = softmax(q . k * scale, causal or + mask) @ v over the cache: (R, 3HD) -> (R, HD)."""
     _, B, H, _, D = cache.shape
-    T = len(qkv) // B
-    loops.append_to_cache(qkv, cache, start, T)
+    loops.append_range(0, B * H, qkv, cache, start)
+    _look_at_hidden(qkv, cache, scale, visible)
+    arguments = qkv, cache, cache.reshape(-1), scale, visible, heads, probs
+    work = _attend_work(B, H, len(qkv) // B, start, D)
+    run_pieces(*work, loops.attend_range, loops.attend_parallel, scratch, *arguments)
+    if visible.unsafe[0]:
+        raise ScoresReachMask
+
+
+def _attend_work(B: int, H: int, T: int, start: int, D: int) -> tuple[int, int]:
+    """Pieces of attention, and what they cost in multiply-adds."""
+    return B * H * -(-T // PIECE_QUERIES), 2 * (READ_COST + T) * B * (start + T) * H * D
+
+
+def _look_at_hidden(qkv: Array, cache: Array, scale: float, visible: VisibleKeys) -> None:
+    """Say in `visible` how high scores must be for those of hidden keys, if these matter, to leave no weight."""
     if visible.hidden.size:
         reach = _reach_of_hidden(qkv, cache, scale, visible.hidden) + visible.added
         if not reach < math.inf:
             raise ScoresReachMask
         visible.safe[0] = max(visible.lowest, reach)
-    pieces, work = B * H * -(-T // PIECE_QUERIES), 2 * (READ_COST + T) * B * (start + T) * H * D
-    arguments = qkv, cache, cache.reshape(-1), scale, visible, heads, probs
-    run_pieces(pieces, work, loops.attend_range, loops.attend_parallel, scratch, *arguments)
-    if visible.unsafe[0]:
-        raise ScoresReachMask
 
 
 def _reach_of_hidden(qkv: Array, cache: Array, scale: float, hidden: Array) -> float:
@@ -258,17 +275,38 @@ def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Mas
     qkv, heads = shared[: R * 3 * HD].reshape(R, 3 * HD), shared[R * 3 * HD : R * 4 * HD].reshape(R, HD)
     hidden = shared[: R * F].reshape(R, F)  # made when qkv and heads are done with
     rows, no_probs = _rows(x), np.empty((0, 0, 0, 0), dtype)
+    inputs, outputs = (normed, heads, normed, hidden), (qkv, rows, hidden, rows)
     with pool() as count:
         visible = visible_keys(mask, B, T, start, dtype, safe)
         scratch = scratch_for(count, dtype, C, start + T, D)
-        for b, cache in zip(w.h, caches, strict=True):
-            _layer_norm_into(normed, rows, *b.ln_1, scratch)
-            _linear_into(qkv, normed, *b.attn.c_attn, scratch)
-            _attend_into(heads, no_probs, qkv, cache, start, b.attn.scale, visible, scratch)
-            _linear_into(rows, heads, *b.attn.c_proj, scratch, added=True)
-            _layer_norm_into(normed, rows, *b.ln_2, scratch)
-            _linear_into(hidden, normed, *b.mlp.c_fc, scratch, b.mlp.activation)
-            _linear_into(rows, hidden, *b.mlp.c_proj, scratch, added=True)
+        table = fused.tabulate(w.h)
+        to_qkv, to_stream, *to_mlp = (
+            _linear_work(x, weight) for x, (weight, _) in zip(inputs, fused.linear_maps(w.h[0]), strict=True)
+        )
+        norm, append, attend = (R, 4 * x.size), (B * H, 2 * R * HD), _attend_work(B, H, T, start, D)
+        works = norm, to_qkv, append, attend, to_stream, norm, *to_mlp
+        cached = np.array([cache.ctypes.data for cache in caches], np.int64)
+
+        def run(first: int, last: int, steps: tuple[int, int], only: int | None = None) -> None:
+            """Some steps of blocks first..last-1; the matrices are of one form, or all have that of the only one."""
+            arrays = table.arrays[first]
+            weights, scales = (tuple(arrays[i : i + 4] if only is None else [arrays[i + only]] * 4) for i in (4, 8))
+            run_steps(
+                works, (first, last), steps, fused.block_steps, fused.block_parallel, scratch,
+                *table[:4], arrays[0], weights, scales, tuple(arrays[12:]), rows, inputs, outputs, _group(R),
+                caches[0], cached, start, visible, no_probs,
+            )  # fmt: skip
+
+        if table.alike and not visible.hidden.size:
+            run(0, len(w.h), (0, len(works)))
+        else:
+            for i, b in enumerate(w.h):
+                for only, steps in enumerate(fused.PARTS):
+                    if steps[0] == fused.ATTEND:
+                        _look_at_hidden(qkv, caches[i], b.attn.scale, visible)
+                    run(i, i + 1, steps, only)
+        if visible.unsafe[0]:
+            raise ScoresReachMask
 
 
 def logits(hidden: Array, lm_head: Any, lm_head_bias: Array, tap: Tap = no_tap) -> Array:
@@ -323,5 +361,5 @@ def warmup(dtype: Any = np.float32) -> None:
         for tokens in (1, T):
             ids, past = np.zeros((1, tokens), np.int64), zeros(2, 1, H, tokens, C // H)
             for tap in (no_tap, lambda name, value: None):
-                hidden = transformer(ids, ids, w, [past], 0, None, tap if tokens == 1 else no_tap)
+                hidden = transformer(ids, ids, w, [past], 0, None, tap)
                 log_probabilities(logits(hidden[:, -1:], w.lm_head, w.lm_head_bias), ids[:, -1:])

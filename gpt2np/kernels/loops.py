@@ -167,15 +167,19 @@ def find_visible_keys(mask, start, keys, limits):
 
 
 @jit()
-def append_to_cache(qkv, cache, start, T):
-    """Write the new keys and values into the cache: (B * T, 3HD) -> (2, B, H, start:start + T, D)."""
+def append_range(first, last, qkv, cache, start):
+    """Write the new keys and values into the cache: (B * T, 3HD) -> (2, B, H, start:start + T, D).
+
+    A piece is one head of one sequence.
+    """
     _, B, H, _, D = cache.shape
-    for b in range(B):
-        for h in range(H):
-            for t in range(T):
-                row = qkv[b * T + t]
-                copy(row[(H + h) * D : (H + h + 1) * D], cache[0, b, h, start + t])
-                copy(row[(2 * H + h) * D : (2 * H + h + 1) * D], cache[1, b, h, start + t])
+    T = len(qkv) // B
+    for piece in range(first, last):
+        b, h = piece // H, piece % H
+        for t in range(T):
+            row = qkv[b * T + t]
+            copy(row[(H + h) * D : (H + h + 1) * D], cache[0, b, h, start + t])
+            copy(row[(2 * H + h) * D : (2 * H + h + 1) * D], cache[1, b, h, start + t])
 
 
 # The steps of `attend_range` are inlined: as functions of their own they take a tenth of a single token's attention.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -101,26 +102,78 @@ def run_pieces(pieces: int, work: int, serial: Any, parallel: Any, scratch: Arra
     if workers <= 1:
         serial(0, pieces, scratch[0], *arguments)
     else:
-        parallel(np.zeros(1, np.int64), workers, pieces, max(1, pieces * GRAIN // work), scratch, *arguments)
+        parallel(np.zeros(1, np.int64), workers, pieces, smallest_chunk(pieces, work), scratch, *arguments)
+
+
+def run_steps(
+    works: Sequence[tuple[int, int]], blocks: tuple[int, int], steps: tuple[int, int], serial: Any, parallel: Any,
+    scratch: Array, *arguments: Any,
+) -> None:  # fmt: skip
+    """Run a kernel of several steps in each of several blocks, each of which needs all of the one before.
+
+    works: the pieces of each step, and its multiply-adds; blocks, steps: which to run, first and last + 1. Called as
+    serial(counters, workers, pieces, smallest, blocks, steps, scratch of one thread, *arguments) by each thread, which
+    parallel does with the scratch of all; counters: (blocks, steps, 2, 8) zeros, see `fused.block_steps`.
+    """
+    pieces, smallest = np.array([(pieces, smallest_chunk(pieces, work)) for pieces, work in works]).T.copy()
+    workers = min(len(scratch), max(min(pieces, work // GRAIN) for pieces, work in works))
+    counters = np.zeros((blocks[1], len(works), 2, 8), np.int64)
+    if workers <= 1:
+        serial(counters, 1, pieces, smallest, blocks, steps, scratch[0], *arguments)
+    else:
+        parallel(counters, workers, pieces, smallest, blocks, steps, scratch, *arguments)
+
+
+def smallest_chunk(pieces: int, work: int) -> int:
+    """How many of some pieces, `work` multiply-adds in all, are worth a thread's time."""
+    return max(1, pieces * GRAIN // work)
 
 
 @intrinsic
-def _take(_, ticket):
+def _count(_, counter, n):
     def generate(context, builder, _, values):
-        data = context.make_array(ticket)(context, builder, values[0]).data
-        return builder.atomic_rmw("add", data, data.type.pointee(1), "monotonic")
+        data = context.make_array(counter)(context, builder, values[0]).data
+        return builder.atomic_rmw("add", data, values[1], "acq_rel")
 
-    return types.int64(ticket), generate
+    return types.int64(counter, types.int64), generate
 
 
-def _take_in_python(ticket: Any) -> Any:
-    number = int(ticket[0])
-    ticket[0] += 1
+def _count_in_python(counter: Any, n: int) -> Any:
+    number = int(counter[0])
+    counter[0] += n
     return number
 
 
-# take(ticket): the number in the int64 array `ticket`, which is 1 higher for whoever asks next, from whatever thread
-take: Callable[..., Any] = _take_in_python if config.DISABLE_JIT else _take
+# count(counter, n): the number in the int64 array `counter`, which is n higher for whoever asks next, on any thread
+count: Callable[..., Any] = _count_in_python if config.DISABLE_JIT else _count
+
+
+@intrinsic
+def _counted(_, counter):
+    def generate(context, builder, _, values):
+        data = context.make_array(counter)(context, builder, values[0]).data
+        return builder.load_atomic(data, "acquire", align=8)
+
+    return types.int64(counter), generate
+
+
+# counted(counter): that number, and all that was written before it was counted up to there
+counted: Callable[..., Any] = (lambda counter: int(counter[0])) if config.DISABLE_JIT else _counted
+
+# offer_processor(): lets the system run another thread, if one waits for this processor
+_system = types.ExternalFunction("sched_yield" if os.name == "posix" else "SwitchToThread", types.int32())
+offer_processor: Callable[[], Any] = (lambda: time.sleep(0)) if config.DISABLE_JIT else _system
+SPINS = 1 << 12  # looks at a counter, some microseconds, before the processor is offered to others
+
+
+@jit()
+def wait_for(counter, goal):
+    """Wait until other threads have counted up to the goal."""
+    looks = 0
+    while counted(counter) < goal:
+        looks += 1
+        if looks > SPINS:
+            offer_processor()
 
 
 @jit()
@@ -131,6 +184,6 @@ def next_chunk(ticket, workers, pieces, smallest):
     memory as one stream, and short ones at the end, so that all threads finish together even if one was held up.
     """
     first, last = 0, 0
-    for _ in range(take(ticket) + 1):
+    for _ in range(count(ticket, 1) + 1):
         first, last = last, min(pieces, last + max(smallest, -(-(pieces - last) // (2 * workers))))
     return first, last
