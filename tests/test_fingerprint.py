@@ -107,7 +107,8 @@ def test_numpy_and_blas_on_another_machine_change_nothing_that_is_promised():
         import gpt2np, hashlib
         from gpt2np.embed import embed
         from gpt2np.fingerprint import WAYS, digest, texts
-                from gpt2np.score import TextScoring
+        from gpt2np.generate import generate
+        from gpt2np.score import TextScoring
 
         model, text = gpt2np.load(), "Once upon a time there was a king, and the king had a daughter. "
         print(digest(WAYS["prompt"](model, texts(model))))

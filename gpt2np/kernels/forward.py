@@ -298,7 +298,9 @@ def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Mas
             )  # fmt: skip
 
         if table.alike and not visible.hidden.size:
-            run(0, len(w.h), (0, len(works)))
+            at_once = len(w.h) if R <= PIECE_ROWS else 1  # a long call ends between blocks where Ctrl-C asks for it
+            for first in range(0, len(w.h), at_once):
+                run(first, first + at_once, (0, len(works)))
         else:
             for i, b in enumerate(w.h):
                 for only, steps in enumerate(fused.PARTS):
