@@ -291,8 +291,9 @@ def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Mas
             """Some steps of blocks first..last-1; the matrices are of one form, or all have that of the only one."""
             arrays = table.arrays[first]
             weights, scales = (tuple(arrays[i : i + 4] if only is None else [arrays[i + only]] * 4) for i in (4, 8))
+            kinds = dtype, *(array.dtype for array in weights), *(array.ndim for array in scales)
             run_steps(
-                works, (first, last), steps, fused.block_steps, fused.block_parallel, scratch,
+                works, (first, last), steps, fused.block_steps, fused.block_parallel, kinds, scratch,
                 *table[:4], arrays[0], weights, scales, tuple(arrays[12:]), rows, inputs, outputs, _group(R),
                 caches[0], cached, start, visible, no_probs,
             )  # fmt: skip

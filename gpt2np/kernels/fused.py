@@ -22,7 +22,7 @@ from ..weights import Blocks, BlockWeights, Linear
 from .jit import config, jit
 from .loops import append_range, attend_range, layer_norm_range, linear_range
 from .products import TERMS
-from .threads import count, next_chunk, wait_for
+from .threads import call_at, count, next_chunk, wait_for
 from .vectors import ACTIVATION_CODES
 
 STEPS = ("ln_1", "c_attn", "append", "attend", "c_proj", "ln_2", "c_fc", "c_proj")  # of a block
@@ -139,12 +139,13 @@ def block_steps(
 
 @jit(parallel=True)
 def block_parallel(
-    counters, workers, pieces, smallest, blocks, steps, scratch, addresses, epsilons, factors, activations, norm,
-    weights, scales, biases, rows, inputs, outputs, group, cache, cached, start, visible, no_probs,
+    address, counters, workers, pieces, smallest, blocks, steps, scratch, addresses, epsilons, factors, activations,
+    norm, weights, scales, biases, rows, inputs, outputs, group, cache, cached, start, visible, no_probs,
 ):  # fmt: skip
     for worker in prange(workers):
-        block_steps(
-            counters, workers, pieces, smallest, blocks, steps, scratch[worker], addresses, epsilons, factors,
-            activations, norm, weights, scales, biases, rows, inputs, outputs, group, cache, cached, start, visible,
-            no_probs,
+        call_at(
+            address,
+            (counters, workers, pieces, smallest, blocks, steps, scratch[worker], addresses, epsilons, factors,
+             activations, norm, weights, scales, biases, rows, inputs, outputs, group, cache, cached, start, visible,
+             no_probs),
         )  # fmt: skip

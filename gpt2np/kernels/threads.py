@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
+from numba import typeof
 from numba.core import types
 from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
@@ -107,13 +108,14 @@ def run_pieces(pieces: int, work: int, serial: Any, parallel: Any, scratch: Arra
 
 def run_steps(
     works: Sequence[tuple[int, int]], blocks: tuple[int, int], steps: tuple[int, int], serial: Any, parallel: Any,
-    scratch: Array, *arguments: Any,
+    kinds: Any, scratch: Array, *arguments: Any,
 ) -> None:  # fmt: skip
     """Run a kernel of several steps in each of several blocks, each of which needs all of the one before.
 
     works: the pieces of each step, and its multiply-adds; blocks, steps: which to run, first and last + 1. Called as
     serial(counters, workers, pieces, smallest, blocks, steps, scratch of one thread, *arguments) by each thread, which
-    parallel does with the scratch of all; counters: (blocks, steps, 2, 8) zeros, see `fused.block_steps`.
+    parallel(address of serial, ...) does with the scratch of all; counters: (blocks, steps, 2, 8) zeros, see
+    `fused.block_steps`; kinds: see `address_of`.
     """
     pieces, smallest = np.array([(pieces, smallest_chunk(pieces, work)) for pieces, work in works]).T.copy()
     workers = min(len(scratch), max(min(pieces, work // GRAIN) for pieces, work in works))
@@ -121,7 +123,47 @@ def run_steps(
     if workers <= 1:
         serial(counters, 1, pieces, smallest, blocks, steps, scratch[0], *arguments)
     else:
-        parallel(counters, workers, pieces, smallest, blocks, steps, scratch, *arguments)
+        given = counters, workers, pieces, smallest, blocks, steps, scratch
+        parallel(address_of(serial, kinds, (*given[:-1], scratch[0], *arguments)), *given, *arguments)
+
+
+_addresses: dict[Any, int] = {}
+
+
+def address_of(kernel: Any, kinds: Any, arguments: Sequence[Any]) -> Any:
+    """Where the compiled code of a kernel is, for `call_at`; kinds: what the arguments' types depend on.
+
+    A kernel that is called so is compiled once; one that another is compiled with is compiled in both.
+    """
+    if config.DISABLE_JIT:
+        return kernel
+    if kinds not in _addresses:
+        signature = tuple(typeof(argument) for argument in arguments)
+        kernel.compile(signature)
+        compiled = kernel.overloads[signature]
+        _addresses[kinds] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return _addresses[kinds]
+
+
+@intrinsic
+def _call_at(_, address, arguments):
+    """Compiled code at an address, called with a tuple of arguments; it returns nothing."""
+
+    def generate(context, builder, signature, values):
+        convention, kinds = context.call_conv, arguments.types
+        function = builder.inttoptr(values[0], convention.get_function_type(types.none, kinds).as_pointer())
+        given = [builder.extract_value(values[1], i) for i in range(len(kinds))]
+        convention.call_function(builder, function, types.none, kinds, given)
+        return context.get_dummy_value()
+
+    return types.none(address, arguments), generate
+
+
+def _call_in_python(kernel: Any, arguments: Any) -> None:
+    kernel(*arguments)
+
+
+call_at: Callable[..., None] = _call_in_python if config.DISABLE_JIT else _call_at
 
 
 def smallest_chunk(pieces: int, work: int) -> int:

@@ -33,6 +33,25 @@ def test_matrices_of_several_forms_give_the_bits_of_one(T):
     assert all(a.tobytes() == b.tobytes() for a, b in zip(ours.past, expected.past, strict=True))
 
 
+@pytest.mark.jit
+@pytest.mark.parametrize("options", [{}, {"dtype": "float64"}, {"weights": "bfloat16"}, {"weights": "int8"}])
+def test_threads_call_code_for_the_arguments_that_they_have(options, monkeypatch):
+    """An address says nothing of types: `block_parallel` must have those of the `block_steps` that it calls."""
+    if get_num_threads() == 1:
+        pytest.skip("one thread alone")
+    monkeypatch.setattr(threads, "GRAIN", 1)
+    config = tiny_config()
+    model = GPT2(config, tiny_sources(config), **options)
+    mask = np.array([[0, 1, 1], [1, 1, 1]])
+    for given in ({}, {"attention_mask": mask}):
+        model(random_ids(config, 2, 3), model.new_cache(2, 5), **given)
+    called = {tuple(map(str, (*s[1:7], s[8:]))) for s in fused.block_parallel.signatures}
+    compiled = {tuple(map(str, (*s[:6], s[7:]))) for s in fused.block_steps.signatures}
+    assert called
+    assert called <= compiled
+    assert {str(s[7].dtype) for s in fused.block_parallel.signatures} <= {"float32", "float64"}
+
+
 def test_addresses_are_not_copied():
     model = GPT2(tiny_config(), tiny_sources(tiny_config()))
     expected = model([[1, 2, 3]]).logits
@@ -73,7 +92,7 @@ def test_a_thread_that_comes_late_finds_nothing_to_do(monkeypatch):
     ids = random_ids(tiny_config(), 1, 12)
     expected, done = model(ids).logits, []
 
-    def one_after_the_other(counters, workers, pieces, smallest, blocks, steps, scratch, *arguments):
+    def one_after_the_other(address, counters, workers, pieces, smallest, blocks, steps, scratch, *arguments):
         for _ in range(2):
             fused.block_steps(counters, 2, pieces, smallest, blocks, steps, scratch[0], *arguments)
             done.append(counters[:, :, 1, 0].copy())
