@@ -6,7 +6,7 @@ Hugging Face's `generate`: repetition penalty, temperature, top-k, top-p, min-p.
 
 What comes out has the same bits on every machine. NumPy's exp and a system's logarithm and powers have not: they go
 by what the processor can do. So exp is a chain of additions and multiplications here, and the others are `decimal`'s.
-NumPy's sums are the same everywhere: tests/generate/test_sampling.py writes out in which order it adds.
+Sums are added in one order, which tests/generate/test_sampling.py writes out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .weights import Array
 # 50257 entries need neither a sort nor a running sum over all of them:
 SEARCHED_TOGETHER = 128  # entries whose maximum is looked at first, in the search for the largest
 RUN = 512  # entries whose sum is looked at first, in the search for a place in the running sum
+ADDED_AT_ONCE = 4096  # numbers that every NumPy adds in one order: its buffer has 8192
 LOG_2 = 0.6931471805599453
 COLDEST = 1e-6  # temperatures below cannot be told from greedy in float32
 DIGITS = Context(prec=20, traps=[])  # more than a float64 has; what is out of range gives infinity or 0
@@ -181,7 +182,7 @@ def top_p(weights: Array, p: float) -> Array:
 
 def _nucleus(weights: Array, p: float) -> tuple[Array, Array]:
     """What `top_p` keeps, and the running sum of their weights in float64."""
-    whole = float(np.add.reduce(weights))
+    whole = float(total(weights))
     wanted = p * whole
     # n weights below (1 - p) / n of the whole are less than 1 - p of it together: the rest holds p. Most often
     # that is so with far fewer than all weights in the place of n; twice as many leave room for rounding.
@@ -219,7 +220,17 @@ def draw(weights: Array, uniform: float) -> int:
 def log_sum_exp(logits: Array) -> float:
     """log(sum(exp(logits))), from exponentials in the dtype of the logits; InputError as for `Sampling.choose`."""
     largest = logits[most_probable_token(logits)]
-    return float(largest) + log(float(np.add.reduce(exp(logits - largest))))
+    return float(largest) + log(float(total(exp(logits - largest))))
+
+
+def total(values: Array) -> np.floating:
+    """The sum of a vector, in halves of halves, as NumPy adds too; its older versions (2.0) cut long ones elsewhere."""
+    n = len(values)
+    if n <= ADDED_AT_ONCE:
+        short: np.floating = np.add.reduce(values)
+        return short
+    half = n // 2 - n // 2 % 8
+    return total(values[:half]) + total(values[half:])
 
 
 def exp(x: Array) -> Array:
