@@ -137,12 +137,12 @@ def address_of(kernel: Any, kinds: Any, arguments: Sequence[Any]) -> Any:
     """
     if config.DISABLE_JIT:
         return kernel
-    if kinds not in _addresses:
+    if (kernel, kinds) not in _addresses:
         signature = tuple(typeof(argument) for argument in arguments)
         kernel.compile(signature)
         compiled = kernel.overloads[signature]
-        _addresses[kinds] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
-    return _addresses[kinds]
+        _addresses[kernel, kinds] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)
+    return _addresses[kernel, kinds]
 
 
 @intrinsic

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import Gpt2npError, InputError
-from ..weights import Array, GPT2Weights
+from ..weights import Array
 from . import trace as traces
 from .budgets import Arbiter, Budgets, measure_floor, parse_budgets
 from .capture import Options, record, run_case
@@ -61,7 +61,7 @@ def parity(
         report.parties.pop(ours.name)
     elif budgets.default.source.startswith("auto"):
         budgets.arbiter = Arbiter(model)
-    say_what_is_compared_on(report, model, ours, cases, options)
+    say_what_is_compared_on(report, model, cases, options)
     rounding = None
     if options.noise_floor:
         measure_floor(model, cases, budgets, report)
@@ -85,14 +85,12 @@ def parity(
     return report
 
 
-def say_what_is_compared_on(
-    report: Report, model: Subject, ours: Ours, cases: Sequence[Case], options: Options
-) -> None:
+def say_what_is_compared_on(report: Report, model: Subject, cases: Sequence[Case], options: Options) -> None:
     """Where inputs come from that nobody gave, and what of the file these may not show."""
     if any(not c.recorded for c in cases) and not (options.prompts or options.random or options.ids):
         add_once(report.findings, f"no test_data_set_* beside {model.path.name}: compared on random prompts")
     if model.whole:
-        add_once(report.findings, *rows_not_finite(ours.gpt2.weights))
+        add_once(report.findings, *rows_not_finite(model))
     if not cases:
         report.not_compared.append(f"no test_data_set_* beside {model.path}: give --data, --prompt or --random")
 
@@ -111,9 +109,10 @@ def check_invariances(
     report.tables += [audit] if audit is not None else []
 
 
-def rows_not_finite(weights: GPT2Weights) -> Iterator[str]:
+def rows_not_finite(model: Subject) -> Iterator[str]:
     """NaN and infinities in rows of wpe and wte, which show only where an input reads the row."""
-    for name, value in (("wpe.weight", weights.wpe), ("wte.weight", weights.wte)):
+    for name in ("wpe.weight", "wte.weight"):
+        value = model.recognised.sources[name].load()
         bad = ~np.isfinite(value).all(axis=1)
         if bad.any():
             row = int(bad.argmax())

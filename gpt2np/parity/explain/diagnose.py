@@ -26,7 +26,7 @@ from ..operations import OPERATIONS, split_tap, tap_inputs, tap_names
 from ..places import ancestors, interval, kept
 from ..program import Program
 from .cache_mistakes import written_elsewhere
-from .problem import Clock, Guess, Problem
+from .problem import Clock, Guess, Problem, together
 from .rank import rank
 from .rounding import bits_of, kind_of
 from .shorten import shortened
@@ -230,7 +230,7 @@ def from_outputs(
     observed = {tap: held[tap] for tap in ordered if names.index(tap) >= after and tap not in vouched}
     problem = Problem(program, call, given, observed, suspects, clock)
     tap = wrong[0]
-    nearest = {t: held[t] for t in observed if t == tap or one_matrix(t, tap)}
+    nearest = {t: observed[t] for t in together(problem, tap) if t in observed}
     guesses = explain(problem, nearest, spare, recorded=who == "the file")
     if guesses and (guesses[0].likely or guesses[0].removed >= 0.3):
         tap = guesses[0].tap
@@ -240,12 +240,6 @@ def from_outputs(
     text += f" between {suspects[0]} and {suspects[-1]}" if len(suspects) > 1 else f" at {suspects[0]}"
     where = place_in(problem, wrong[0])
     return Diagnosis(tap, who, text, suspects, guesses, where=where)
-
-
-def one_matrix(a: str, b: str) -> bool:
-    """Whether two taps are queries, keys or values of one layer."""
-    parts = [split_tap(tap) for tap in (a, b)]
-    return parts[0][0] == parts[1][0] and all(part in ("attn.q", "attn.k", "attn.v") for _, part in parts)
 
 
 def suspected(program: Program, first: str, agree: Iterable[str]) -> tuple[list[str], set[str]]:

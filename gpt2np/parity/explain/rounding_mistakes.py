@@ -18,6 +18,7 @@ from .rounding import EIGHT_BITS, SIXTEEN_BITS, in_8_bits, quantised, rounded
 
 # Parts of a layer whose results programs round in every layer, in words.
 EVERYWHERE = {"attn.scores": "all scores", "attn.probs": "all probabilities", "mlp.gelu": "the activation's results"}
+SCALES = (False, "one scale"), (True, "a scale for each column")  # of 8-bit weights: by column?, in words
 ROUNDINGS = (*SIXTEEN_BITS, "tf32", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -34,7 +35,7 @@ def narrow_types(problem: Problem, tap: str) -> Iterator[Guess]:
     local = group[0] in problem.observed
     for name in matrices:
         value = p.weights(name, F64).astype(np.float64)
-        for by_column, words in ((False, "one scale"), (True, "a scale for each column")):
+        for by_column, words in SCALES:
             text = f"{name} held int8 values with {words}"
             yield Guess("quantised", group[0], text, weights={name: quantised(value, by_column)})
     yield from _activations_in_8_bits(problem, group, inputs) if local or not problem.is_wide else ()
@@ -117,7 +118,7 @@ def narrow_everywhere(problem: Problem) -> Iterator[Guess]:
                 yield Guess("rounding", taps[0], f"{words} were rounded to {kind}", runs={t: runs[t] for t in taps})
     parts = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     held = {name: tap for tap in reversed(problem.taps) for name in tap_weights(tap, p) if name.endswith(parts)}
-    for by_column, words in ((False, "one scale"), (True, "a scale for each column")) if held else ():
+    for by_column, words in SCALES if held else ():
         text = f"the weights of all linear maps held int8 values with {words}"
         change = partial(quantised, by_column=by_column)
         yield Guess("quantised", list(held.values())[-1], text, weights=remade(problem, change, *held))
