@@ -25,6 +25,10 @@ def flag(name: str, value: Any) -> bool:
 
 def real_number(name: str, value: Any, meaning: str = "a number") -> float:
     """`value` as a float; InputError unless it is a finite number (no bool). `meaning`: what it should be."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise InputError(f"{name} must be {meaning}, got {value!r}")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an int beyond all floats
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"{name} must be {meaning}, got {value!r:.60}")
+    return number

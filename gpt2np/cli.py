@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import gc
 import sys
 import traceback
 import warnings
 from importlib import import_module
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .errors import Gpt2npError
+from .errors import Gpt2npError, InputError
 from .escape import escaped
 
 
@@ -29,7 +31,16 @@ class _Flags:
 
 
 class _Command(_Flags, TyperCommand):
-    pass
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse an empty path, as a variable of the shell that is not set leaves it: it would mean this folder."""
+        empty = any(not arg or arg.endswith("=") for arg in args) and "." not in args
+        rest = super().parse_args(ctx, args)
+        for param in self.params if empty else []:
+            value, source = ctx.params.get(param.name), ctx.get_parameter_source(param.name)
+            given = source is not None and source.name == "COMMANDLINE"
+            if given and Path() in (value if isinstance(value, (list, tuple)) else [value]):
+                raise InputError(f"{param.opts[0]} is an empty text; expected a path")
+        return rest
 
 
 class _Group(_Flags, TyperGroup):
@@ -138,6 +149,8 @@ def main() -> None:
         if isinstance(end.__context__, BrokenPipeError):
             raise SystemExit(141) from None
         raise
+    finally:
+        gc.freeze()  # nothing is looked for in what ends with the process, which would take half a second
     raise SystemExit(code if isinstance(code, int) else 0)
 
 

@@ -191,7 +191,8 @@ class Settings:
         if self.repetition_penalty != 1:
             penalty = np.float32(self.repetition_penalty)
             found = scores[rows, sequences]
-            scores[rows, sequences] = np.where(found < 0, found * penalty, found / penalty)
+            with np.errstate(over="ignore"):  # the least likely of all, as in ONNX Runtime
+                scores[rows, sequences] = np.where(found < 0, found * penalty, found / penalty)
         if 0 < self.no_repeat <= S:
             n = self.no_repeat - 1
             for row, sequence in enumerate(sequences):
@@ -262,13 +263,18 @@ class _Hypotheses:
     done: bool = False
 
     def add(self, tokens: Array, log_prob: float) -> None:
-        score = float(np.float32(log_prob) / np.float32(len(tokens) ** self.length_penalty))
+        score = self._judged(log_prob, len(tokens))
         at = next((k for k, (other, _) in enumerate(self.kept) if score > other), len(self.kept))
         self.kept.insert(at, (score, tokens))
         del self.kept[self.room :]
 
     def can_improve(self, log_prob: float, length: int) -> bool:
-        return self.kept[-1][0] < float(np.float32(log_prob) / np.float32(length**self.length_penalty))
+        return self.kept[-1][0] < self._judged(log_prob, length)
+
+    def _judged(self, log_prob: float, length: int) -> float:
+        """As ONNX Runtime's float32 has it: a power may be infinite or 0, and a judgement then 0 or minus infinity."""
+        with np.errstate(all="ignore"):
+            return float(np.float32(log_prob) / np.float32(np.float64(length) ** self.length_penalty))
 
 
 def beam_search(settings: Settings, model: _Decoder) -> dict[str, Array]:

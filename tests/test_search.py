@@ -83,6 +83,18 @@ def test_search_nodes_give_the_sequences_of_onnx_runtime(tmp_path, kind, how):
             np.testing.assert_allclose(a, b, 1e-4, 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "penalty"),
+    [("length_penalty", p) for p in (1e38, 40, -40, -np.inf)] + [("repetition_penalty", p) for p in (1e38, np.inf)],
+)
+def test_absurd_penalties_mean_what_they_mean_to_onnx_runtime(beam, name, penalty):
+    """Powers of the length and products that are infinite or 0 in float32."""
+    feeds = node_feeds("BeamSearch", np.random.default_rng(2)) | {name: np.array([penalty], np.float32)}
+    got, expected = InferenceSession(beam, engine="numpy").run(None, feeds), runtime(beam).run(None, feeds)
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_allclose(got[1], expected[1], 1e-4)
+
+
 def test_a_file_that_searches_is_a_model_too(loop, beam):
     plain = gpt2np.load(DECODER, engine="numpy")
     for path in (loop, beam):

@@ -11,6 +11,7 @@ afterwards is computed in another round.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import multiprocessing
 import os
@@ -26,11 +27,15 @@ from warnings import catch_warnings, simplefilter
 
 from ..errors import InputError
 from ..optional import needs
-from .store import Shard, Store
+from .store import NoResult, Shard, Store
 
 AHEAD = 1000  # shards that the scheduler knows of at once: enough for every worker, and few for it
 WAIT = 60.0  # seconds to wait for a scheduler that does not answer
-PROFILE = "distributed.worker.profile.enabled"  # Dask looks at all stacks every 10 ms
+QUIET = {  # settings of Dask, which takes more than 2% of two processors to look at itself otherwise
+    "distributed.worker.profile.enabled": False,  # looks at all stacks every 10 ms
+    "distributed.admin.tick.interval": "1s",  # 20 ms
+    "distributed.admin.system-monitor.interval": "5s",  # 500 ms
+}
 METHOD = "fork" if sys.platform == "linux" else "spawn"  # elsewhere systems have threads that no fork survives
 ROUNDS = 10  # in a row in which nothing was computed, before the run is given up
 
@@ -75,7 +80,7 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
     with ExitStack() as stack:
         if workers is not None:
             begin = stack.enter_context(_workers(workers))
-            stack.enter_context(dask.config.set({PROFILE: False}))
+            stack.enter_context(dask.config.set(QUIET))
             failures = {"allowed_failures": 100}  # a worker that is killed is no fault of its shard's
             cluster = distributed.LocalCluster(n_workers=0, dashboard_address=":0", scheduler_kwargs=failures)
             begin(address := stack.enter_context(cluster).scheduler_address)
@@ -97,6 +102,7 @@ def _workers(count: int) -> Iterator[Callable[[str], None]]:
     """
     processes: Any = multiprocessing.get_context(METHOD)
     ours, theirs = processes.Pipe()
+    gc.freeze()  # what is there stays: no collector looks at it, so that forked memory is not copied for that
     nursery = processes.Process(target=_keep_alive, args=(METHOD, ours, theirs, count))
     with catch_warnings():
         # of forks beside threads: NumPy's and the kernels' are ready for it
@@ -149,13 +155,13 @@ def _work(address: str) -> None:
         async with distributed.Worker(address, nthreads=1, memory_limit=0, dashboard=False) as worker:
             await worker.finished()
 
-    with dask.config.set({PROFILE: False}):
+    with dask.config.set(QUIET):
         asyncio.run(work())
 
 
 def compute(
     work: Work, shards: Sequence[Shard], store: Store, engine: Engine = THIS_PROCESS, seen: Seen = lambda *_: None
-) -> None:
+) -> dict[str, NoResult]:
     """Compute those shards that the store has no sound result of.
 
     Parameters
@@ -164,12 +170,17 @@ def compute(
     seen : function (shard, computed)
         Called for each shard once its result is there, which was computed now or found.
 
+    Returns
+    -------
+    dict
+        By their names, the shards that `work` said NoResult of.
+
     Raises
     ------
     Gpt2npError
         What a worker raised; or if workers or the scheduler are lost again and again.
     """
-    left, lost = {}, 0
+    left, lost, without = {}, 0, {}
     for shard in shards:
         if store.read(shard.name) is None:
             left[shard.name] = shard
@@ -177,16 +188,19 @@ def compute(
             seen(shard, False)
     while left:
         try:
-            for shard in _round(work, list(left.values()), store, engine):
+            for shard, error in _round(work, list(left.values()), store, engine):
+                if error is not None:
+                    without[shard.name] = error
                 seen(left.pop(shard.name), True)
                 lost = 0
         except _Lost as error:
             lost += 1
             if lost == ROUNDS:
                 raise InputError(f"{len(left):,} of {len(shards):,} shards could not be computed: {error}") from None
-    if engine.address is not None and any(store.read(shard.name) is None for shard in shards):
+    if engine.address is not None and any(store.read(s.name) is None for s in shards if s.name not in without):
         raise InputError(f"results are missing in {store.folder} as this machine sees it: do all workers see it?")
     store.remove_drafts(shards)
+    return without
 
 
 def make(work: Work, shard: Shard, store: Store) -> None:
@@ -195,12 +209,18 @@ def make(work: Work, shard: Shard, store: Store) -> None:
         store.write(shard.name, work(shard, store))
 
 
-def _round(work: Work, shards: Sequence[Shard], store: Store, engine: Engine) -> Iterator[Shard]:
-    """Compute shards in any order; yields each that is done."""
+def _round(
+    work: Work, shards: Sequence[Shard], store: Store, engine: Engine
+) -> Iterator[tuple[Shard, NoResult | None]]:
+    """Compute shards in any order; yields each that is done, and why it has no result."""
     if engine.address is None:
         for shard in shards:
-            make(work, shard, store)
-            yield shard
+            error = None
+            try:
+                make(work, shard, store)
+            except NoResult as no_result:
+                error = no_result
+            yield shard, error
         return
     from distributed import KilledWorker, as_completed
 
@@ -214,11 +234,12 @@ def _round(work: Work, shards: Sequence[Shard], store: Store, engine: Engine) ->
 
         submit(AHEAD)
         for future in running:
-            if future.status == "error" and not isinstance(error := future.exception(), KilledWorker):
-                raise error
-            if future.status != "finished":
+            error = future.exception() if future.status == "error" else None
+            if future.status not in ("finished", "error") or isinstance(error, KilledWorker):
                 raise _Lost(f"a worker or the scheduler was lost ({future.status})")
-            yield shard_of.pop(future)
+            if error is not None and not isinstance(error, NoResult):
+                raise error
+            yield shard_of.pop(future), error
             submit(1)
 
 

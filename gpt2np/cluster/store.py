@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import Gpt2npError, InputError
 from ..files import replacing
 
 DIGEST = hashlib.sha256().digest_size  # bytes at the end of a file: SHA-256 of those before
@@ -42,6 +42,10 @@ class Shard:
         """The same for the same result, on every machine."""
         text = json.dumps(self.content, sort_keys=True, allow_nan=False)
         return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:40]}"
+
+
+class NoResult(Gpt2npError):
+    """Why a shard has no result. Others are computed nevertheless, and the same command tries this one again."""
 
 
 class Store:

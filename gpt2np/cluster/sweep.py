@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ..parity.run import check_options, parity
 from ..parity.text import lines_of
 from ..parity.trace import versions
 from .models import hash_of_files, program
-from .store import Shard, Store
+from .store import NoResult, Shard, Store
 
 PROMPTS = 50  # of a shard
 VERDICTS = {1: "FAIL", 2: "ERROR", 3: "NOTHING COMPARED", 0: "PASS"}  # the worst first
@@ -70,18 +70,25 @@ def compare(shard: Shard, store: Store) -> bytes:
     """One report, as JSON and as people read it."""
     try:
         report = parity(shard.where["options"], None, Clock(shard.content["search_time"]))
-        made: dict[str, Any] = {"report": report.as_dict(), "lines": [text for text, _ in lines_of(report)]}
     except Gpt2npError as error:  # of this model; the others go on
-        made = {"report": {"exit_code": 2, "comparisons": [], "error": str(error)}, "lines": [f"error: {error}"]}
+        raise NoResult(*error.args) from None
+    made = {"report": report.as_dict(), "lines": [text for text, _ in lines_of(report)]}
     return json.dumps(plain(made), allow_nan=False).encode()
 
 
-def merged(shards: Sequence[Shard], store: Store) -> tuple[dict[str, Any], list[str]]:
-    """One report of all shards, as JSON; and the first failing one of each model, as people read it."""
+def merged(shards: Sequence[Shard], store: Store, without: Mapping[str, NoResult]) -> tuple[dict[str, Any], list[str]]:
+    """One report of all shards, as JSON; and the first failing one of each model, as people read it.
+
+    without: why shards have no report, by their names.
+    """
     models: dict[str, dict[str, Any]] = {}
     reports, lines = [], []
     for shard in shards:
-        made = json.loads(store.result(shard.name))
+        if error := without.get(shard.name):
+            failed = {"exit_code": 2, "comparisons": [], "error": str(error)}
+            made: dict[str, Any] = {"report": failed, "lines": [f"error: {error}"]}
+        else:
+            made = json.loads(store.result(shard.name))
         report, shown = made["report"], shard.where["shown"]
         reports.append(report)
         new = {"model": shown, "exit_code": 0, "inputs": 0, "comparisons": 0, "failing": 0, "numbers": 0, "outside": 0}

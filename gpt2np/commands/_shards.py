@@ -17,7 +17,7 @@ from ._terminal import note, shard_progress
 
 if TYPE_CHECKING:
     from ..cluster.engine import Engine, Work
-    from ..cluster.store import Shard, Store
+    from ..cluster.store import NoResult, Shard, Store
 
 WorkersOption = Annotated[
     int | None, typer.Option(metavar="N", help="Work by N processes on this machine (needs gpt2np[cluster]).")
@@ -47,8 +47,8 @@ class Shards:
     computed: int = 0
     size: int = 0  # of these, but for those that are not counted in `unit`
 
-    def compute(self, work: Work, shards: Sequence[Shard], what: str, unit: str = "") -> None:
-        """Compute those shards whose results are not there yet."""
+    def compute(self, work: Work, shards: Sequence[Shard], what: str, unit: str = "") -> dict[str, NoResult]:
+        """Compute those shards whose results are not there yet; returns, by their names, why some have none."""
         from ..cluster.engine import compute
 
         self.shards += len(shards)
@@ -60,7 +60,7 @@ class Shards:
                 advance(shard.size)
 
             try:
-                compute(work, shards, self.store, self.engine, seen)
+                return compute(work, shards, self.store, self.engine, seen)
             except KeyboardInterrupt:
                 note(f"stopped; the same command goes on from what is in {self.store.folder}")
                 raise typer.Exit(130) from None
@@ -111,6 +111,7 @@ def open_shards(workers: int | None, cluster: str | None, results: Path | None, 
     from ..cluster.store import Store
 
     with ExitStack() as stack:
+        engine = stack.enter_context(open_engine(workers, cluster))
         if wanted(workers, cluster, results):
             folder = (results or Path("gpt2np-results")).resolve()
             try:
@@ -119,7 +120,6 @@ def open_shards(workers: int | None, cluster: str | None, results: Path | None, 
                 raise InputError(f"cannot keep results in {folder}: {error.strerror}") from None
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        engine = stack.enter_context(open_engine(workers, cluster))
         if engine.address is not None:
             pages = engine.dashboard or "none (pip install bokeh)"
             note(f"{engine.workers or 'no'} workers; dashboard: {pages}; results: {folder}")

@@ -124,8 +124,8 @@ def _sweep(
     from ._terminal import console, print_json, print_table
 
     pieces = sweep.report_shards(options, models, search_time)
-    shards.compute(sweep.compare, pieces, "comparing")
-    whole, lines = sweep.merged(pieces, shards.store)
+    without = shards.compute(sweep.compare, pieces, "comparing")
+    whole, lines = sweep.merged(pieces, shards.store, without)
     whole["cluster"] = shards.summary()
     if str(json) == "-":
         print_json("sweep", whole)

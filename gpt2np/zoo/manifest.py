@@ -93,10 +93,12 @@ def find(model: str | Path) -> Path:
     ModelFileError
         If there is neither; the message says how to fetch it.
     """
-    if Path(model).exists():
+    if model and Path(model).exists():  # an empty text would be this folder
         return Path(model)
     if str(model) not in entries():
-        raise ModelFileError(f"{model}: no such file or folder, and not the name of a model that can be fetched")
+        raise ModelFileError(
+            f"{model or repr(model)}: no such file or folder, and not the name of a model that can be fetched"
+        )
     fetched = default_folder() / model
     if not (fetched / MODEL).is_file():
         raise ModelFileError(f"{fetched / MODEL} is not here; get it with: gpt2np fetch {model}")

@@ -11,7 +11,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto
+from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
 from typer.testing import CliRunner
 
 from gpt2np.cli import app
@@ -297,6 +300,23 @@ def test_two_workers_give_the_bits_of_one_process(run, tmp_path, toy, method):
     [found, summary] = run("score", file, "--json", "--results", tmp_path / "r")  # by one process, from what is there
     assert found == alone | {"per_second": None}
     assert summary["computed"] == 0
+
+
+def test_a_model_that_cannot_be_compared_is_told_and_tried_again(tmp_path, toy):
+    """The others go on. What is wrong may be so for a moment only, so it is not kept."""
+    value = [make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy"]
+    graph = make_graph([make_node("Relu", ["x"], ["y"])], "no GPT-2", value[:1], value[1:])
+    onnx.save(make_model(graph, opset_imports=[make_opsetid("", 17)]), tmp_path / "other.onnx")
+    command = ["parity", tmp_path / "other.onnx", toy, "--random", 2, "--engine", "numpy", "--json", "-"]
+    command = [*map(str, command), "--results", str(tmp_path / "r")]
+    by_worker = python("-m", "gpt2np", *command, "--workers", 1)
+    again = CliRunner().invoke(app, command)
+    for code, output, computed in ((by_worker.returncode, by_worker.stdout, 2), (again.exit_code, again.stdout, 1)):
+        found = json.loads(output)
+        assert (code, found["exit_code"]) == (2, 2)
+        assert [row["exit_code"] for row in found["models"]] == [2, 0]
+        assert "no GPT-2 ends like this" in found["reports"][0]["error"]
+        assert found["cluster"]["computed"] == computed
 
 
 def test_no_scheduler_at_the_address(monkeypatch):

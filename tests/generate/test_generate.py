@@ -412,6 +412,7 @@ def test_beam_text(talker):
         ("eos_token_id", "x", "eos_token_id must be a whole number"),
         ("temperature", "x", "temperature must be a number"),
         ("temperature", math.nan, "temperature must be a number"),
+        ("temperature", 10**400, "temperature must be a number"),
         ("num_beams", 2.5, "num_beams must be a whole number"),
         ("top_k", 1.5, "top_k must be a whole number"),
         ("top_p", "x", "top_p must be a number"),
