@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from itertools import islice
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
@@ -117,10 +117,7 @@ def _workers(count: int) -> Iterator[Callable[[str], None]]:
 
 
 def _keep_alive(method: str, ours: Connection, theirs: Connection, count: int) -> None:
-    """Workers, each of which is started anew when it ends, until the process that is on `ours` closes it or ends.
-
-    Dask's own nanny gives up where a worker is killed while it starts.
-    """
+    """Workers, each of which is started anew when it ends, until the process that is on `ours` closes it or ends."""
     ours.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that works with the results
     null = os.open(os.devnull, os.O_RDWR)
@@ -130,24 +127,15 @@ def _keep_alive(method: str, ours: Connection, theirs: Connection, count: int) -
     os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
     if kernels := sys.modules.get("gpt2np.kernels"):
         kernels.set_num_threads(min(threads, kernels.get_num_threads()))
-    processes: Any = multiprocessing.get_context(method)
-    workers: dict[Any, Any] = {}  # by what tells that they have ended
-    with suppress(EOFError):  # closed before there was a scheduler
+    pool: Any = multiprocessing.get_context(method).Pool
+    with suppress(EOFError):  # `theirs` is closed
         address = theirs.recv()
-        while not theirs.poll():
-            for _ in range(count - len(workers)):
-                worker = processes.Process(target=_work, args=(address,))
-                worker.start()
-                workers[worker.sentinel] = worker
-            for ended in {*wait([theirs, *workers])} - {theirs}:
-                workers.pop(ended).join()
-    for worker in workers.values():
-        worker.kill()
-        worker.join()
+        with pool(count, _work, (address,)):  # also what is killed while it starts, where Dask's own nanny gives up
+            theirs.recv()
 
 
 def _work(address: str) -> None:
-    """Be a worker of Dask."""
+    """Be a worker of Dask; ends this process."""
     import dask
     import distributed
 
@@ -157,6 +145,7 @@ def _work(address: str) -> None:
 
     with dask.config.set(QUIET):
         asyncio.run(work())
+    sys.exit()
 
 
 def compute(
@@ -180,7 +169,8 @@ def compute(
     Gpt2npError
         What a worker raised; or if workers or the scheduler are lost again and again.
     """
-    left, lost, without = {}, 0, {}
+    left, lost = {}, 0
+    without: dict[str, NoResult] = {}
     for shard in shards:
         if store.read(shard.name) is None:
             left[shard.name] = shard
@@ -188,9 +178,7 @@ def compute(
             seen(shard, False)
     while left:
         try:
-            for shard, error in _round(work, list(left.values()), store, engine):
-                if error is not None:
-                    without[shard.name] = error
+            for shard in _round(work, list(left.values()), store, engine, without):
                 seen(left.pop(shard.name), True)
                 lost = 0
         except _Lost as error:
@@ -210,17 +198,16 @@ def make(work: Work, shard: Shard, store: Store) -> None:
 
 
 def _round(
-    work: Work, shards: Sequence[Shard], store: Store, engine: Engine
-) -> Iterator[tuple[Shard, NoResult | None]]:
-    """Compute shards in any order; yields each that is done, and why it has no result."""
+    work: Work, shards: Sequence[Shard], store: Store, engine: Engine, without: dict[str, NoResult]
+) -> Iterator[Shard]:
+    """Compute shards in any order; yields each that is done, of which some are put into `without`."""
     if engine.address is None:
         for shard in shards:
-            error = None
             try:
                 make(work, shard, store)
-            except NoResult as no_result:
-                error = no_result
-            yield shard, error
+            except NoResult as error:
+                without[shard.name] = error
+            yield shard
         return
     from distributed import KilledWorker, as_completed
 
@@ -234,12 +221,14 @@ def _round(
 
         submit(AHEAD)
         for future in running:
-            error = future.exception() if future.status == "error" else None
-            if future.status not in ("finished", "error") or isinstance(error, KilledWorker):
+            shard, raised = shard_of.pop(future), future.exception() if future.status == "error" else None
+            if isinstance(raised, NoResult):
+                without[shard.name] = raised
+            elif raised is not None and not isinstance(raised, KilledWorker):
+                raise raised
+            elif future.status != "finished":
                 raise _Lost(f"a worker or the scheduler was lost ({future.status})")
-            if error is not None and not isinstance(error, NoResult):
-                raise error
-            yield shard_of.pop(future), error
+            yield shard
             submit(1)
 
 

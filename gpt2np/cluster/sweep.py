@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,13 @@ from .models import hash_of_files, program
 from .store import NoResult, Shard, Store
 
 PROMPTS = 50  # of a shard
+COUNTS: dict[str, Callable[[list[dict[str, Any]]], int]] = {  # of a model, over the comparisons of its reports
+    "inputs": lambda compared: len({c["case"] for c in compared}),
+    "comparisons": len,
+    "failing": lambda compared: sum(not c["ok"] for c in compared),
+    "numbers": lambda compared: sum(c["metrics"]["elements"] for c in compared if c["metrics"]),
+    "outside": lambda compared: sum(c["metrics"]["failing"] for c in compared if c["metrics"]),
+}
 VERDICTS = {1: "FAIL", 2: "ERROR", 3: "NOTHING COMPARED", 0: "PASS"}  # the worst first
 
 
@@ -91,17 +98,12 @@ def merged(shards: Sequence[Shard], store: Store, without: Mapping[str, NoResult
             made = json.loads(store.result(shard.name))
         report, shown = made["report"], shard.where["shown"]
         reports.append(report)
-        new = {"model": shown, "exit_code": 0, "inputs": 0, "comparisons": 0, "failing": 0, "numbers": 0, "outside": 0}
-        row = models.setdefault(shown, new)
+        row = models.setdefault(shown, {"model": shown, "exit_code": 0} | dict.fromkeys(COUNTS, 0))
         if report["exit_code"] and not row["exit_code"]:
             lines += ["", f"{shown}: the first report that is no pass", "", *made["lines"]]
         row["exit_code"] = worst([row["exit_code"], report["exit_code"]])
-        compared = report["comparisons"]
-        row["inputs"] += len({c["case"] for c in compared})
-        row["comparisons"] += len(compared)
-        row["failing"] += sum(not c["ok"] for c in compared)
-        row["numbers"] += sum(c["metrics"]["elements"] for c in compared if c["metrics"])
-        row["outside"] += sum(c["metrics"]["failing"] for c in compared if c["metrics"])
+        for name, count in COUNTS.items():
+            row[name] += count(report["comparisons"])
     code = worst([row["exit_code"] for row in models.values()])
     whole = {"verdict": VERDICTS[code].lower(), "exit_code": code, "models": list(models.values())}
     return whole | {"reports": reports}, lines
@@ -115,5 +117,4 @@ def worst(codes: Sequence[int]) -> int:
 def rows(whole: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """The merged report's table, model by model."""
     for row in whole["models"]:
-        numbers = (f"{row[name]:,}" for name in ("inputs", "comparisons", "failing", "numbers", "outside"))
-        yield row["model"], *numbers, VERDICTS[row["exit_code"]]
+        yield row["model"], *(f"{row[name]:,}" for name in COUNTS), VERDICTS[row["exit_code"]]

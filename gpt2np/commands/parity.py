@@ -134,8 +134,7 @@ def _sweep(
     if str(json) != "-" and not quiet:
         out = console()
         out.print(f"verdict: {sweep.VERDICTS[whole['exit_code']]}\n")
-        head = ("model", ">inputs", ">comparisons", ">failing", ">numbers", ">outside", "verdict")
-        print_table(head, sweep.rows(whole))
+        print_table(("model", *(f">{name}" for name in sweep.COUNTS), "verdict"), sweep.rows(whole))
         for line in lines:
             out.print(line)
         shards.tell()

@@ -1,12 +1,12 @@
 """Kill what computes shards at random moments, again and again; the result must be the one of a single process.
 
-    python tests/support/kill_campaign.py [--kills 100] [--seed 0] [--spawn] [--scheduler]
+    python tests/support/kill_campaign.py [--kills 100] [--seed 0] [--spawn] [--scheduler] [--text FILE]
 
-A tiny model scores a text by workers on this machine. Workers are killed (SIGKILL) until enough were; whenever the
-run ends before, some results are damaged or removed and it goes on with another number of workers. --spawn starts
-workers as on systems without fork. --scheduler kills
-a scheduler of its own instead, with its workers, and starts them anew. Each begun computation is logged, so that
-it is seen whether anything was computed twice that was not in flight when something was killed.
+A tiny model scores a text by workers on this machine; with --text the embedded one does, by compiled kernels.
+Workers are killed (SIGKILL) until enough were; whenever the run ends before, some results are damaged or removed and it
+goes on with another number of workers. --spawn starts workers as on systems without fork. --scheduler kills a scheduler
+of its own instead, with its workers, and starts them anew. Each begun computation is logged, so that it is seen whether
+anything was computed twice that was not in flight when something was killed.
 """
 
 from __future__ import annotations
@@ -45,19 +45,21 @@ def slowly(shard: Shard, store: Store) -> bytes:
     return text.score(shard, store)
 
 
-def work(folder: Path) -> tuple[Shard, list[Shard], Store, Score]:
+def work(folder: Path, given: Path | None) -> tuple[Shard, list[Shard], Store, Score]:
     """A tokenized text, its shards, where results are kept, and what one process says of the text."""
     text.WINDOWS = 4
-    model = load(write_toy(folder / "toy") / "model.onnx", "numpy")
-    (folder / "text.txt").write_text(TEXT)
+    model = load() if given else load(write_toy(folder / "toy") / "model.onnx", "numpy")
+    scored = given.read_text() if given else TEXT
+    cut = (model.config.n_ctx, model.config.n_ctx // 2) if given else (WINDOW, STRIDE)
+    (folder / "text.txt").write_text(scored)
     store = Store(folder / "results")
     store.folder.mkdir()
     tokens = text.token_shard(folder / "text.txt", describe(model, None))
     engine.compute(text.tokenize, [tokens], store)
-    scoring = TextScoring(model, TEXT, WINDOW, STRIDE, batch_size=1)
+    scoring = TextScoring(model, scored, *cut, batch_size=1)
     for _ in scoring:
         pass
-    return tokens, text.window_shards(tokens, store, WINDOW, STRIDE, 1), store, scoring.result
+    return tokens, text.window_shards(tokens, store, *cut, 1), store, scoring.result
 
 
 def begun_in(log: Path) -> int:
@@ -83,9 +85,9 @@ def kill_workers(stop: threading.Event, kills: int, done: list[int], rng: random
             done.append(victim.pid)
 
 
-def by_workers(folder: Path, kills: int, rng: random.Random) -> None:
+def by_workers(folder: Path, given: Path | None, kills: int, rng: random.Random) -> None:
     """The campaign against workers."""
-    tokens, shards, store, expected = work(folder)
+    tokens, shards, store, expected = work(folder, given)
     done: list[int] = []
     runs = damaged = 0
     while True:
@@ -111,9 +113,9 @@ def by_workers(folder: Path, kills: int, rng: random.Random) -> None:
     check_log(folder, shards, damaged, len(done))
 
 
-def by_scheduler(folder: Path, kills: int, rng: random.Random) -> None:
+def by_scheduler(folder: Path, given: Path | None, kills: int, rng: random.Random) -> None:
     """The campaign against a scheduler, whose workers end with it."""
-    tokens, shards, store, expected = work(folder)
+    tokens, shards, store, expected = work(folder, given)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -176,7 +178,9 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--spawn", action="store_true")
     parser.add_argument("--scheduler", action="store_true")
+    parser.add_argument("--text", type=Path, metavar="FILE")
     given = parser.parse_args()
     engine.METHOD = "spawn" if given.spawn else engine.METHOD
     with tempfile.TemporaryDirectory() as scratch:
-        (by_scheduler if given.scheduler else by_workers)(Path(scratch), given.kills, random.Random(given.seed))
+        campaign = by_scheduler if given.scheduler else by_workers
+        campaign(Path(scratch), given.text, given.kills, random.Random(given.seed))
