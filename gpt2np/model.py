@@ -278,11 +278,10 @@ class GPT2:
         positions = check_positions(None, self.config, B, T, start)
         rule, w = self.config.mask, self._weights
         if self.engine == "numba" and rule.is_causal:
-            how = None, reference.no_tap, rule.safe_scores(None, self.dtype)
+            safe = rule.safe_scores(None, self.dtype)
             with np.errstate(invalid="ignore", over="ignore"), suppress(ScoresReachMask):
-                hidden = self._kernels.transformer(ids, positions, w, cache.layers, start, *how)
+                scores: Array = self._kernels.causal_logits(ids, positions, w, cache.layers, start, safe)
                 cache.advance(T)
-                scores: Array = self._kernels.logits(hidden, w.lm_head, w.lm_head_bias)
                 return scores
         return None
 

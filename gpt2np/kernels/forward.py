@@ -6,7 +6,7 @@ Python does what happens once a call: it makes and reshapes arrays, and estimate
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numba.core.registry import cpu_target
@@ -266,8 +266,14 @@ def transformer(
     return x
 
 
-def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Mask | None, safe: SafeScores) -> None:
-    """All blocks on the residual stream x (B, T, C), in place; they share their buffers."""
+def _blocks(
+    x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Mask | None, safe: SafeScores,
+    scores: Array | None = None,
+) -> bool:  # fmt: skip
+    """All blocks on the residual stream x (B, T, C), in place; they share their buffers.
+
+    scores: (R, V), for ln_f and lm_head in the same call. Returns whether that could be done.
+    """
     B, T, C = x.shape
     H, D = caches[0].shape[2], caches[0].shape[4]
     R, HD, F, dtype = B * T, H * D, w.h[0].mlp.c_fc.bias.size, x.dtype
@@ -275,41 +281,58 @@ def _blocks(x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Mas
     qkv, heads = shared[: R * 3 * HD].reshape(R, 3 * HD), shared[R * 3 * HD : R * 4 * HD].reshape(R, HD)
     hidden = shared[: R * F].reshape(R, F)  # made when qkv and heads are done with
     rows, no_probs = _rows(x), np.empty((0, 0, 0, 0), dtype)
-    inputs, outputs = (normed, heads, normed, hidden), (qkv, rows, hidden, rows)
+    inputs = normed, heads, normed, hidden, normed
     with pool() as count:
         visible = visible_keys(mask, B, T, start, dtype, safe)
         scratch = scratch_for(count, dtype, C, start + T, D)
-        table = fused.tabulate(w.h)
+        table = fused.tabulate(w)
+        at_once = table.alike and not visible.hidden.size and R <= PIECE_ROWS
+        whole = at_once and table.head_alike and scores is not None
+        outputs = qkv, rows, hidden, rows, scores if scores is not None and whole else rows[:0]
         to_qkv, to_stream, *to_mlp = (
-            _linear_work(x, weight) for x, (weight, _) in zip(inputs, fused.linear_maps(w.h[0]), strict=True)
+            _linear_work(x, weight) for x, (weight, _) in zip(inputs, fused.linear_maps(w.h[0]), strict=False)
         )
         norm, append, attend = (R, 4 * x.size), (B * H, 2 * R * HD), _attend_work(B, H, T, start, D)
-        works = norm, to_qkv, append, attend, to_stream, norm, *to_mlp
+        head = (norm, _linear_work(rows, w.lm_head)) if whole else ()
+        works = norm, to_qkv, append, attend, to_stream, norm, *to_mlp, *head
         cached = np.array([cache.ctypes.data for cache in caches], np.int64)
 
-        def run(first: int, last: int, steps: tuple[int, int], only: int | None = None) -> None:
+        def run(first: int, last: int, steps: tuple[int, int, int], only: int | None = None) -> None:
             """Some steps of blocks first..last-1; the matrices are of one form, or all have that of the only one."""
-            arrays = table.arrays[first]
-            weights, scales = (tuple(arrays[i : i + 4] if only is None else [arrays[i + only]] * 4) for i in (4, 8))
+            arrays, head = table.arrays[first], table.arrays[-1] if whole else table.arrays[first]
+            weights, scales = (
+                (*arrays[i : i + 4], head[i]) if only is None else (arrays[i + only],) * 5 for i in (4, 8)
+            )
             kinds = dtype, *(array.dtype for array in weights), *(array.ndim for array in scales)
             run_steps(
                 works, (first, last), steps, fused.block_steps, fused.block_parallel, kinds, scratch,
-                *table[:4], arrays[0], weights, scales, tuple(arrays[12:]), rows, inputs, outputs, _group(R),
+                *table[:4], arrays[0], weights, scales, (*arrays[12:], head[12]), rows, inputs, outputs, _group(R),
                 caches[0], cached, start, visible, no_probs,
             )  # fmt: skip
 
-        if table.alike and not visible.hidden.size:
-            at_once = len(w.h) if R <= PIECE_ROWS else 1  # a long call ends between blocks where Ctrl-C asks for it
-            for first in range(0, len(w.h), at_once):
-                run(first, first + at_once, (0, len(works)))
-        else:
+        if at_once:
+            run(0, len(w.h), (0, fused.HEAD, len(works) if whole else fused.HEAD))
+        else:  # a long call ends between blocks where Ctrl-C asks for it
             for i, b in enumerate(w.h):
-                for only, steps in enumerate(fused.PARTS):
-                    if steps[0] == fused.ATTEND:
+                parts = [(0, fused.HEAD)] if table.alike and not visible.hidden.size else fused.PARTS
+                for only, (begin, end) in enumerate(parts):
+                    if begin == fused.ATTEND:
                         _look_at_hidden(qkv, caches[i], b.attn.scale, visible)
-                    run(i, i + 1, steps, only)
+                    run(i, i + 1, (begin, end, end), only if len(parts) > 1 else None)
         if visible.unsafe[0]:
             raise ScoresReachMask
+    return whole
+
+
+def causal_logits(
+    input_ids: Array, position_ids: Array, w: GPT2Weights, caches: list[Array], start: int, safe: SafeScores = ANY
+) -> Array:
+    """`logits` of `transformer` by the causal mask, for few positions in fewer calls: ids (B, T) -> (B, T, V)."""
+    x, lm_head = embed(input_ids, position_ids, w.wte, w.wpe), cast(Any, w.lm_head)
+    scores = empty_aligned((input_ids.size, lm_head.columns), x.dtype)
+    if _blocks(x, w, caches, start, None, safe, scores):
+        return scores.reshape(*input_ids.shape, -1)
+    return logits(layer_norm(x, *w.ln_f), lm_head, w.lm_head_bias)
 
 
 def logits(hidden: Array, lm_head: Any, lm_head_bias: Array, tap: Tap = no_tap) -> Array:

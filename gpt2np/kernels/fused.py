@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import prange
@@ -18,7 +18,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from ..arrays import Array
-from ..weights import Blocks, BlockWeights, Linear
+from ..weights import Blocks, BlockWeights, GPT2Weights, LayerNorm, Linear
 from .jit import config, jit
 from .loops import append_range, attend_range, layer_norm_range, linear_range
 from .products import TERMS
@@ -26,46 +26,58 @@ from .threads import call_at, count, next_chunk, wait_for
 from .vectors import ACTIVATION_CODES
 
 STEPS = ("ln_1", "c_attn", "append", "attend", "c_proj", "ln_2", "c_fc", "c_proj")  # of a block
+HEAD = len(STEPS)  # the steps after those of the last block, ln_f and lm_head, are numbered on
 ATTEND = STEPS.index("attend")
 PARTS = (0, 3), (3, 5), (5, 7), (7, 8)  # of these, with one linear map each
 
 
 class Table(NamedTuple):
-    """The weights of all blocks, for `block_steps`; it is as long as the blocks live."""
+    """The weights of all blocks, for `block_steps`; it is as long as the blocks live.
 
-    addresses: Array  # (L, 16) int64: weight and bias of ln_1, of ln_2; data, scales, biases of four linear maps each
-    epsilons: Array  # (L, 2)
+    A last row has ln_f in the place of ln_1 and ln_2, and lm_head in the place of all linear maps.
+    """
+
+    addresses: Array  # (L + 1, 16) int64: weight and bias of ln_1, ln_2; data, scales, biases of four linear maps each
+    epsilons: Array  # (L + 1, 2)
     factors: Array  # (L,), of the scores
     activations: Array  # (L,) int64, ACTIVATION_CODES
     alike: bool  # whether each block has the forms and shapes of the first, and its matrices one form
+    head_alike: bool  # whether lm_head has that form, too
     arrays: list[list[Array]]  # what is at the addresses
+    head: tuple[LayerNorm, Any, Array]  # what the last row was made of
 
 
 def linear_maps(b: BlockWeights) -> tuple[Linear, ...]:
     return b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj
 
 
-def tabulate(blocks: tuple[BlockWeights, ...]) -> Table:
-    """The Table of some blocks, which is kept with them if they are Blocks."""
-    kept: Table | None = getattr(blocks, "table", None)
-    if kept is None:
+def tabulate(w: GPT2Weights) -> Table:
+    """The Table of a model, which is kept with its blocks if they are Blocks."""
+    kept: Table | None = getattr(w.h, "table", None)
+    head = w.ln_f, w.lm_head, w.lm_head_bias
+    if kept is None or any(one is not other for one, other in zip(kept.head, head, strict=True)):
+        norms = [(*b.ln_1[:2], *b.ln_2[:2]) for b in w.h] + [w.ln_f[:2] * 2]
+        maps = [linear_maps(b) for b in w.h] + [(Linear(w.lm_head, w.lm_head_bias),) * 4]
         arrays = []
-        for b in blocks:
-            weights, biases = zip(*linear_maps(b), strict=True)
-            given = [*b.ln_1[:2], *b.ln_2[:2], *(w.data for w in weights), *(w.scales for w in weights), *biases]
+        for norm, linears in zip(norms, maps, strict=True):
+            weights, biases = zip(*linears, strict=True)
+            given = [*norm, *(m.data for m in weights), *(m.scales for m in weights), *biases]
             arrays.append([np.require(array, requirements=["C", "A"]) for array in given])
-        forms = {tuple((array.shape, array.dtype) for array in row) for row in arrays}
-        matrices = {(row[i].dtype, row[i + 4].ndim) for row in arrays for i in range(4, 8)}
+        shapes = {tuple((array.shape, array.dtype) for array in row) for row in arrays[:-1]}
+        *forms, of_head = [{(row[i].dtype, row[i + 4].ndim) for i in range(4, 8)} for row in arrays]
+        alike = len(shapes) == 1 and len(forms[0]) == 1
         kept = Table(
             np.array([[array.ctypes.data for array in row] for row in arrays], np.int64),
-            np.array([(b.ln_1.epsilon, b.ln_2.epsilon) for b in blocks], np.float64),
-            np.array([b.attn.scale for b in blocks], np.float64),
-            np.array([ACTIVATION_CODES[b.mlp.activation] for b in blocks], np.int64),
-            len(forms) == 1 and len(matrices) == 1,
+            np.array([(b.ln_1.epsilon, b.ln_2.epsilon) for b in w.h] + [(w.ln_f.epsilon,) * 2], np.float64),
+            np.array([b.attn.scale for b in w.h], np.float64),
+            np.array([ACTIVATION_CODES[b.mlp.activation] for b in w.h], np.int64),
+            alike,
+            alike and forms[0] == of_head,
             arrays,
+            head,
         )
-        if isinstance(blocks, Blocks):
-            blocks.table = kept
+        if isinstance(w.h, Blocks):
+            w.h.table = kept
     return kept
 
 
@@ -97,27 +109,29 @@ def block_steps(
     counters, workers, pieces, smallest, blocks, steps, scratch, addresses, epsilons, factors, activations, norm,
     weights, scales, biases, rows, inputs, outputs, group, cache, cached, start, visible, no_probs,
 ):  # fmt: skip
-    """One thread's part of some STEPS of some blocks, first and last + 1 of each, on the residual stream in place.
+    """One thread's part of some STEPS of some blocks, on the residual stream in place.
 
-    counters: (blocks, STEPS, 2, 8) zeros, of each step the tickets given out and the pieces that are done, on cache
-    lines of their own. pieces, smallest: (STEPS,), see `threads.run_pieces`. norm, weights, scales, biases, cache:
-    arrays that those at `addresses` (see Table) and `cached` (L,) are like.
-    rows: (R, C), the stream. inputs, outputs: of the four linear maps.
+    counters: (blocks, STEPS + 2, 2, 8) zeros, of each step the tickets given out and the pieces that are done, on
+    cache lines of their own. pieces, smallest: (STEPS + 2,), see `threads.run_pieces`. blocks: first and last + 1;
+    steps: first, last + 1, and last + 1 in the last of these blocks. norm, weights, scales, biases, cache: arrays that
+    those at `addresses` (see Table) and `cached` (L,) are like.
+    rows: (R, C), the stream. inputs, outputs: of the four linear maps and lm_head.
 
     A step begins when all pieces of the last one are done, whoever did them: a thread that comes late, or never, is
     not waited for.
     """
     for block in range(blocks[0], blocks[1]):
-        place = addresses[block]
         keys_and_values = moved(cache, cached[block])
-        for step in range(steps[0], steps[1]):
+        for step in range(steps[0], steps[1] if block + 1 < blocks[1] else steps[2]):
             ticket, done = counters[block, step, 0], counters[block, step, 1]
+            row = block + (1 if step >= 8 else 0)
+            place = addresses[row]
             begin, end = next_chunk(ticket, workers, pieces[step], smallest[step])
             while begin < pieces[step]:
-                if step == 0 or step == 5:
-                    n = 0 if step == 0 else 1
-                    weight, shift = moved(norm, place[2 * n]), moved(norm, place[2 * n + 1])
-                    layer_norm_range(begin, end, scratch, rows, weight, shift, epsilons[block, n], inputs[0])
+                if step == 0 or step == 5 or step == 8:
+                    n = 2 if step == 5 else 0
+                    weight, shift = moved(norm, place[n]), moved(norm, place[n + 1])
+                    layer_norm_range(begin, end, scratch, rows, weight, shift, epsilons[row, n // 2], inputs[0])
                 elif step == 2:
                     append_range(begin, end, outputs[0], keys_and_values, start)
                 elif step == 3:
@@ -126,10 +140,11 @@ def block_steps(
                         visible, inputs[1], no_probs,
                     )  # fmt: skip
                 else:
-                    i = 0 if step == 1 else 1 if step == 4 else step - 4
+                    i = 0 if step == 1 else 1 if step == 4 else 4 if step == 9 else step - 4
+                    p = 4 + i % 4
                     linear_range(
-                        begin, end, scratch, inputs[i], moved(weights[i], place[4 + i]), moved(scales[i], place[8 + i]),
-                        moved(biases[i], place[12 + i]), activations[block] if i == 2 else 0, i % 2 == 1, TERMS, group,
+                        begin, end, scratch, inputs[i], moved(weights[i], place[p]), moved(scales[i], place[p + 4]),
+                        moved(biases[i], place[p + 8]), activations[block] if i == 2 else 0, i % 2 == 1, TERMS, group,
                         outputs[i],
                     )  # fmt: skip
                 count(done, end - begin)

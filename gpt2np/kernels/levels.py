@@ -28,7 +28,7 @@ from numba.extending import intrinsic, overload
 
 from ..quantised import GROUP
 from .jit import config, jit
-from .tile import PANEL, add_row, blocks
+from .tile import PANEL, add_row, blocks, prefetch
 
 STEP = 8  # rows of a panel that are made at once
 TOP = 28  # bits below a level of 4 bits at the top of a word
@@ -79,8 +79,11 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
             a_rows = pointers(a, values[:3], rows)
             b_panels, s_panels = pointers(b, values[3:6], panels), pointers(scales, values[6:9], panels)
             depth, terms = values[9:11]
+            following = builder.mul(values[5], depth.type(panels))
 
             def step(k, sums):
+                for b_panel in b_panels:
+                    _ask_for(builder, builder.gep(b_panel, [following]), k)
                 places = zip(b_panels, s_panels, strict=True)
                 weights = [_weights(builder, b.dtype, has_offsets(scales), *place, k) for place in places]
                 for j in range(STEP):
@@ -98,6 +101,17 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
     return chosen
 
 
+def _ask_for(builder: ir.IRBuilder, levels: ir.Value, k: ir.Value) -> None:
+    """Have the memory read rows k to k + STEP - 1 of a panel, which will be needed soon.
+
+    A Zen 3 makes weights of levels for so long that it does not read on by itself meanwhile.
+    """
+    size = levels.type.pointee.width // 8
+    row = PANEL if size == 1 else PANEL // STEP  # elements
+    for line in range(0, STEP * row * size, 64):
+        prefetch(builder, builder.gep(levels, [builder.add(builder.mul(k, k.type(row)), k.type(line // size))]))
+
+
 def _weights(
     builder: ir.IRBuilder, kind: Any, offsets: bool, levels: ir.Value, scales: ir.Value, k: ir.Value
 ) -> Callable[[int], Any]:
@@ -112,11 +126,11 @@ def _weights(
     def every(number: int) -> ir.Constant:
         return ir.Constant(whole, [number] * PANEL)
 
-    group = builder.sdiv(k, index(GROUP)) if offsets or kind == types.uint32 else index(0)
+    group = builder.udiv(k, index(GROUP)) if offsets or kind == types.uint32 else index(0)
     first = builder.mul(group, index(2)) if offsets else group
     scale = load(scales, first, vector, 4)
     offset = load(scales, builder.add(first, index(1)), vector, 4) if offsets else None
-    word = load(levels, builder.sdiv(k, index(STEP)), whole, 4) if kind == types.uint32 else None
+    word = load(levels, builder.udiv(k, index(STEP)), whole, 4) if kind == types.uint32 else None
 
     def row(j: int) -> ir.Value:
         if word is None:

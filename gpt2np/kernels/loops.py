@@ -18,9 +18,9 @@ from numba import prange
 
 from ..arrays import Array
 from .jit import jit
-from .products import TERMS, add_product, multiply, number
+from .products import TERMS, WIDE, add_product, multiply, number, tile_wide
 from .threads import next_chunk
-from .tile import PANEL, ROWS, fma
+from .tile import PANEL, ROWS, SQUARE, fma, query_scores
 from .vectors import LANES, activate_in_place, add, copy, exp, highest, span, total, transpose_block
 
 PIECE_ROWS = 48  # rows that share one pass over a panel of weights; a multiple of every ROWS
@@ -252,6 +252,14 @@ def score_queries(rows, qkv, query, stride, D, room, length, wide):
         multiply(rows, qkv, query, stride, room.keys, j * D, PANEL, D, TERMS, room.scores, j, length)
 
 
+@jit(inline="always")
+def score_one_query(qkv, query, flat_cache, plane, S, D, room):
+    """scores[j] = q . k[j] for j < S, SQUARE or more; flat_cache: the keys from number `plane` on."""
+    for j in range(0, S, SQUARE):
+        key = min(j, S - SQUARE)  # the last SQUARE: some of them once more, which changes nothing
+        query_scores(qkv, query, flat_cache, plane + key * D, D, D, room.scores, key)
+
+
 @jit()
 def softmax(scores, limit, scale, visible, b, t, lanes):
     """Turn the first `limit` scores of query t into exp(score - highest), the others into 0; return the sum."""
@@ -291,6 +299,18 @@ def weigh_values(limits, finite, room, length, values, value_start, width):
     rows = limits.size
     shortest, longest = span(limits)
     room.heads[: rows * width] = 0
+    if rows == 1:
+        for d in range(0, width if longest > 0 else 0, WIDE):
+            if d + WIDE <= width:
+                tile_wide(
+                    room.scores, 0, 0, values, value_start + d, width, PANEL, longest, TERMS, room.heads, d, 0,
+                )  # fmt: skip
+            else:
+                for rest in range(d, width, PANEL):
+                    multiply(
+                        1, room.scores, 0, 0, values, value_start + rest, width, longest, TERMS, room.heads, rest, 0,
+                    )  # fmt: skip
+        return
     for j in range(0, longest, TERMS):
         for d in range(0, width, PANEL):
             value = value_start + j * width + d
@@ -326,10 +346,14 @@ def attend_range(first, last, scratch, qkv, cache, flat_cache, scale, visible, h
         keys = visible.keys[b, :S]
         room, length = attention_room(scratch, S, D), -(-S // PANEL) * PANEL
 
-        # 1. keys in panels; values as they lie in the cache if their rows fill whole panels and no key is left out
-        gather_keys(room, cache, flat_cache, b, h, keys)
-        if width == D and (S == 0 or keys[S - 1] == S - 1):
-            values, value_start = flat_cache, half + (b * H + h) * room_length * D
+        # 1. keys in panels, but for a single query; values as they lie in the cache if their rows fill whole panels.
+        # Where a key is left out neither is so.
+        all_kept, plane = S == 0 or keys[S - 1] == S - 1, (b * H + h) * room_length * D
+        as_they_lie = all_kept and limits.size == 1 and S >= SQUARE and D % SQUARE == 0 and D <= TERMS
+        if not as_they_lie:
+            gather_keys(room, cache, flat_cache, b, h, keys)
+        if width == D and all_kept:
+            values, value_start = flat_cache, half + plane
         else:
             gather_values(room, cache, b, h, keys)
             values, value_start = room.values, 0
@@ -340,7 +364,11 @@ def attend_range(first, last, scratch, qkv, cache, flat_cache, scale, visible, h
             row, wide = b * T + start + t, -(-span(group)[1] // PANEL) * PANEL
 
             # 2. scores = q . k, for ROWS queries and PANEL keys at a time
-            score_queries(group.size, qkv, (row * 3 * H + h) * D, 3 * H * D, D, room, length, wide)
+            query = (row * 3 * H + h) * D
+            if as_they_lie:
+                score_one_query(qkv, query, flat_cache, plane, S, D, room)
+            else:
+                score_queries(group.size, qkv, query, 3 * H * D, D, room, length, wide)
 
             # 3. softmax, without the division by its sum, which is left to the end
             for r in range(group.size):

@@ -18,6 +18,8 @@ TERMS = 128  # terms of one chain; shorter chains round less, longer ones read a
 
 tile_1, tile_2, tile_4, tile_full = (tile.make_tile(rows) for rows in (1, 2, 4, ROWS))
 levels_1_1, levels_1_2, levels_2_1, levels_2_2 = (levels.make_tile(*n) for n in ((1, 1), (1, 2), (2, 1), (2, 2)))
+WIDE = 64  # columns of a tile of one row that makes use of all of a row of values
+tile_wide = tile.make_tile(1, WIDE // PANEL)
 streams_1, streams_2, streams_3 = (tile.make_tile(rows, (*STREAMS, 1, 1, 1)[rows]) for rows in (1, 2, 3))
 
 

@@ -107,15 +107,14 @@ def run_pieces(pieces: int, work: int, serial: Any, parallel: Any, scratch: Arra
 
 
 def run_steps(
-    works: Sequence[tuple[int, int]], blocks: tuple[int, int], steps: tuple[int, int], serial: Any, parallel: Any,
+    works: Sequence[tuple[int, int]], blocks: tuple[int, int], steps: tuple[int, int, int], serial: Any, parallel: Any,
     kinds: Any, scratch: Array, *arguments: Any,
 ) -> None:  # fmt: skip
     """Run a kernel of several steps in each of several blocks, each of which needs all of the one before.
 
-    works: the pieces of each step, and its multiply-adds; blocks, steps: which to run, first and last + 1. Called as
-    serial(counters, workers, pieces, smallest, blocks, steps, scratch of one thread, *arguments) by each thread, which
-    parallel(address of serial, ...) does with the scratch of all; counters: (blocks, steps, 2, 8) zeros, see
-    `fused.block_steps`; kinds: see `address_of`.
+    works: the pieces of each step, and its multiply-adds; blocks, steps: which to run, see `fused.block_steps`.
+    Called as serial(counters, workers, pieces, smallest, blocks, steps, scratch of one thread, *arguments) by each
+    thread, which parallel(address of serial, ...) does with the scratch of all; kinds: see `address_of`.
     """
     pieces, smallest = np.array([(pieces, smallest_chunk(pieces, work)) for pieces, work in works]).T.copy()
     workers = min(len(scratch), max(min(pieces, work // GRAIN) for pieces, work in works))

@@ -119,8 +119,7 @@ def make_tile(rows: int, panels: int = 1) -> Callable[..., None]:
 def _make_transpose() -> Callable[..., None]:
     """transpose(source, s_start, s_stride, target, t_start, t_stride): target[c, r] = source[r, c], r and c < SQUARE.
 
-    Element [r, c] of an array is number start + r * stride + c in memory order, as for a tile. The rows are held
-    in SQUARE vectors; step 1, 2, 4, ... swaps the off-diagonal squares of that size in each pair of rows.
+    Element [r, c] of an array is number start + r * stride + c in memory order, as for a tile.
     """
 
     def transpose_in_python(source, s_start, s_stride, target, t_start, t_stride):
@@ -147,18 +146,8 @@ def _make_transpose() -> Callable[..., None]:
                 for r in range(SQUARE)
             ]
             for r in range(SQUARE):
-                _prefetch(builder, row_pointer(source, source_array, s_start, s_stride, r + AHEAD))
-            step = 1
-            while step < SQUARE:
-                upper = [c if not c & step else SQUARE + c - step for c in range(SQUARE)]
-                lower = [c + step if not c & step else SQUARE + c for c in range(SQUARE)]
-                for r in range(SQUARE):
-                    if not r & step:
-                        pair = rows[r], rows[r + step]
-                        for target_row, lanes in ((r, upper), (r + step, lower)):
-                            mask = ir.Constant(ir.VectorType(ir.IntType(32), SQUARE), lanes)
-                            rows[target_row] = builder.shuffle_vector(*pair, mask)
-                step *= 2
+                prefetch(builder, row_pointer(source, source_array, s_start, s_stride, r + AHEAD))
+            rows = _turned(builder, rows)
             for r, row in enumerate(rows):
                 builder.store(row, row_pointer(target, target_array, t_start, t_stride, r), align=align)
             return context.get_dummy_value()
@@ -169,7 +158,99 @@ def _make_transpose() -> Callable[..., None]:
     return chosen
 
 
+def _turned(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """The columns of a square, from vectors of its rows.
+
+    Step 1, 2, 4, ... swaps the off-diagonal squares of that size in each pair of rows.
+    """
+    rows, size, step = list(rows), len(rows), 1
+    while step < size:
+        upper = [c if not c & step else size + c - step for c in range(size)]
+        lower = [c + step if not c & step else size + c for c in range(size)]
+        for r in range(size):
+            if not r & step:
+                pair = rows[r], rows[r + step]
+                for target_row, lanes in ((r, upper), (r + step, lower)):
+                    mask = ir.Constant(ir.VectorType(ir.IntType(32), size), lanes)
+                    rows[target_row] = builder.shuffle_vector(*pair, mask)
+        step *= 2
+    return rows
+
+
 transpose = _make_transpose()
+
+
+def _make_query_scores() -> Callable[..., None]:
+    """query_scores(query, q_start, keys, k_start, k_stride, depth, out, out_start): out[j] = query . keys[j].
+
+    For j < SQUARE, by one chain over `depth` numbers, a multiple of SQUARE: what a tile computes of keys in panels.
+    To make panels of them is worth its while for several queries; for one they are turned in registers. Elements are
+    addressed as for a tile.
+    """
+    half = SQUARE // 2  # a square of half the size fits into the registers of AVX2
+
+    def query_scores_in_python(query, q_start, keys, k_start, k_stride, depth, out, out_start):
+        numbers = query.reshape(-1)[q_start : q_start + depth].astype(np.float64)
+        places = k_start + k_stride * np.arange(SQUARE)[:, None] + np.arange(depth)
+        total, columns = np.zeros(SQUARE, out.dtype), keys.reshape(-1)[places].T.astype(np.float64)
+        for number, column in zip(numbers, columns, strict=True):
+            total = (number * column + total).astype(out.dtype)
+        out.reshape(-1)[out_start : out_start + SQUARE] = total
+
+    @intrinsic
+    def query_scores(_, query, q_start, keys, k_start, k_stride, depth, out, out_start):
+        size = types.intp
+
+        def generate(context, builder, _, values):
+            query_array, q_start, keys_array, k_start, k_stride, depth, out_array, out_start = values
+            q_base, k_base, out_base = (
+                builder.gep(context.make_array(kind)(context, builder, array).data, [start])
+                for kind, array, start in (
+                    (query, query_array, q_start), (keys, keys_array, k_start), (out, out_array, out_start)
+                )
+            )  # fmt: skip
+            index, vector = depth.type, ir.VectorType(q_base.type.pointee, half)
+            zeros, align = ir.Constant(vector, [0.0] * half), keys.dtype.bitwidth // 8
+            rows = [builder.gep(k_base, [builder.mul(k_stride, index(r))]) for r in range(SQUARE)]
+            following = builder.mul(k_stride, index(SQUARE))
+            before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("end")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            d, *sums = [builder.phi(kind) for kind in (index, vector, vector)]
+            new_sums = sums
+            for row in rows:  # the next SQUARE keys are on their way while these are used
+                prefetch(builder, builder.gep(row, [builder.add(d, following)]))
+            for part in (0, half):
+                column = builder.add(d, index(part))
+                splats = [
+                    _splat(builder, builder.gep(q_base, [builder.add(column, index(i))]), half) for i in range(half)
+                ]
+                for side in range(2):
+                    places = [builder.gep(row, [column]) for row in rows[side * half :][:half]]
+                    loads = [builder.load(builder.bitcast(p, vector.as_pointer()), align=align) for p in places]
+                    for splat, turned in zip(splats, _turned(builder, loads), strict=True):
+                        new_sums = [
+                            fmuladd(builder, splat, turned, total) if i == side else total
+                            for i, total in enumerate(new_sums)
+                        ]
+            following_d = builder.add(d, index(SQUARE))
+            for phi, start, new in zip([d, *sums], [index(0), zeros, zeros], [following_d, *new_sums], strict=True):
+                phi.add_incoming(start, before)
+                phi.add_incoming(new, loop)
+            builder.cbranch(builder.icmp_signed("<", following_d, depth), loop, after)
+            builder.position_at_end(after)
+            for side, total in enumerate(new_sums):
+                place = builder.bitcast(builder.gep(out_base, [index(side * half)]), vector.as_pointer())
+                builder.store(total, place, align=align)
+            return context.get_dummy_value()
+
+        return types.void(query, size, keys, size, size, size, out, size), generate
+
+    chosen: Callable[..., None] = query_scores_in_python if config.DISABLE_JIT else query_scores
+    return chosen
+
+
+query_scores = _make_query_scores()
 
 
 def blocks(
@@ -228,7 +309,7 @@ def _step(
         size = b_dtype.bitwidth // 8
         for line in range(0, PANEL * size, 64):
             ahead = builder.add(builder.mul(builder.add(k, terms), b_stride), k.type(line // size))
-            _prefetch(builder, builder.gep(b_panels[0], [ahead]))
+            prefetch(builder, builder.gep(b_panels[0], [ahead]))
     return add_row(builder, a_rows, k, b_vectors, sums)
 
 
@@ -236,14 +317,19 @@ def add_row(
     builder: ir.IRBuilder, a_rows: list[ir.Value], k: ir.Value, b_vectors: list[ir.Value], sums: list[ir.Value]
 ) -> list[ir.Value]:
     """sums[r, panel] + a[r, k] * one row of each panel of b."""
-    lane_0 = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), [0] * PANEL)
-    undefined, new_sums = ir.Constant(sums[0].type, ir.Undefined), []
+    new_sums = []
     for r, a_row in enumerate(a_rows):
-        number = builder.insert_element(undefined, builder.load(builder.gep(a_row, [k])), ir.IntType(32)(0))
-        a_vector = builder.shuffle_vector(number, undefined, lane_0)
+        a_vector = _splat(builder, builder.gep(a_row, [k]), PANEL)
         for panel, b_vector in enumerate(b_vectors):
             new_sums.append(fmuladd(builder, a_vector, b_vector, sums[r * len(b_vectors) + panel]))
     return new_sums
+
+
+def _splat(builder: ir.IRBuilder, place: ir.Value, lanes: int) -> ir.Value:
+    """The number at a place, in each lane of a vector."""
+    undefined = ir.Constant(ir.VectorType(place.type.pointee, lanes), ir.Undefined)
+    vector = builder.insert_element(undefined, builder.load(place), ir.IntType(32)(0))
+    return builder.shuffle_vector(vector, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
 
 
 def fmuladd(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -309,7 +395,7 @@ def _widen_row(_, source, s_start, ahead, target, t_start):
             vector = ir.VectorType(context.get_value_type(kind.dtype), PANEL)
             places.append(builder.bitcast(place, vector.as_pointer()))
         data = context.make_array(source)(context, builder, source_array).data
-        _prefetch(builder, builder.gep(data, [builder.add(s_start, ahead)]))  # the next block, as in a tile
+        prefetch(builder, builder.gep(data, [builder.add(s_start, ahead)]))  # the next block, as in a tile
         bits = builder.load(places[0], align=source.dtype.bitwidth // 8)
         builder.store(_widen(builder, bits, source.dtype), places[1], align=target.dtype.bitwidth // 8)
         return context.get_dummy_value()
@@ -326,7 +412,7 @@ def _widen_row_in_python(source: Any, s_start: int, ahead: int, target: Any, t_s
 widen_row: Callable[..., None] = _widen_row_in_python if config.DISABLE_JIT else _widen_row
 
 
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
     """Ask for a cache line that will be read soon, into the L2 cache; an address outside any array does no harm."""
     byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
     kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])

@@ -33,6 +33,22 @@ def test_matrices_of_several_forms_give_the_bits_of_one(T):
     assert all(a.tobytes() == b.tobytes() for a, b in zip(ours.past, expected.past, strict=True))
 
 
+@pytest.mark.parametrize("T", [1, 9, 60])
+@pytest.mark.parametrize("form", [None, "int8", "int4"])
+def test_logits_in_the_same_call_are_those_of_calls_of_their_own(form, T):
+    """In it where the head's matrix is kept as the others are and the positions are few; the tied one and its own."""
+    config = tiny_config(n_ctx=T)
+    for sources in (tiny_sources(config), mixed_sources(config)):
+        model = GPT2(config, sources, weights=form)
+        own = model._weights._replace(lm_head=model._weights.lm_head, lm_head_bias=np.ones(37, np.float32))
+        for weights in (model._weights, own):
+            model._weights = weights
+            ids = random_ids(config, 1, T)
+            ours = model.logits_of_each(ids[0].tolist(), model.new_cache())
+            assert ours.tobytes() == model(ids).logits[0].tobytes()
+    assert (fused.tabulate(own).arrays[-1][12] == 1).all()
+
+
 @pytest.mark.jit
 @pytest.mark.parametrize("options", [{}, {"dtype": "float64"}, {"weights": "bfloat16"}, {"weights": "int8"}])
 def test_threads_call_code_for_the_arguments_that_they_have(options, monkeypatch):
@@ -57,7 +73,7 @@ def test_addresses_are_not_copied():
     expected = model([[1, 2, 3]]).logits
     twin = copy.deepcopy(model._weights)
     assert twin.h.table is None
-    assert model._weights.h.table is fused.tabulate(model._weights.h)
+    assert model._weights.h.table is fused.tabulate(model._weights)
     first, second = model._weights.h[0].mlp.c_fc.weight.data, twin.h[0].mlp.c_fc.weight.data
     first[:] = 0  # the copy does not see it
     assert (second != 0).any()

@@ -265,6 +265,19 @@ def test_a_gap_of_masked_keys_leaves_the_bits_as_they_are(D):
     np.testing.assert_array_equal(got[:, places], whole)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("D", [16, 64, 80, 20])
+def test_a_single_query_gives_the_bits_of_many(D, dtype):
+    """For many queries keys are put into panels; for one they are read as they lie, if their size allows it."""
+    T = 20 if numba.config.DISABLE_JIT else 150
+    model = tiny_model(dtype=dtype, n_layer=1, n_head=2, n_embd=2 * D, head_size=D, n_ctx=T)
+    ids = random_ids(model.config, 2, T)
+    expected, cache = model(ids).logits, model.new_cache(2)
+    for t in range(T):
+        ours = model(ids[:, t : t + 1], cache=cache).logits[:, 0]
+        assert ours.tobytes() == expected[:, t].tobytes(), t
+
+
 def test_masks_are_added_as_softmax_says():
     H, D, T = 2, 5, 6
     plain, w = random_block(H * D, H, H * D, np.float64)
