@@ -67,6 +67,8 @@ class Gpt2np(Model):
     def step(self, ids: Any, new: bool) -> Any:
         if new:
             self.cache.crop(0)
+        if len(ids) == 1:
+            return self.model.next_logits(ids.tolist(), self.cache)[0]
         return self.model(ids[None], cache=self.cache, logits="last").logits[0, -1]
 
 
