@@ -180,77 +180,74 @@ def _turned(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
 transpose = _make_transpose()
 
 
-def _make_query_scores() -> Callable[..., None]:
-    """query_scores(query, q_start, keys, k_start, k_stride, depth, out, out_start): out[j] = query . keys[j].
-
-    For j < SQUARE, by one chain over `depth` numbers, a multiple of SQUARE: what a tile computes of keys in panels.
-    To make panels of them is worth its while for several queries; for one they are turned in registers. Elements are
-    addressed as for a tile.
-    """
+def _add_query_scores(
+    builder: ir.IRBuilder, query: ir.Value, keys: ir.Value, stride: ir.Value, depth: ir.Value, out: ir.Value
+) -> None:
+    """The loop of `query_scores`, for pointers to the first elements."""
     half = SQUARE // 2  # a square of half the size fits into the registers of AVX2
+    index, vector = depth.type, ir.VectorType(query.type.pointee, half)
+    zeros, align = ir.Constant(vector, [0.0] * half), 8 if isinstance(vector.element, ir.DoubleType) else 4
 
-    def query_scores_in_python(query, q_start, keys, k_start, k_stride, depth, out, out_start):
-        numbers = query.reshape(-1)[q_start : q_start + depth].astype(np.float64)
-        places = k_start + k_stride * np.arange(SQUARE)[:, None] + np.arange(depth)
-        total, columns = np.zeros(SQUARE, out.dtype), keys.reshape(-1)[places].T.astype(np.float64)
-        for number, column in zip(numbers, columns, strict=True):
-            total = (number * column + total).astype(out.dtype)
-        out.reshape(-1)[out_start : out_start + SQUARE] = total
+    def vectors(places: list[ir.Value]) -> list[ir.Value]:
+        return [builder.bitcast(place, vector.as_pointer()) for place in places]
 
-    @intrinsic
-    def query_scores(_, query, q_start, keys, k_start, k_stride, depth, out, out_start):
-        size = types.intp
-
-        def generate(context, builder, _, values):
-            query_array, q_start, keys_array, k_start, k_stride, depth, out_array, out_start = values
-            q_base, k_base, out_base = (
-                builder.gep(context.make_array(kind)(context, builder, array).data, [start])
-                for kind, array, start in (
-                    (query, query_array, q_start), (keys, keys_array, k_start), (out, out_array, out_start)
-                )
-            )  # fmt: skip
-            index, vector = depth.type, ir.VectorType(q_base.type.pointee, half)
-            zeros, align = ir.Constant(vector, [0.0] * half), keys.dtype.bitwidth // 8
-            rows = [builder.gep(k_base, [builder.mul(k_stride, index(r))]) for r in range(SQUARE)]
-            following = builder.mul(k_stride, index(SQUARE))
-            before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("end")
-            builder.branch(loop)
-            builder.position_at_end(loop)
-            d, *sums = [builder.phi(kind) for kind in (index, vector, vector)]
-            new_sums = sums
-            for row in rows:  # the next SQUARE keys are on their way while these are used
-                prefetch(builder, builder.gep(row, [builder.add(d, following)]))
-            for part in (0, half):
-                column = builder.add(d, index(part))
-                splats = [
-                    _splat(builder, builder.gep(q_base, [builder.add(column, index(i))]), half) for i in range(half)
-                ]
-                for side in range(2):
-                    places = [builder.gep(row, [column]) for row in rows[side * half :][:half]]
-                    loads = [builder.load(builder.bitcast(p, vector.as_pointer()), align=align) for p in places]
-                    for splat, turned in zip(splats, _turned(builder, loads), strict=True):
-                        new_sums = [
-                            fmuladd(builder, splat, turned, total) if i == side else total
-                            for i, total in enumerate(new_sums)
-                        ]
-            following_d = builder.add(d, index(SQUARE))
-            for phi, start, new in zip([d, *sums], [index(0), zeros, zeros], [following_d, *new_sums], strict=True):
-                phi.add_incoming(start, before)
-                phi.add_incoming(new, loop)
-            builder.cbranch(builder.icmp_signed("<", following_d, depth), loop, after)
-            builder.position_at_end(after)
-            for side, total in enumerate(new_sums):
-                place = builder.bitcast(builder.gep(out_base, [index(side * half)]), vector.as_pointer())
-                builder.store(total, place, align=align)
-            return context.get_dummy_value()
-
-        return types.void(query, size, keys, size, size, size, out, size), generate
-
-    chosen: Callable[..., None] = query_scores_in_python if config.DISABLE_JIT else query_scores
-    return chosen
+    rows = [builder.gep(keys, [builder.mul(stride, index(r))]) for r in range(SQUARE)]
+    following = builder.mul(stride, index(SQUARE))
+    before, loop, after = builder.block, builder.append_basic_block("step"), builder.append_basic_block("end")
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    d, *sums = [builder.phi(kind) for kind in (index, vector, vector)]
+    new_sums = list(sums)
+    for row in rows:  # the next SQUARE keys are on their way while these are used
+        prefetch(builder, builder.gep(row, [builder.add(d, following)]))
+    for part in (0, half):
+        column = builder.add(d, index(part))
+        numbers = [_splat(builder, builder.gep(query, [builder.add(column, index(i))]), half) for i in range(half)]
+        for side in range(2):
+            places = vectors([builder.gep(row, [column]) for row in rows[side * half :][:half]])
+            turned = _turned(builder, [builder.load(place, align=align) for place in places])
+            for number, these in zip(numbers, turned, strict=True):
+                new_sums[side] = fmuladd(builder, number, these, new_sums[side])
+    next_d = builder.add(d, index(SQUARE))
+    for phi, start, new in zip([d, *sums], [index(0), zeros, zeros], [next_d, *new_sums], strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(new, loop)
+    builder.cbranch(builder.icmp_signed("<", next_d, depth), loop, after)
+    builder.position_at_end(after)
+    for total, place in zip(new_sums, vectors([builder.gep(out, [index(i)]) for i in (0, half)]), strict=True):
+        builder.store(total, place, align=align)
 
 
-query_scores = _make_query_scores()
+@intrinsic
+def _query_scores(_, query, q_start, keys, k_start, k_stride, depth, out, out_start):
+    size = types.intp
+
+    def generate(context, builder, _, values):
+        q_array, q_start, k_array, k_start, k_stride, depth, out_array, out_start = values
+        places = (query, q_array, q_start), (keys, k_array, k_start), (out, out_array, out_start)
+        first, second, third = (
+            builder.gep(context.make_array(kind)(context, builder, array).data, [start])
+            for kind, array, start in places
+        )
+        _add_query_scores(builder, first, second, k_stride, depth, third)
+        return context.get_dummy_value()
+
+    return types.void(query, size, keys, size, size, size, out, size), generate
+
+
+def _query_scores_in_python(query, q_start, keys, k_start, k_stride, depth, out, out_start):
+    numbers = query.reshape(-1)[q_start : q_start + depth].astype(np.float64)
+    places = k_start + k_stride * np.arange(SQUARE)[:, None] + np.arange(depth)
+    total, columns = np.zeros(SQUARE, out.dtype), keys.reshape(-1)[places].T.astype(np.float64)
+    for number, column in zip(numbers, columns, strict=True):
+        total = (number * column + total).astype(out.dtype)
+    out.reshape(-1)[out_start : out_start + SQUARE] = total
+
+
+# query_scores(query, q_start, keys, k_start, k_stride, depth, out, out_start): out[j] = query . keys[j], j < SQUARE, by
+# one chain over `depth` numbers, a multiple of SQUARE: what a tile computes of keys in panels. To make panels of them
+# is worth its while for several queries; for one they are turned in registers. Elements are addressed as for a tile.
+query_scores: Callable[..., None] = _query_scores_in_python if config.DISABLE_JIT else _query_scores
 
 
 def blocks(

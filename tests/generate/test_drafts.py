@@ -13,7 +13,7 @@ from gpt2np.errors import InputError
 from gpt2np.generate import generate
 from gpt2np.kernels import ROWS
 from gpt2np.model import GPT2
-from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
+from tiny import ArraySource, random_ids, shapes_run, tiny_config, tiny_model, tiny_sources
 
 STORY = "Once upon a time, there was a little girl named Lily. Once upon a time"
 
@@ -21,20 +21,6 @@ STORY = "Once upon a time, there was a little girl named Lily. Once upon a time"
 @pytest.fixture(scope="module")
 def mini():
     return gpt2np.load()
-
-
-class Counted:
-    """A model's decoder with drafts, and how many positions each of its passes ran."""
-
-    def __init__(self, model, monkeypatch):
-        self.passes = []
-        run = model._kernels.transformer
-
-        def counted(input_ids, *rest):
-            self.passes.append(input_ids.shape[1])
-            return run(input_ids, *rest)
-
-        monkeypatch.setattr(model._kernels, "transformer", counted)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 8))
@@ -90,20 +76,20 @@ def test_several_prompts_run_as_without(mini):
 
 @pytest.mark.jit
 def test_text_that_repeats_takes_few_passes(mini, monkeypatch):
-    counted = Counted(mini, monkeypatch)
+    passes = shapes_run(mini, monkeypatch)
     list(mini.generate("The dog ran. " * 30, 60, lookup=True))
-    assert len(counted.passes) < 1 + 60 / 2
-    assert max(counted.passes[1:]) == ROWS
+    assert len(passes) < 1 + 60 / 2
+    assert max(T for _, T in passes[1:]) == ROWS
 
 
 @pytest.mark.jit
 def test_drafts_that_fail_become_rare(mini, monkeypatch):
     """Their cost stays within the allowance: after some failures, few passes are longer than one position."""
-    counted = Counted(mini, monkeypatch)
+    passes = shapes_run(mini, monkeypatch)
     steps = mini.generate(STORY, 200, temperature=100.0, seed=0, lookup=True)  # as good as uniform
     text = mini.encode(STORY) + [step.token_id for step in steps]
     assert len(set(text)) > 150
-    drafts = sum(length > 1 for length in counted.passes[1:])
+    drafts = sum(T > 1 for _, T in passes[1:])
     assert 0 < drafts * COST < 0.03 * 200
 
 

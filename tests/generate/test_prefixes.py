@@ -6,7 +6,7 @@ import pytest
 from gpt2np.errors import InputError
 from gpt2np.generate import generate
 from gpt2np.score import predictions
-from tiny import random_ids, tiny_model
+from tiny import random_ids, shapes_run, tiny_model
 
 ENGINES = ["numpy", pytest.param("numba", marks=pytest.mark.jit)]
 
@@ -14,19 +14,6 @@ ENGINES = ["numpy", pytest.param("numba", marks=pytest.mark.jit)]
 @pytest.fixture(scope="module", params=ENGINES)
 def model(request):
     return tiny_model(request.param)
-
-
-def positions_run(model, monkeypatch):
-    """Rows times positions of each pass from now on."""
-    sizes = []
-    run = model._kernels.transformer
-
-    def counted(ids, *rest):
-        sizes.append(ids.size)
-        return run(ids, *rest)
-
-    monkeypatch.setattr(model._kernels, "transformer", counted)
-    return sizes
 
 
 def contents(cache):
@@ -66,13 +53,13 @@ def test_a_prompts_endings_are_scored_by_running_it_once(model, monkeypatch):
     prompt = random_ids(model.config, 8).tolist()
     rows = [([*prompt, *ending], 8) for ending in ([1, 2, 3], [4], [1, 5, 9, 2], [7, 7])]
     alone = [predictions(model, [row])[0] for row in rows]
-    sizes = positions_run(model, monkeypatch)
+    shapes = shapes_run(model, monkeypatch)
     together = predictions(model, rows)
     for (logs, best), (expected, expected_best) in zip(together, alone, strict=True):
         np.testing.assert_allclose(logs, expected, rtol=0 if model.engine == "numba" else 1e-5)
         np.testing.assert_array_equal(best, expected_best)
     if model.engine == "numba":
-        assert sizes == [7, 4 * 4]  # the prompt but its last token; that one and three more for each ending
+        assert shapes == [(1, 7), (4, 4)]  # the prompt but its last token; that one and three more for each ending
     different = [([i, *ids[1:]], first) for i, (ids, first) in enumerate(rows)]
     for got, row in zip(predictions(model, different), different, strict=True):
         np.testing.assert_allclose(got[0], predictions(model, [row])[0][0], rtol=0 if model.engine == "numba" else 1e-5)
@@ -84,11 +71,11 @@ def test_prompts_that_begin_alike_run_their_beginning_once(monkeypatch):
     base = random_ids(model.config, 10).tolist()
     prompts = [[*base, 3], [1, 2], [*base, 5, 6], base, [*base[:4], 9], base]
     alone = [[s[1:] for s in generate(model, ids, 6)] for ids in prompts]
-    sizes = positions_run(model, monkeypatch)
+    shapes = shapes_run(model, monkeypatch)
     steps = list(generate(model, prompts, 6))
     for row, expected in enumerate(alone):
         assert [s[1:] for s in steps if s.row == row] == expected
-    assert sum(sizes[: len(prompts)]) == 10 + 1 + 1 + 2 + 1 + 2  # of 50 tokens
+    assert sum(rows * T for rows, T in shapes[: len(prompts)]) == 10 + 1 + 1 + 2 + 1 + 2  # of 50 tokens
 
 
 def test_only_a_cache_of_one_row_fills_others(model):

@@ -63,3 +63,17 @@ def tiny_model(engine: str = "numba", dtype: str = "float32", seed: int = 0, **c
 
 def random_ids(config: GPT2Config, *shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, config.vocab_size, shape)
+
+
+def shapes_run(model: GPT2, monkeypatch: Any) -> list[tuple[int, int]]:
+    """Rows and positions of each pass of a model's engine from now on."""
+    shapes: list[tuple[int, int]] = []
+    for name in ("transformer", "causal_logits"):
+        if run := getattr(model._kernels, name, None):
+
+            def counted(ids: np.ndarray, *rest: Any, run: Any = run) -> Any:
+                shapes.append(ids.shape)
+                return run(ids, *rest)
+
+            monkeypatch.setattr(model._kernels, name, counted)
+    return shapes
