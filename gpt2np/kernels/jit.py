@@ -15,7 +15,7 @@ from typing import Any
 import llvmlite.binding
 import numba
 from numba.core import config as numba_config
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]
 
 config: Any = numba_config  # its fields are made at run time, from NUMBA_... in the environment
@@ -34,6 +34,26 @@ def sources_stamp(folder: Path) -> str:
     return total.hexdigest()
 
 
+class CodeFiles(IndexDataCacheFile):
+    """numba's files of one function's compiled code, where each code has a file of its own name.
+
+    numba numbers them, anew for new sources, and writes the index first: code of older sources, or for other types,
+    is what a process may then find under a number while another one writes, or ever after, if that one is killed.
+    """
+
+    def save(self, key: Any, data: Any) -> None:
+        codes = self._load_index()
+        name = f"{Path(self._index_name).stem}.{self._digest(key)}.nbc"
+        if not codes:  # what is there belongs to older sources
+            for path in Path(self._cache_path).glob(f"{Path(self._index_name).stem}.*.nbc"):
+                path.unlink(missing_ok=True)
+        self._save_data(name, data)
+        self._save_index(self._load_index() | {key: name})
+
+    def _digest(self, key: Any) -> str:
+        return hashlib.sha256(repr((self._version, self._source_stamp, key)).encode()).hexdigest()[:24]
+
+
 class DiskCache(FunctionCache):
     """numba's cache of compiled code, which also sees changes of the other files here and never fails a call.
 
@@ -44,7 +64,8 @@ class DiskCache(FunctionCache):
     def __init__(self, function: Any) -> None:
         super().__init__(function)
         # compiled code holds what it calls, and that may stand in another file of this folder
-        self._cache_file._source_stamp = self._cache_file._source_stamp, sources_stamp(FOLDER)
+        stamp = self._cache_file._source_stamp, sources_stamp(FOLDER)
+        self._cache_file = CodeFiles(self._cache_path, self._impl.filename_base, stamp)
 
     def load_overload(self, signature: Any, context: Any) -> Any:
         try:

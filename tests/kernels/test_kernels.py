@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import numba
 import numpy as np
@@ -552,6 +553,31 @@ def test_a_folder_that_cannot_be_written_to_or_holds_rubbish_does_no_harm(tmp_pa
     folder.write_text("a file where the folder was")
     with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR"):
         assert blocked(2) == 4
+
+
+def test_processes_that_keep_code_at_once_never_find_that_of_others(tmp_path, monkeypatch):
+    def files(stamp):
+        return jit.CodeFiles(str(tmp_path), "kernel-1.py311", stamp)
+
+    old, one, other = files("old"), files("new"), files("new")
+    for key in ("float32", "float64"):
+        old.save(key, f"old {key}")
+    with monkeypatch.context() as patch:  # both began before the other had written
+        for writer in (one, other):
+            patch.setattr(writer, "_load_index", dict)
+        one.save("float32", "new float32")
+        other.save("float64", "new float64")
+    assert (one.load("float32"), one.load("float64")) == (None, "new float64")  # what was lost is compiled once more
+    assert old.load("float32") is None
+    one.save("float32", "new float32")
+    assert [other.load(key) for key in ("float32", "float64")] == ["new float32", "new float64"]
+    assert len(list(tmp_path.glob("*.nbc"))) == 2
+    # a process that is killed while it writes leaves nothing that is taken for its code
+    newest = files("newest")
+    monkeypatch.setattr(newest, "_save_data", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        newest.save("float32", "newest")
+    assert files("newest").load("float32") is None
 
 
 @pytest.mark.jit
