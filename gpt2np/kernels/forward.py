@@ -293,8 +293,8 @@ def _blocks(
             _linear_work(x, weight) for x, (weight, _) in zip(inputs, fused.linear_maps(w.h[0]), strict=False)
         )
         norm, append, attend = (R, 4 * x.size), (B * H, 2 * R * HD), _attend_work(B, H, T, start, D)
-        head = (norm, _linear_work(rows, w.lm_head)) if whole else ()
-        works = norm, to_qkv, append, attend, to_stream, norm, *to_mlp, *head
+        to_scores = (norm, _linear_work(rows, w.lm_head)) if whole else ()
+        works = norm, to_qkv, append, attend, to_stream, norm, *to_mlp, *to_scores
         cached = np.array([cache.ctypes.data for cache in caches], np.int64)
 
         def run(first: int, last: int, steps: tuple[int, int, int], only: int | None = None) -> None:

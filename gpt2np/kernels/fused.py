@@ -124,11 +124,11 @@ def block_steps(
         keys_and_values = moved(cache, cached[block])
         for step in range(steps[0], steps[1] if block + 1 < blocks[1] else steps[2]):
             ticket, done = counters[block, step, 0], counters[block, step, 1]
-            row = block + (1 if step >= 8 else 0)
+            row = block + (1 if step >= HEAD else 0)
             place = addresses[row]
             begin, end = next_chunk(ticket, workers, pieces[step], smallest[step])
             while begin < pieces[step]:
-                if step == 0 or step == 5 or step == 8:
+                if step == 0 or step == 5 or step == HEAD:
                     n = 2 if step == 5 else 0
                     weight, shift = moved(norm, place[n]), moved(norm, place[n + 1])
                     layer_norm_range(begin, end, scratch, rows, weight, shift, epsilons[row, n // 2], inputs[0])
@@ -140,7 +140,7 @@ def block_steps(
                         visible, inputs[1], no_probs,
                     )  # fmt: skip
                 else:
-                    i = 0 if step == 1 else 1 if step == 4 else 4 if step == 9 else step - 4
+                    i = 0 if step == 1 else 1 if step == 4 else 4 if step == HEAD + 1 else step - 4
                     p = 4 + i % 4
                     linear_range(
                         begin, end, scratch, inputs[i], moved(weights[i], place[p]), moved(scales[i], place[p + 4]),
