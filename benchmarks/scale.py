@@ -135,12 +135,12 @@ def measure() -> None:
     from gpt2np.cluster.engine import THIS_PROCESS, compute, open_engine
     from gpt2np.cluster.store import Shard, Store
 
-    shards = [Shard("nothing", {"number": i}) for i in range(2000)]
+    shards = [Shard(nothing, {"number": i}) for i in range(2000)]
     with tempfile.TemporaryDirectory() as a, tempfile.TemporaryDirectory() as b, open_engine(2) as local:
-        compute(nothing, shards[:10], Store(Path(a)), local)
+        compute(shards[:10], Store(Path(a)), local)
         for name, folder, engine in (("two workers", a, local), ("this process", b, THIS_PROCESS)):
             began, cpu = time.perf_counter(), time.process_time()
-            compute(nothing, shards, Store(Path(folder)), engine)
+            compute(shards, Store(Path(folder)), engine)
             seconds, used = time.perf_counter() - began, time.process_time() - cpu
             wall, own = (1e3 * x / len(shards) for x in (seconds, used))
             print(f"{name}: {wall:.2f} ms a shard; {own:.2f} ms of them processor time of scheduler and client")

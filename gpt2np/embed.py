@@ -86,6 +86,14 @@ def check_taps(model: GPT2, taps: Sequence[str], pool: str | None, batch_size: i
             raise InputError(f"{tap} has no vector for each position, so it cannot be pooled")
 
 
+def read_lines(text: str) -> list[str]:
+    """The lines of a text, of which each has tokens: InputError for one that is empty."""
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    if "" in lines:
+        raise InputError(f"line {lines.index('') + 1} is empty: it has no tokens")
+    return lines
+
+
 def _batches(
     model: GPT2, rows: list[list[int]], taps: tuple[str, ...], pool: str | None, batch_size: int
 ) -> Iterator[dict[str, Array]]:

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from .errors import Gpt2npError, ModelFileError
+from .errors import Gpt2npError, InputError, ModelFileError, TokenizerError
 
 PART = 1 << 21  # bytes that one thread reads at least; a large page, so that two threads never share one
 MAX_JSON = 1 << 24  # bytes of a JSON text; GPT-2's tokenizer.json, the longest that is read here, has 2.1e6
@@ -236,6 +236,17 @@ def _npy_array(stream: IO[bytes]) -> np.ndarray:
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(content):
         raise ValueError(f"{len(content)} bytes for {dtype} {list(shape)}")
     return np.ndarray(shape, dtype, content, order="F" if by_columns else "C")
+
+
+@contextmanager
+def located(place: object) -> Iterator[None]:
+    """Errors of what stands in a text begin with its place: the file, and perhaps where in it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: not UTF-8 text: {error}") from None
+    except (InputError, TokenizerError) as error:
+        raise type(error)(f"{place}: {error}") from None
 
 
 def json_object(text: bytes, where: str, kind: type[Gpt2npError] = ModelFileError) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def check_text(ids: Sequence[int]) -> None:
         raise InputError(f"a text needs two tokens, of which the second is scored; this one has {len(ids)}")
 
 
-def score_windows(model: GPT2, ids: Sequence[int], group: Sequence[tuple[int, int, int]]) -> list[float]:
+def score_windows(model: GPT2, ids: Sequence[int] | Array, group: Sequence[tuple[int, int, int]]) -> list[float]:
     """The log-likelihood of each of some windows of a text, which are run together: an exact sum over its tokens."""
     rows = [(ids[begin:end], first - begin) for begin, first, end in group]
     return [math.fsum(logs) for logs, _ in predictions(model, rows)]
@@ -369,7 +369,7 @@ def last_word(passage: str, place: str) -> tuple[str, str]:
 
 
 def read_passages(text: str) -> list[str]:
-    """The "text" of each line of a JSON Lines file, as in LAMBADA's."""
+    """The "text" of each line of a JSON Lines file, as in LAMBADA's; InputError for one with a single word."""
     passages = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -379,11 +379,12 @@ def read_passages(text: str) -> list[str]:
                 passage = None
             if not isinstance(passage, str):
                 raise InputError(f'line {number} is not a JSON object with a "text": {line[:60]!r}')
+            last_word(passage, f"line {number}")
             passages.append(passage)
     return passages
 
 
-def predictions(model: GPT2, rows: Sequence[tuple[Sequence[int], int]]) -> list[tuple[Array, Array]]:
+def predictions(model: GPT2, rows: Sequence[tuple[Sequence[int] | Array, int]]) -> list[tuple[Array, Array]]:
     """What a model predicts for the ends of some sequences; a beginning that all share is run once.
 
     Parameters

@@ -281,9 +281,9 @@ def test_last_words_go_on_too(tmp_path: Path):
 
 def test_reading_passages():
     assert read_passages('{"text": "a b"}\n\n{"text": "c d", "n": 1}\r\n') == ["a b", "c d"]
-    for bad in ("no json", '"text"', '{"txt": 1}', "[1]", '{"text": 5}', '{"text": null}'):
+    for bad in ("no json", '"text"', '{"txt": 1}', "[1]", '{"text": 5}', '{"text": null}', '{"text": "a"}'):
         with pytest.raises(InputError, match="line 2"):
-            read_passages(json.dumps({"text": "a"}) + "\n" + bad)
+            read_passages(json.dumps({"text": "a b"}) + "\n" + bad)
 
 
 # ---------------------------------------------------------------------------------------------- errors

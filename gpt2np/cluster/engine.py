@@ -25,9 +25,10 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
+from .. import __version__
 from ..errors import InputError
 from ..optional import needs
-from .store import NoResult, Shard, Store
+from .store import Shard, Store
 
 AHEAD = 1000  # shards that the scheduler knows of at once: enough for every worker, and few for it
 WAIT = 60.0  # seconds to wait for a scheduler that does not answer
@@ -38,9 +39,6 @@ QUIET = {  # settings of Dask, which takes more than 2% of two processors to loo
 }
 METHOD = "fork" if sys.platform == "linux" else "spawn"  # elsewhere systems have threads that no fork survives
 ROUNDS = 10  # in a row in which nothing was computed, before the run is given up
-
-Work = Callable[[Shard, Store], bytes]
-Seen = Callable[[Shard, bool], None]
 
 
 class Engine(NamedTuple):
@@ -54,7 +52,7 @@ class Engine(NamedTuple):
 THIS_PROCESS = Engine()
 
 
-class _Lost(Exception):
+class _Lost(InputError):
     """A worker or the scheduler is gone, and what it computed must be computed by others."""
 
 
@@ -65,7 +63,7 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
     Raises
     ------
     InputError
-        If no scheduler answers at the address.
+        If no scheduler answers at the address, or it or a worker has another version of gpt2np.
     MissingPackageError
         If Dask is not installed.
     """
@@ -81,15 +79,16 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
         if workers is not None:
             begin = stack.enter_context(_workers(workers))
             stack.enter_context(dask.config.set(QUIET))
-            failures = {"allowed_failures": 100}  # a worker that is killed is no fault of its shard's
+            failures = {"allowed_failures": 10}  # in a round: a worker that is killed is no fault of its shard's
             cluster = distributed.LocalCluster(n_workers=0, dashboard_address=":0", scheduler_kwargs=failures)
             begin(address := stack.enter_context(cluster).scheduler_address)
         assert address is not None
-        try:
-            client = stack.enter_context(_client(address))
-        except _Lost as error:
-            raise InputError(f"no Dask scheduler answers at {address}: {error}") from None
-        count = workers or len(client.scheduler_info(n_workers=-1)["workers"])
+        client = stack.enter_context(_client(address))
+        found = client.get_versions(packages=["gpt2np"])  # Dask ends a worker that cannot import what it is to do
+        for place, its in {f"the scheduler at {address}": found["scheduler"], **found["workers"]}.items():
+            if (version := its["packages"]["gpt2np"]) != __version__:
+                raise InputError(f"{place} has gpt2np {version}, where this machine has {__version__}")
+        count = workers or len(found["workers"])
         yield Engine(address, count, client.dashboard_link if find_spec("bokeh") else "")  # bokeh draws Dask's pages
 
 
@@ -103,7 +102,7 @@ def _workers(count: int) -> Iterator[Callable[[str], None]]:
     processes: Any = multiprocessing.get_context(METHOD)
     ours, theirs = processes.Pipe()
     gc.freeze()  # what is there stays: no collector looks at it, so that forked memory is not copied for that
-    nursery = processes.Process(target=_keep_alive, args=(METHOD, ours, theirs, count))
+    nursery = processes.Process(target=_keep_alive, args=(processes, ours, theirs, count))
     with catch_warnings():
         # of forks beside threads: NumPy's and the kernels' are ready for it
         simplefilter("ignore", DeprecationWarning)
@@ -116,7 +115,7 @@ def _workers(count: int) -> Iterator[Callable[[str], None]]:
         nursery.join()
 
 
-def _keep_alive(method: str, ours: Connection, theirs: Connection, count: int) -> None:
+def _keep_alive(processes: Any, ours: Connection, theirs: Connection, count: int) -> None:
     """Workers, each of which is started anew when it ends, until the process that is on `ours` closes it or ends."""
     ours.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that works with the results
@@ -127,10 +126,9 @@ def _keep_alive(method: str, ours: Connection, theirs: Connection, count: int) -
     os.environ.setdefault("NUMBA_NUM_THREADS", str(threads))
     if kernels := sys.modules.get("gpt2np.kernels"):
         kernels.set_num_threads(min(threads, kernels.get_num_threads()))
-    pool: Any = multiprocessing.get_context(method).Pool
     with suppress(EOFError):  # `theirs` is closed
         address = theirs.recv()
-        with pool(count, _work, (address,)):  # also what is killed while it starts, where Dask's own nanny gives up
+        with processes.Pool(count, _work, (address,)):  # Dask's nanny gives up where one is killed while it starts
             theirs.recv()
 
 
@@ -149,64 +147,41 @@ def _work(address: str) -> None:
 
 
 def compute(
-    work: Work, shards: Sequence[Shard], store: Store, engine: Engine = THIS_PROCESS, seen: Seen = lambda *_: None
-) -> dict[str, NoResult]:
-    """Compute those shards that the store has no sound result of.
-
-    Parameters
-    ----------
-    work : function (shard, store) -> result, known by its name in its module
-    seen : function (shard, computed)
-        Called for each shard once its result is there, which was computed now or found.
-
-    Returns
-    -------
-    dict
-        By their names, the shards that `work` said NoResult of.
+    shards: Sequence[Shard],
+    store: Store,
+    engine: Engine = THIS_PROCESS,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Compute shards, each unless a sound result of it is there by then; advance(its size) is called when it is done.
 
     Raises
     ------
     Gpt2npError
         What a worker raised; or if workers or the scheduler are lost again and again.
     """
-    left, lost = {}, 0
-    without: dict[str, NoResult] = {}
-    for shard in shards:
-        if store.read(shard.name) is None:
-            left[shard.name] = shard
-        else:
-            seen(shard, False)
+    left, lost = {shard.name: shard for shard in shards}, 0
     while left:
         try:
-            for shard in _round(work, list(left.values()), store, engine, without):
-                seen(left.pop(shard.name), True)
+            for shard in _round(list(left.values()), store, engine):
+                advance(left.pop(shard.name).size)
                 lost = 0
         except _Lost as error:
             lost += 1
             if lost == ROUNDS:
                 raise InputError(f"{len(left):,} of {len(shards):,} shards could not be computed: {error}") from None
-    if engine.address is not None and any(store.read(s.name) is None for s in shards if s.name not in without):
-        raise InputError(f"results are missing in {store.folder} as this machine sees it: do all workers see it?")
-    store.remove_drafts(shards)
-    return without
 
 
-def make(work: Work, shard: Shard, store: Store) -> None:
+def make(shard: Shard, store: Store) -> None:
     """Compute a shard and keep its result, unless it has come meanwhile: what a worker does."""
     if store.read(shard.name) is None:
-        store.write(shard.name, work(shard, store))
+        store.write(shard.name, shard.work(shard, store))
 
 
-def _round(
-    work: Work, shards: Sequence[Shard], store: Store, engine: Engine, without: dict[str, NoResult]
-) -> Iterator[Shard]:
-    """Compute shards in any order; yields each that is done, of which some are put into `without`."""
+def _round(shards: Sequence[Shard], store: Store, engine: Engine) -> Iterator[Shard]:
+    """Compute shards in any order; yields each that is done."""
     if engine.address is None:
         for shard in shards:
-            try:
-                make(work, shard, store)
-            except NoResult as error:
-                without[shard.name] = error
+            make(shard, store)
             yield shard
         return
     from distributed import KilledWorker, as_completed
@@ -216,19 +191,17 @@ def _round(
 
         def submit(count: int) -> None:
             for shard in islice(waiting, count):
-                running.add(future := client.submit(make, work, shard, store, pure=False))
+                running.add(future := client.submit(make, shard, store, pure=False))
                 shard_of[future] = shard
 
         submit(AHEAD)
         for future in running:
-            shard, raised = shard_of.pop(future), future.exception() if future.status == "error" else None
-            if isinstance(raised, NoResult):
-                without[shard.name] = raised
-            elif raised is not None and not isinstance(raised, KilledWorker):
-                raise raised
-            elif future.status != "finished":
-                raise _Lost(f"a worker or the scheduler was lost ({future.status})")
-            yield shard
+            error = future.exception() if future.status == "error" else None
+            if error is not None and not isinstance(error, KilledWorker):
+                raise error
+            if future.status != "finished":
+                raise _Lost(f"a worker or the scheduler was lost: {error or future.status}")
+            yield shard_of.pop(future)
             submit(1)
 
 
@@ -250,6 +223,7 @@ def _client(address: str) -> Iterator[Any]:
         asyncio.run(tried())
         client = Client(address, timeout=WAIT, set_as_default=False)
     except (OSError, ValueError) as error:  # ValueError: no address
-        raise _Lost(str(error) or "it does not talk as Dask does") from None
+        why = str(error) or "it does not talk as Dask does"
+        raise _Lost(f"no Dask scheduler answers at {address}: {why}") from None
     with client:
         yield client

@@ -43,7 +43,7 @@ def describe(model: GPT2, tokenizer: Path | None) -> Described:
     than the machine that cut the work, because its program is another one or it cannot fuse, is refused.
     """
     assert model.path is not None
-    with _alone() if model.engine == "numba" else nullcontext():
+    with alone(model):
         computed = digest(WAYS["prompt"](model, texts(model)))
     what = {
         "model": hash_of_files(open_model(model.path).files),
@@ -59,8 +59,10 @@ def describe(model: GPT2, tokenizer: Path | None) -> Described:
     return {"of": what}, {"of": paths}
 
 
-def _alone() -> AbstractContextManager[int]:
-    """Kernels work on one thread: a pool that they start here would be lost to workers that are forked."""
+def alone(model: GPT2) -> AbstractContextManager[object]:
+    """For what is computed before workers are forked: one thread, as a pool that started then would be lost to them."""
+    if model.engine != "numba":
+        return nullcontext()
     from ..kernels.threads import pool
 
     return pool()  # who finds it taken works alone
@@ -69,14 +71,18 @@ def _alone() -> AbstractContextManager[int]:
 def open_described(shard: Shard) -> GPT2:
     """The model of a shard, which must be the one that `describe` saw; the last one is kept."""
     what, paths = shard.content["of"], shard.where["of"]
-    if _last[:2] == [what, paths]:
-        return _last[2]
-    model = load(paths["model"], what["engine"], what["dtype"], what["weights"])
-    if paths["tokenizer"] is not None:
-        model.tokenizer = tokenizers.load(paths["tokenizer"])
-    found, _ = describe(model, paths["tokenizer"])
-    for name, value in what.items():
-        if found["of"][name] != value:
-            fault = "computes other bits with" if name == "fingerprint" else f"has another {name} at"
-            raise InputError(f"{socket.gethostname()} {fault} {paths['model']} than the machine that cut the work")
-    return model
+    if _last[:2] != [what, paths]:
+        model = load(paths["model"], what["engine"], what["dtype"], what["weights"])
+        if paths["tokenizer"] is not None:
+            model.tokenizer = tokenizers.load(paths["tokenizer"])
+        found, _ = describe(model, paths["tokenizer"])
+        check_same(what, found["of"], paths["model"])
+    return _last[2]
+
+
+def check_same(wanted: dict[str, Any], found: dict[str, Any], path: Path) -> None:
+    """InputError, which names this machine, where something of the model at `path` is not as the work was cut with."""
+    for name, value in found.items():
+        if wanted[name] != value:
+            machines = f"{socket.gethostname()} differs from the machine that cut the work"
+            raise InputError(f"{machines} in the {name} of {path}")

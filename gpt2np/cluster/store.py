@@ -5,54 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ..errors import Gpt2npError, InputError
+from ..errors import InputError
 from ..files import replacing
 
 DIGEST = hashlib.sha256().digest_size  # bytes at the end of a file: SHA-256 of those before
+WAIT = 60.0  # seconds until a network's disk surely shows what another machine has written: NFS remembers what it lacks
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A piece of work.
-
-    Parameters
-    ----------
-    kind : str
-        What is computed: the beginning of the name.
-    content : dict
-        All that the result depends on, as JSON: hashes of the model and of the text, a range, options.
-    where : dict
-        Where a worker finds these: paths, the same on every machine. Not a part of the name.
-    size : int
-        How much work it is, in the unit that progress is counted in.
-    """
-
-    kind: str
-    content: dict[str, Any]
-    where: dict[str, Any] = field(default_factory=dict)
-    size: int = 1
-
-    @property
-    def name(self) -> str:
-        """The same for the same result, on every machine."""
-        text = json.dumps(self.content, sort_keys=True, allow_nan=False)
-        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:40]}"
+Work = Callable[["Shard", "Store"], bytes]
 
 
-class NoResult(Gpt2npError):
-    """Why a shard has no result. Others are computed nevertheless, and the same command tries this one again."""
-
-
-class Store:
+class Store(NamedTuple):
     """A folder of results, one file for each shard: it is there as a whole, or it is not there."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def read(self, name: str) -> bytes | None:
         """The result of the shard of that name; None where there is none, or its checksum says that it is damaged.
@@ -75,10 +48,13 @@ class Store:
         return result if hashlib.sha256(result).digest() == whole[-DIGEST:] else None
 
     def result(self, name: str) -> bytes:
-        """The result of a shard that was computed; InputError where it is lost or was damaged since."""
-        found = self.read(name)
-        if found is None:
-            raise InputError(f"{self.folder / name} was removed or damaged; the same command makes it anew")
+        """The result of a shard that was computed; InputError where it is lost, or was damaged since."""
+        until = time.monotonic() + WAIT
+        while (found := self.read(name)) is None:
+            if time.monotonic() > until:
+                here = f"as {socket.gethostname()} sees it; do all machines see this folder?"
+                raise InputError(f"{self.folder / name} is missing or damaged, {here} The same command makes it anew")
+            time.sleep(0.2)
         return found
 
     def write(self, name: str, result: bytes) -> None:
@@ -89,9 +65,34 @@ class Store:
         except OSError as error:
             raise InputError(f"cannot write {self.folder / name}: {error.strerror}") from None
 
-    def remove_drafts(self, shards: Iterable[Shard]) -> None:
-        """Remove what killed workers left of these shards."""
-        names = {shard.name for shard in shards}
-        for draft in self.folder.glob(".*.part"):
-            if draft.name.split(".")[1] in names:
-                draft.unlink(missing_ok=True)
+    def missing(self, shards: Iterable[Shard]) -> list[Shard]:
+        """Those of some shards that have no sound result here, each of them once."""
+        return list({shard.name: shard for shard in shards if self.read(shard.name) is None}.values())
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of work.
+
+    Parameters
+    ----------
+    work : function (shard, store) -> bytes
+        What computes the result: a function that each process finds by its name in its module.
+    content : dict
+        All that the result depends on, as JSON: hashes of the model and of the text, a range, options.
+    where : dict
+        Where a worker finds these: paths, the same on every machine. Not a part of the name.
+    size : int
+        How much work it is, in the unit that progress is counted in.
+    """
+
+    work: Work
+    content: dict[str, Any]
+    where: dict[str, Any] = field(default_factory=dict)
+    size: int = 1
+
+    @cached_property
+    def name(self) -> str:
+        """The same for the same result, on every machine."""
+        text = json.dumps(self.content, sort_keys=True, allow_nan=False)
+        return f"{self.work.__name__}-{hashlib.sha256(text.encode()).hexdigest()[:40]}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError, TokenizerError
+from ..files import located
 from ._terminal import note
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ def read_text(path: Path) -> str:
     """A file's text, or standard input's for "-"; line ends stay as they are."""
     try:
         raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-        return raw.decode()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error}") from None
+    with located(path):
+        return raw.decode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -13,14 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
-from ._terminal import note, shard_progress
+from ._terminal import console, note, progress
 
 if TYPE_CHECKING:
-    from ..cluster.engine import Engine, Work
-    from ..cluster.store import NoResult, Shard, Store
+    from ..cluster.engine import Engine
+    from ..cluster.store import Shard, Store
 
 WorkersOption = Annotated[
-    int | None, typer.Option(metavar="N", help="Work by N processes on this machine (needs gpt2np[cluster]).")
+    int | None, typer.Option(metavar="N", min=1, help="Work by N processes on this machine (needs gpt2np[cluster]).")
 ]
 ClusterOption = Annotated[
     str | None, typer.Option(metavar="ADDRESS", help="Work by the workers of a Dask scheduler: tcp://host:8786.")
@@ -41,29 +42,28 @@ class Shards:
 
     engine: Engine
     store: Store
-    unit: str
     began: float = field(default_factory=time.perf_counter)
     shards: int = 0
     computed: int = 0
-    size: int = 0  # of these, but for those that are not counted in `unit`
+    size: int = 0  # of what was computed last
+    unit: str = ""
 
-    def compute(self, work: Work, shards: Sequence[Shard], what: str, unit: str = "") -> dict[str, NoResult]:
-        """Compute those shards whose results are not there yet; returns, by their names, why some have none."""
+    def compute(self, shards: Sequence[Shard], what: str, unit: str) -> None:
+        """Compute those shards whose results are not there yet; their sizes are counted in `unit`."""
         from ..cluster.engine import compute
 
+        try:
+            with console(stderr=True).status("looking for results"):
+                missing = self.store.missing(shards)
+            total, left = (sum(shard.size for shard in some) for some in (shards, missing))
+            with progress(f"{what}, {len(shards):,} shards", total, unit, total - left) as advance:
+                compute(missing, self.store, self.engine, advance)
+        except KeyboardInterrupt:
+            note(f"stopped; the same command goes on from what is in {self.store.folder}")
+            raise typer.Exit(130) from None
         self.shards += len(shards)
-        with shard_progress(what, shards, unit or self.unit) as advance:
-
-            def seen(shard: Shard, computed: bool) -> None:
-                self.computed += computed
-                self.size += shard.size if computed and not unit else 0
-                advance(shard.size)
-
-            try:
-                return compute(work, shards, self.store, self.engine, seen)
-            except KeyboardInterrupt:
-                note(f"stopped; the same command goes on from what is in {self.store.folder}")
-                raise typer.Exit(130) from None
+        self.computed += len(missing)
+        self.size, self.unit = left, unit
 
     def tell(self) -> None:
         """The summary for people."""
@@ -93,13 +93,11 @@ def wanted(workers: int | None, cluster: str | None, results: Path | None) -> bo
     """Whether the work is to be cut into shards; InputError if the options are no choice."""
     if workers is not None and cluster is not None:
         raise InputError("give --workers for this machine or --cluster for a scheduler's workers, not both")
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers must be at least 1, got {workers}")
     return workers is not None or cluster is not None or results is not None
 
 
 @contextmanager
-def open_shards(workers: int | None, cluster: str | None, results: Path | None, unit: str) -> Iterator[Shards]:
+def open_shards(workers: int | None, cluster: str | None, results: Path | None) -> Iterator[Shards]:
     """The processes and the folder of --workers, --cluster and --results.
 
     Raises
@@ -111,16 +109,16 @@ def open_shards(workers: int | None, cluster: str | None, results: Path | None, 
     from ..cluster.store import Store
 
     with ExitStack() as stack:
-        engine = stack.enter_context(open_engine(workers, cluster))
         if wanted(workers, cluster, results):
             folder = (results or Path("gpt2np-results")).resolve()
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"cannot keep results in {folder}: {error.strerror}") from None
+            place = next(place for place in (folder, *folder.parents) if place.exists())
+            if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+                raise InputError(f"cannot keep results in {folder}: {place} is no folder that can be written to")
         else:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engine = stack.enter_context(open_engine(workers, cluster))
+        folder.mkdir(parents=True, exist_ok=True)
         if engine.address is not None:
             pages = engine.dashboard or "none (pip install bokeh)"
             note(f"{engine.workers or 'no'} workers; dashboard: {pages}; results: {folder}")
-        yield Shards(engine, Store(folder), unit)
+        yield Shards(engine, Store(folder))

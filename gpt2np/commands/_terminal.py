@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ..cluster.store import Shard
     from ..parity.explain.problem import Clock
 
 MINUTE = 60.0  # seconds
@@ -75,10 +74,11 @@ def print_json(kind: str, record: dict[str, Any]) -> None:
 
 
 @contextmanager
-def progress(description: str, total: float | None, unit: str = "") -> Iterator[Callable[[float], None]]:
-    """A progress bar with rate and time left on standard error, for a terminal only; yields `advance(amount)`.
+def progress(description: str, total: float | None, unit: str = "", done: int = 0) -> Iterator[Callable[[float], None]]:
+    """How far work has come, its rate and the time left, on standard error; yields `advance(amount)`.
 
-    `total` and the amounts are counted in `unit` ("tokens", "bytes", ...); None where the total is unknown.
+    A terminal shows a bar; into a file goes a line each minute. `total`, the amounts, and `done`, which was there
+    before, are counted in `unit` ("tokens", "bytes", ...); total is None where it is unknown.
     """
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
     from rich.text import Text
@@ -87,37 +87,21 @@ def progress(description: str, total: float | None, unit: str = "") -> Iterator[
         def render(self, task: Task) -> Text:
             return Text("" if task.speed is None else f"{task.speed:,.0f} {unit}/s")
 
-    out = console(stderr=True)
+    out, rate, left, told = console(stderr=True), Rate(), TimeRemainingColumn(), time.monotonic()
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, Rate(), TimeRemainingColumn(), console=out, disable=not out.is_terminal) as bar:
-        task = bar.add_task(escaped(description), total=total)
-        yield lambda amount: bar.advance(task, amount)
+    bar = Progress(*columns, rate, left, console=out, disable=not out.is_terminal, speed_estimate_period=10 * MINUTE)
+    number = bar.add_task(escaped(description), total=total, completed=done)
+    [task] = bar.tasks
 
+    def advance(amount: float) -> None:
+        nonlocal told
+        bar.advance(number, amount)
+        if bar.disable and time.monotonic() > told + MINUTE:
+            told = time.monotonic()
+            speed = "" if task.speed is None else f"{rate.render(task)}, "
+            note(f"{description}: {task.percentage:.0f}%, {speed}{left.render(task)} left")
 
-@contextmanager
-def shard_progress(description: str, shards: Sequence[Shard], unit: str) -> Iterator[Callable[[int], None]]:
-    """Progress over shards on standard error: how many are done, the rate, the time left; yields `advance(size)`.
-
-    A terminal shows a bar; into a file goes a line each minute.
-    """
-    total, done, began = sum(shard.size for shard in shards), [0, 0], time.monotonic()
-    told = [began]
-    terminal = console(stderr=True).is_terminal
-    with progress(f"{description}, {len(shards):,} shards", total, unit) as bar:
-
-        def advance(size: int) -> None:
-            bar(size)
-            done[0] += 1
-            done[1] += size
-            now = time.monotonic()
-            if not terminal and now > told[0] + MINUTE:
-                told[0] = now
-                rate = done[1] / (now - began)
-                note(
-                    f"{description}: {done[0]:,} of {len(shards):,} shards, {rate:,.0f} {unit}/s, "
-                    f"{(total - done[1]) / rate / MINUTE:,.0f} minutes left"
-                )
-
+    with bar:
         yield advance
 
 

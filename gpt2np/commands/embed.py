@@ -10,7 +10,7 @@ import numpy as np
 import typer
 
 from ..errors import InputError
-from ..files import replacing, write_arrays
+from ..files import located, replacing, write_arrays
 from ..weights import Array
 from ._model import EngineOption, ModelOption, TokenizerOption, WeightsOption, load_model, read_text
 from ._shards import ClusterOption, ResultsOption, WorkersOption, open_shards, wanted
@@ -55,7 +55,7 @@ def embed(
 
     - `gpt2np embed lines.txt -o vectors.npy --pool last --workers 4` (the same bits: docs/scale.md)
     """
-    from ..embed import LAST_HIDDEN_STATE, check_taps
+    from ..embed import LAST_HIDDEN_STATE, check_taps, read_lines
     from ..embed import embed as states_of
 
     taps = tuple(dict.fromkeys(tap or [LAST_HIDDEN_STATE]))
@@ -67,21 +67,21 @@ def embed(
     gpt2 = load_model(model, tokenizer, engine, weights=weights)
     if wanted(workers, cluster, results):
         from ..cluster import text
-        from ..cluster.models import describe
+        from ..cluster.models import alone, describe
 
-        check_taps(gpt2, taps, pool, batch_size)
+        with alone(gpt2):
+            check_taps(gpt2, taps, pool, batch_size)
         options = {"taps": taps, "pool": pool}
-        pieces = text.line_shards("embedded", file, describe(gpt2, tokenizer), options, batch_size)
-        with open_shards(workers, cluster, results, "lines") as shards:
-            shards.compute(text.embed_lines, pieces, "embedding")
+        pieces = text.line_shards(text.embed_lines, file, describe(gpt2, tokenizer), options, batch_size)
+        with open_shards(workers, cluster, results) as shards:
+            shards.compute(pieces, "embedding", "lines")
             done |= {"lines": sum(shard.size for shard in pieces), "cluster": shards.summary()}
             _save(output, text.embedded(pieces, shards.store), taps, pooled=pool is not None)
     else:
-        lines = [line.removesuffix("\r") for line in read_text(file).removesuffix("\n").split("\n")]
-        for number, line in enumerate(lines, 1):
-            if not line:
-                raise InputError(f"line {number} of {file} is empty: it has no tokens")
-        found = states_of(gpt2, lines, taps, pool, batch_size)
+        given = read_text(file)
+        with located(file):
+            lines = read_lines(given)
+            found = states_of(gpt2, lines, taps, pool, batch_size)
         with progress(str(file), len(lines), "lines") as advance:
             _save(output, _counted(found, advance), taps, pooled=pool is not None)
         done["lines"] = len(lines)

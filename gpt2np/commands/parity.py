@@ -104,7 +104,7 @@ def parity(
     if wanted(workers, cluster, results) or len(models) > 1:
         if any((junit, markdown, html, save_trace)):
             raise InputError("--junit, --markdown, --html and --save-trace are of one model in one process")
-        with open_shards(workers, cluster, results, "prompts") as shards:
+        with open_shards(workers, cluster, results) as shards:
             raise typer.Exit(_sweep(shards, options, models, search_time, json, quiet))
     evidence = evidence_for(html)
     with search_clock(search_time) as clock:
@@ -124,8 +124,8 @@ def _sweep(
     from ._terminal import console, print_json, print_table
 
     pieces = sweep.report_shards(options, models, search_time)
-    without = shards.compute(sweep.compare, pieces, "comparing")
-    whole, lines = sweep.merged(pieces, shards.store, without)
+    shards.compute(pieces, "comparing", "prompts")
+    whole, lines = sweep.merged(pieces, shards.store)
     whole["cluster"] = shards.summary()
     if str(json) == "-":
         print_json("sweep", whole)
@@ -133,8 +133,12 @@ def _sweep(
         write_text(json, dumps(stamped("sweep", whole), indent=1, allow_nan=False) + "\n")
     if str(json) != "-" and not quiet:
         out = console()
-        out.print(f"verdict: {sweep.VERDICTS[whole['exit_code']]}\n")
-        print_table(("model", *(f">{name}" for name in sweep.COUNTS), "verdict"), sweep.rows(whole))
+        out.print(f"verdict: {whole['verdict'].upper()}\n")
+        rows = [
+            (row["model"], *(f"{row[name]:,}" for name in sweep.COUNTS), sweep.VERDICTS[row["exit_code"]].upper())
+            for row in whole["models"]
+        ]
+        print_table(("model", *(f">{name}" for name in sweep.COUNTS), "verdict"), rows)
         for line in lines:
             out.print(line)
         shards.tell()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..files import located
 from ..score import (
     LastWords,
     LastWordScoring,
@@ -21,11 +22,11 @@ from ..score import (
     read_passages,
 )
 from ._model import EngineOption, ModelOption, TokenizerOption, WeightsOption, load_model, read_text
-from ._shards import ClusterOption, ResultsOption, Shards, WorkersOption, open_shards, wanted
+from ._shards import ClusterOption, ResultsOption, WorkersOption, open_shards, wanted
 from ._terminal import note, print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from ..cluster.store import Shard
+    from ..model import GPT2
 
 
 def score(
@@ -73,26 +74,20 @@ def score(
     if wanted(workers, cluster, results):
         if resume is not None:
             raise InputError("--resume is for one process; --results keeps what --workers and --cluster compute")
-        from ..cluster.models import describe
-        from ..cluster.text import line_shards, token_shard
-
         gpt2 = load_model(model, tokenizer, engine, dtype, weights)
         how = *check_cut(gpt2.config.n_ctx, window, stride), check_batch_size(batch_size)
-        described = describe(gpt2, tokenizer)
-        whole = {path: token_shard(path, described) for path in files if path.suffix != ".jsonl"}
-        cut = {p: line_shards("passages", p, described, {}, batch_size) for p in files if p not in whole}
-        with open_shards(workers, cluster, results, "tokens") as shards:
-            _score_shards(shards, files, whole, cut, how, json)
+        _score_shards(gpt2, tokenizer, files, how, (workers, cluster, results), json)
         return
     kept = Progress(resume)
     texts = [read_text(path) for path in files]
     gpt2 = load_model(model, tokenizer, engine, dtype, weights)
     scorings: list[TextScoring | LastWordScoring] = []
     for path, text in zip(files, texts, strict=True):
-        if path.suffix == ".jsonl":
-            scorings.append(LastWordScoring(gpt2, read_passages(text), batch_size, progress=kept))
-        else:
-            scorings.append(TextScoring(gpt2, text, window, stride, batch_size, progress=kept))
+        with located(path):
+            if path.suffix == ".jsonl":
+                scorings.append(LastWordScoring(gpt2, read_passages(text), batch_size, progress=kept))
+            else:
+                scorings.append(TextScoring(gpt2, text, window, stride, batch_size, progress=kept))
     records: list[dict[str, Any]] = []
     complete = True
     for path, scoring in zip(files, scorings, strict=True):
@@ -117,8 +112,7 @@ def _run(path: Path, scoring: TextScoring | LastWordScoring) -> float | None:
     unit = "passages" if isinstance(scoring, LastWordScoring) else "tokens"
     before, began = scoring.done, time.perf_counter()
     try:
-        with progress(str(path), scoring.total, unit) as advance:
-            advance(before)
+        with progress(str(path), scoring.total, unit, before) as advance:
             for amount in scoring:
                 advance(amount)
     except KeyboardInterrupt:
@@ -128,36 +122,40 @@ def _run(path: Path, scoring: TextScoring | LastWordScoring) -> float | None:
 
 
 def _score_shards(
-    shards: Shards,
+    gpt2: GPT2,
+    tokenizer: Path | None,
     files: list[Path],
-    texts: dict[Path, Shard],
-    cut: dict[Path, list[Shard]],
     how: tuple[int, int, int],
+    by: tuple[int | None, str | None, Path | None],
     json: bool,
 ) -> None:
-    """Score files by shards: texts are tokenized first, then windows and passages (`cut`) are scored together."""
+    """Score files by shards: texts are tokenized first, then windows and passages are scored together."""
     from ..cluster import text
+    from ..cluster.models import describe
 
-    window, stride, batch_size = how
-    shards.compute(text.tokenize, list(texts.values()), "tokenizing", "texts")
-    for path, tokens in texts.items():
-        cut[path] = text.window_shards(tokens, shards.store, window, stride, batch_size)
-    shards.compute(text.score, [shard for path in files for shard in cut[path]], "scoring")
+    (window, stride, batch_size), described = how, describe(gpt2, tokenizer)
+    texts = {path: text.token_shard(path, described) for path in files if path.suffix != ".jsonl"}
+    cut = {p: text.line_shards(text.score_passages, p, described, {}, batch_size) for p in files if p not in texts}
     records: list[dict[str, Any]] = []
-    for path in files:
-        result = (
-            text.text_score(texts[path], cut[path], shards.store) if path in texts
-            else text.passages_score(cut[path], shards.store)
-        )  # fmt: skip
-        sizes = {"window": window, "stride": stride} if path in texts else {}
-        records.append({"file": str(path), "complete": True, **_record(result, sizes), "per_second": None})
+    with open_shards(*by) as shards:
+        shards.compute(list(texts.values()), "tokenizing", "texts")
+        for path, tokens in texts.items():
+            cut[path] = text.window_shards(tokens, shards.store, window, stride, batch_size)
+        shards.compute([shard for path in files for shard in cut[path]], "scoring", "tokens")
+        for path in files:
+            result = (
+                text.text_score(texts[path], cut[path], shards.store) if path in texts
+                else text.passages_score(cut[path], shards.store)
+            )  # fmt: skip
+            sizes = {"window": window, "stride": stride} if path in texts else {}
+            records.append({"file": str(path), "complete": True, **_record(result, sizes), "per_second": None})
+            if json:
+                print_json("score", records[-1])
         if json:
-            print_json("score", records[-1])
-    if json:
-        print_json("shards", shards.summary())
-    else:
-        _print(records)
-        shards.tell()
+            print_json("shards", shards.summary())
+        else:
+            _print(records)
+            shards.tell()
 
 
 def _cut(scoring: TextScoring | LastWordScoring) -> dict[str, int]:

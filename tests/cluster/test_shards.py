@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,12 @@ from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_te
 from typer.testing import CliRunner
 
 from gpt2np.cli import app
-from gpt2np.cluster import engine, text
+from gpt2np.cluster import engine, sweep, text
 from gpt2np.cluster.models import describe, open_described
-from gpt2np.cluster.store import Shard, Store
+from gpt2np.cluster.store import Store
 from gpt2np.errors import Gpt2npError, InputError, MissingPackageError
 from gpt2np.model import load
+from gpt2np.parity.capture import Options
 from gpt2np.score import TextScoring
 from toy_model import write_toy
 
@@ -59,7 +62,7 @@ def cut(tmp_path, toy, monkeypatch):
     store.folder.mkdir()
     model = load(toy / "model.onnx", "numpy")
     tokens = text.token_shard(file, describe(model, None))
-    engine.compute(text.tokenize, [tokens], store)
+    engine.compute([tokens], store)
     scoring = TextScoring(model, TEXT, 40, 10, batch_size=1)
     for _ in scoring:
         pass
@@ -69,14 +72,14 @@ def cut(tmp_path, toy, monkeypatch):
 def test_shards_give_the_bits_of_one_process(cut):
     tokens, shards, store, expected = cut
     assert len(shards) > 10
-    engine.compute(text.score, shards, store)
+    engine.compute(shards, store)
     assert text.text_score(tokens, shards, store) == expected
 
 
 def test_sums_of_sums_are_not_the_sum(cut):
     """Why there is one exact sum over all windows: sums of each worker's sums depend on who computed what."""
     _, shards, store, expected = cut
-    engine.compute(text.score, shards, store)
+    engine.compute(shards, store)
     parts = [np.frombuffer(store.read(shard.name), "<f8") for shard in shards]
     workers = [[float(np.concatenate(parts[i::n]).sum()) for i in range(n)] for n in range(1, len(parts))]
     assert len({sum(sums) for sums in workers}) > 1
@@ -85,26 +88,24 @@ def test_sums_of_sums_are_not_the_sum(cut):
     assert backwards == math.fsum(np.concatenate(parts)) == expected.log_likelihood
 
 
-def test_what_is_there_is_not_computed_again_and_what_is_damaged_is(cut):
+def test_what_is_there_is_not_computed_again_and_what_is_damaged_is(cut, monkeypatch):
     tokens, shards, store, expected = cut
-    engine.compute(text.score, shards, store)
-    computed = []
-
-    def seen(shard, new):
-        computed.append(shard.name) if new else None
-
-    engine.compute(text.score, shards, store, seen=seen)
-    assert computed == []
+    engine.compute(shards, store)
+    assert store.missing(shards) == []
+    whole = {file.name: file.stat().st_mtime_ns for file in store.folder.iterdir()}
+    engine.compute(shards, store)
+    assert whole == {file.name: file.stat().st_mtime_ns for file in store.folder.iterdir()}
     damaged = store.folder / shards[3].name
     content = bytearray(damaged.read_bytes())
     content[5] ^= 1
     damaged.write_bytes(content)
     (store.folder / shards[4].name).write_bytes(b"")
     (store.folder / shards[5].name).unlink()
-    with pytest.raises(InputError, match="removed or damaged"):
+    monkeypatch.setattr("gpt2np.cluster.store.WAIT", 0)
+    with pytest.raises(InputError, match="is missing or damaged, as .* sees it; do all machines see this folder"):
         text.text_score(tokens, shards, store)
-    engine.compute(text.score, shards, store, seen=seen)
-    assert computed == [shard.name for shard in shards[3:6]]
+    assert store.missing([*shards, *shards]) == shards[3:6]
+    engine.compute(shards, store)
     assert text.text_score(tokens, shards, store) == expected
 
 
@@ -130,37 +131,39 @@ def test_a_name_changes_with_all_that_the_result_depends_on(cut, tmp_path, toy):
 def test_another_model_or_program_at_the_place_is_refused(cut, tmp_path):
     tokens, _, _, _ = cut
     other = write_toy(tmp_path / "other", n_ctx=59)
-    with pytest.raises(InputError, match="has another model at"):
-        open_described(Shard("tokens", tokens.content, {"of": {"model": other / "model.onnx", "tokenizer": None}}))
-    with pytest.raises(InputError, match="computes other bits with"):
-        open_described(Shard("tokens", {"of": tokens.content["of"] | {"fingerprint": "0"}}, tokens.where))
+    with pytest.raises(InputError, match="differs from the machine that cut the work in the model of"):
+        open_described(replace(tokens, where={"of": {"model": other / "model.onnx", "tokenizer": None}}))
+    with pytest.raises(InputError, match="in the fingerprint of"):
+        open_described(replace(tokens, content={"of": tokens.content["of"] | {"fingerprint": "0"}}))
 
 
 def test_a_full_disk_is_an_error_and_nothing_is_half_written(cut):
     tokens, shards, store, expected = cut
-    engine.compute(text.score, shards[:3], store)
+    engine.compute(shards[:3], store)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40, limits[1]))
     try:
         with pytest.raises(InputError, match=r"cannot write .*windows-\w+: File too large"):
-            engine.compute(text.score, shards, store)
+            engine.compute(shards, store)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert {p.name for p in store.folder.iterdir()} == {tokens.name, *(shard.name for shard in shards[:3])}
-    engine.compute(text.score, shards, store)
+    engine.compute(shards, store)
     assert text.text_score(tokens, shards, store) == expected
 
 
-def test_what_killed_workers_leave_is_removed(cut):
+def test_a_result_that_a_network_shows_late_is_waited_for(cut):
+    """Another machine has written it, and NFS still says that there is no such file."""
     _, shards, store, _ = cut
-    mine, foreign = store.folder / f".{shards[0].name}.host.1.part", store.folder / ".windows-0.host.1.part"
-    mine.write_bytes(b"half")
-    foreign.write_bytes(b"half")
-    engine.compute(text.score, shards, store)
-    assert not mine.exists()
-    assert foreign.exists()  # another run may be at work in the same folder
+    engine.compute(shards[:1], store)
+    place, hidden = store.folder / shards[0].name, store.folder / "hidden"
+    place.rename(hidden)
+    late = threading.Timer(0.3, hidden.rename, [place])
+    late.start()
+    assert len(store.result(shards[0].name)) == 8 * 4
+    late.join()
 
 
 # ------------------------------------------------------------------------------------------ the commands
@@ -226,22 +229,40 @@ def test_parity_by_shards(tmp_path, monkeypatch, toy):
     assert isinstance(CliRunner().invoke(app, ["parity", str(toy), str(bad)]).exception, Gpt2npError)
 
 
+def test_a_sweep_finds_what_its_paths_mean_from_another_folder(tmp_path, toy, monkeypatch):
+    """As a worker on another machine does, which was started elsewhere; and it sees that a file has changed."""
+    (tmp_path / "here").mkdir()
+    for name in ("one.onnx", "two.onnx"):
+        (tmp_path / "here" / name).write_bytes((toy / "model.onnx").read_bytes())
+    monkeypatch.chdir(tmp_path / "here")
+    options = Options(Path("one.onnx"), against=["two.onnx"], random=1, engine="numpy")
+    [shard] = sweep.report_shards(options, [Path("one.onnx")], 1.0)
+    monkeypatch.chdir(tmp_path)
+    assert json.loads(sweep.compare(shard, Store(tmp_path)))["report"]["exit_code"] == 0
+    assert Path.cwd() == tmp_path
+    write_toy(tmp_path / "other", n_ctx=59)
+    (tmp_path / "other" / "model.onnx").rename(tmp_path / "here" / "two.onnx")
+    assert "in the files of one.onnx" in json.loads(sweep.compare(shard, Store(tmp_path)))["report"]["error"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--workers", "2", "--results", "text.txt/r"], "cannot keep results in .*text.txt is no folder"),
         (["--workers", "2", "--cluster", "tcp://127.0.0.1:1"], "not both"),
-        (["--workers", "0"], "--workers must be at least 1, got 0"),
         (["--results", "r", "--resume", "p"], "--resume is for one process"),
-        (["--results", "text.txt"], "cannot keep results in .*: File exists"),
+        (["--results", "text.txt"], "cannot keep results in .*text.txt is no folder"),
         (["--results", "r", "--window", "61"], r"window must be in 2\.\.60"),
         (["--results", "r", "--batch-size", "0"], "batch_size"),
     ],
 )
 def test_wrong_options(run, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "distributed", None)  # nothing is started
     Path("text.txt").write_text(TEXT)
     with pytest.raises(InputError, match=message):
         run("score", "text.txt", *arguments)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "r"] == ["text.txt"]
 
 
 @pytest.mark.parametrize(
@@ -262,6 +283,45 @@ def test_texts_that_cannot_be_scored(run, tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
         run("score", "-" if name == "-" else tmp_path / name, "--results", tmp_path / "r")
+
+
+def test_errors_of_one_text_among_several_name_it(run, tmp_path):
+    (tmp_path / "long.txt").write_text(TEXT)
+    (tmp_path / "short.txt").write_text("x")
+    for options in ([], ["--results", tmp_path / "r"]):
+        with pytest.raises(InputError, match=r"short\.txt: a text needs two tokens"):
+            run("score", tmp_path / "long.txt", tmp_path / "short.txt", *options)
+
+
+def test_what_is_given_twice_is_computed_once(run, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "b.txt").write_text(TEXT)
+    *found, summary = run("score", tmp_path / "a.txt", tmp_path / "b.txt", "--json", "--results", tmp_path / "r")
+    assert found[0] | {"file": ""} == found[1] | {"file": ""}
+    assert 2 * summary["computed"] == 2 * summary["found"] == summary["shards"]
+
+
+@pytest.mark.jit
+def test_no_pool_of_threads_is_started_before_workers_are_forked(tmp_path):
+    """They would find it lost, and each of them would work on one thread."""
+    code = """if True:
+        import sys
+        import gpt2np.commands.embed
+        from numba.np.ufunc.parallel import threading_layer
+        from gpt2np.cli import app
+
+        def open_shards(*options):
+            try:
+                raise SystemExit(f"started: {threading_layer()}")
+            except ValueError:
+                raise SystemExit("no pool")
+
+        sys.modules["gpt2np.commands.embed"].open_shards = open_shards
+        app(["embed", sys.argv[1], "-o", "x.npy", "--workers", "2"])
+        """
+    (tmp_path / "lines.txt").write_text("a king")
+    done = python("-c", code, tmp_path / "lines.txt")
+    assert done.stderr.splitlines()[-1] == "no pool"
 
 
 def test_without_dask_one_process_does_it_and_workers_are_refused(monkeypatch):
@@ -328,6 +388,16 @@ def test_no_scheduler_at_the_address(monkeypatch):
                 engine.open_engine(None, address),
             ):
                 pass
+
+
+def test_another_version_of_gpt2np_at_the_scheduler(monkeypatch):
+    """Dask would end each worker without it, and the command would wait for ever."""
+    monkeypatch.setattr(engine, "__version__", "0.0.1")
+    with (
+        pytest.raises(InputError, match=r"the scheduler at tcp://.* has gpt2np .*, where this machine has 0\.0\.1"),
+        engine.open_engine(1),
+    ):
+        pass
 
 
 def test_a_wrong_address_is_the_end(tmp_path, toy):

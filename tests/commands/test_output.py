@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import gpt2np
 from gpt2np import github
 from gpt2np.cli import app
+from gpt2np.commands import _terminal
 from records import SCHEMA, validate
 from runtime import DATA
 
@@ -164,3 +166,19 @@ def test_without_github_nothing_is_annotated(here: Path) -> None:
 
 def test_an_annotation_is_one_line_whatever_is_in_it() -> None:
     assert github.error("50% off\nnext", "a:b,c") == "::error title=a%3Ab%2Cc::50%25 off%0Anext"
+
+
+def test_progress_in_a_file_is_a_line_each_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rate is that of this run, whatever was there before."""
+    monkeypatch.setattr(_terminal, "MINUTE", 0.05)
+    with _terminal.progress("reading", 1000, "bytes", 500) as advance:
+        for _ in range(3):
+            time.sleep(0.06)
+            advance(100)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == "reading: 60%, -:--:-- left"
+    rate = float(re.fullmatch(r"reading: 70%, ([\d,]+) bytes/s, 0:00:\d\d left", second)[1].replace(",", ""))
+    assert 0 < rate < 100 / 0.06
+    assert third.startswith("reading: 80%, ")

@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -42,7 +43,7 @@ def slowly(shard: Shard, store: Store) -> bytes:
     with (store.folder.parent / "begun.log").open("a") as log:
         log.write(f"{shard.name}\n")
     time.sleep(0.2)
-    return text.score(shard, store)
+    return text.score_windows(shard, store)
 
 
 def work(folder: Path, given: Path | None) -> tuple[Shard, list[Shard], Store, Score]:
@@ -55,11 +56,12 @@ def work(folder: Path, given: Path | None) -> tuple[Shard, list[Shard], Store, S
     store = Store(folder / "results")
     store.folder.mkdir()
     tokens = text.token_shard(folder / "text.txt", describe(model, None))
-    engine.compute(text.tokenize, [tokens], store)
+    engine.compute([tokens], store)
     scoring = TextScoring(model, scored, *cut, batch_size=1)
     for _ in scoring:
         pass
-    return tokens, text.window_shards(tokens, store, *cut, 1), store, scoring.result
+    shards = [replace(shard, work=slowly) for shard in text.window_shards(tokens, store, *cut, 1)]
+    return tokens, shards, store, scoring.result
 
 
 def begun_in(log: Path) -> int:
@@ -96,7 +98,7 @@ def by_workers(folder: Path, given: Path | None, kills: int, rng: random.Random)
         with engine.open_engine(workers) as local:
             killer.start()
             try:
-                engine.compute(slowly, shards, store, local)
+                engine.compute(shards, store, local)
             finally:
                 stop.set()
                 killer.join()
@@ -152,7 +154,7 @@ def by_scheduler(folder: Path, given: Path | None, kills: int, rng: random.Rando
         with engine.open_engine(address=address) as remote:
             killer = threading.Thread(target=restart, args=(stop,))
             killer.start()
-            engine.compute(slowly, shards, store, remote)
+            engine.compute(shards, store, remote)
         stop.set()
         killer.join()
     finally:
