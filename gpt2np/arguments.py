@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 from .errors import InputError
@@ -32,3 +34,14 @@ def real_number(name: str, value: Any, meaning: str = "a number") -> float:
     if not math.isfinite(number):
         raise InputError(f"{name} must be {meaning}, got {value!r:.60}")
     return number
+
+
+def as_path(value: Any) -> Path:
+    """`value` as a Path; InputError unless it is a path, or the text of one: an empty one would mean this folder."""
+    try:
+        text = os.fspath(value)
+    except TypeError:
+        text = ""
+    if not text or not isinstance(text, str):
+        raise InputError(f"expected a path, got {value!r:.60}")
+    return Path(text)

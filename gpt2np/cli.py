@@ -9,6 +9,7 @@ import traceback
 import warnings
 from importlib import import_module
 from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,11 +34,13 @@ class _Flags:
 class _Command(_Flags, TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse an empty path, as a variable of the shell that is not set leaves it: it would mean this folder."""
-        empty = any(not arg or arg.endswith("=") for arg in args) and "." not in args
+        takers = {name: param for param in self.params for name in param.opts if not getattr(param, "is_flag", False)}
+        empty = [takers.get(before) for before, arg in pairwise(["", *args]) if not arg]  # None: an argument's
+        empty += [takers[arg[:-1]] for arg in args if arg.endswith("=") and arg[:-1] in takers]
         rest = super().parse_args(ctx, args)
-        for param in self.params if empty else []:
-            value, source = ctx.params.get(param.name), ctx.get_parameter_source(param.name)
-            given = source is not None and source.name == "COMMANDLINE"
+        for param in self.params:
+            value = ctx.params.get(param.name)
+            given = param in empty or (None in empty and param.param_type_name == "argument")
             if given and Path() in (value if isinstance(value, (list, tuple)) else [value]):
                 raise InputError(f"{param.opts[0]} is an empty text; expected a path")
         return rest

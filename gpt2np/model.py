@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 import numpy as np
 
 from . import reference
+from .arguments import as_path
 from .cache import KVCache
 from .call import Call, check_ids, check_positions, checked_call
 from .config import GPT2Config
@@ -429,7 +430,7 @@ def load(
     Raises
     ------
     InputError
-        If engine, dtype or weights is none of these.
+        If engine, dtype or weights is none of these, or path is no path, or empty.
     ModelFileError
         If there is no such file, or it is not a readable ONNX model.
     UnsupportedModelError, WeightError
@@ -443,7 +444,7 @@ def load(
     >>> model([[1, 2, 3]]).last_hidden_state.shape[:2]
     (1, 3)
     """
-    place = embedded_model_path() if path is None else Path(path)
+    place = embedded_model_path() if path is None else as_path(path)
     if not place.exists():
         raise ModelFileError(f"{place}: no such file or folder")
 

@@ -29,6 +29,7 @@ RUN = 512  # entries whose sum is looked at first, in the search for a place in 
 ADDED_AT_ONCE = 4096  # numbers that every NumPy adds in one order: its buffer has 8192
 LOG_2 = 0.6931471805599453
 COLDEST = 1e-6  # temperatures below cannot be told from greedy in float32
+LARGEST = 1e30  # that scores are divided or multiplied by: float32 ends at 3e38
 DIGITS = Context(prec=20, traps=[])  # more than a float64 has; what is out of range gives infinity or 0
 
 
@@ -89,13 +90,15 @@ class Sampling:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.min_p is not None and not 0 <= real_number("min_p", self.min_p) <= 1:
             raise InputError(f"min_p must be in 0..1, got {self.min_p}")
-        if real_number("repetition_penalty", self.repetition_penalty) <= 0:
-            raise InputError(f"repetition_penalty must be a positive number (1: none), got {self.repetition_penalty}")
+        if not 1 / LARGEST <= real_number("repetition_penalty", self.repetition_penalty) <= LARGEST:
+            raise InputError(
+                f"repetition_penalty must be in {1 / LARGEST:g}..{LARGEST:g} (1: none), got {self.repetition_penalty}"
+            )
         if self.temperature is None:
             filtered = bool(self.top_k) or self.top_p not in (None, 1) or bool(self.min_p)
             object.__setattr__(self, "temperature", 1.0 if filtered else 0.0)
-        elif real_number("temperature", self.temperature) != 0 and self.temperature < COLDEST:
-            raise InputError(f"temperature must be 0 (greedy) or a number from {COLDEST} up, got {self.temperature}")
+        elif real_number("temperature", self.temperature) != 0 and not COLDEST <= self.temperature <= LARGEST:
+            raise InputError(f"temperature must be 0 (greedy) or in {COLDEST:g}..{LARGEST:g}, got {self.temperature}")
 
     @property
     def greedy(self) -> bool:

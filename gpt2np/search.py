@@ -379,9 +379,12 @@ class Sampler:
         seed = given.get("seed")
         self.state = (0 if seed is None else int(seed.reshape(-1)[0])) % MODULUS or 1
 
+    @np.errstate(over="ignore")  # of scores that forbid a token, which are as low as float32 goes
     def __call__(self, scores: Array) -> Array:
-        """One token for each row of scores (B, V)."""
+        """One token for each row of scores (B, V); InputError where these cannot be divided by so low a temperature."""
         scores = scores / self.temperature if self.temperature > 0 else scores.copy()
+        if not np.isfinite(scores.max(axis=-1)).all():
+            raise InputError(f"a temperature of {self.temperature:g} makes scores beyond the numbers of float32")
         tokens = []
         for row in scores:
             order = np.argsort(row, kind="stable")  # the least likely first

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from .arguments import as_path
 from .bpe import BPE, bytes_to_unicode
 from .errors import InputError, TokenizerError, TokenRangeError
 from .files import File
@@ -53,8 +54,10 @@ def load(path: str | Path) -> tokenizers.Tokenizer:
     ------
     TokenizerError
         If nothing of the kind is there, or a file cannot be read.
+    InputError
+        If it is no path, or empty.
     """
-    found = locate(path)
+    found = locate(as_path(path))
     if found is None:
         problem = "has no tokenizer in it" if Path(path).is_dir() else "is not a tokenizer.json or a folder with one"
         raise TokenizerError(f"{path} {problem}; {HOW_TO_GET_ONE}")

@@ -19,6 +19,7 @@ from gpt2np.errors import (
 )
 from gpt2np.masks import MaskRule
 from gpt2np.model import GPT2
+from gpt2np.onnx.read.reader import open_model
 from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
 
 ENGINES = ["numpy", "numba"]
@@ -319,3 +320,11 @@ def test_dir_lists_the_public_names():
     assert set(gpt2np.__all__) <= set(dir(gpt2np))
     assert not {name for name in dir(gpt2np) if name.startswith("_")} - {"__version__"}
     assert not {"Any", "TYPE_CHECKING", "annotations", "import_module"} & set(dir(gpt2np))
+
+
+@pytest.mark.parametrize("path", ["", b"", b"model.onnx", 5, 1.5, []])
+@pytest.mark.parametrize("read", [gpt2np.load, gpt2np.tokenizer.load, open_model])
+def test_what_is_no_path_is_an_error(read, path):
+    """An empty one, as an unset variable leaves it, is not this folder."""
+    with pytest.raises(InputError, match="expected a path, got"):
+        read(path)

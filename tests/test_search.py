@@ -179,7 +179,10 @@ def test_too_many_tokens_are_an_error(loop):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ONNX Runtime draws other numbers with other C++ libraries")
-@pytest.mark.parametrize("how", [{"top_p": 0.7, "temperature": 1.3}, {"top_p": 0.3, "min_tokens_to_keep": 3}])
+@pytest.mark.parametrize(
+    "how",
+    [{"top_p": 0.7, "temperature": 1.3}, {"top_p": 0.3, "min_tokens_to_keep": 3}, {"top_p": 0.5, "temperature": 1e-6}],
+)
 def test_sampling_draws_what_onnx_runtime_draws(tmp_path, how):
     path = node_file(tmp_path / "model.onnx", "Sampling", **how)
     ours, theirs = InferenceSession(path, engine="numpy"), runtime(path)
@@ -192,6 +195,13 @@ def test_sampling_draws_what_onnx_runtime_draws(tmp_path, how):
         np.testing.assert_array_equal(got[:, :stop], expected[:, :stop], str(feeds))
         compared += stop - feeds["input_ids"].shape[1]
     assert compared > 30
+
+
+def test_a_temperature_that_no_score_can_be_divided_by_is_an_error(tmp_path):
+    path = node_file(tmp_path / "model.onnx", "Sampling", top_p=0.5, temperature=1e-42)
+    feeds = {**node_feeds("Sampling", np.random.default_rng(0)), "seed": np.array([1], np.int32)}
+    with pytest.raises(InputError, match=r"temperature of 1.*e-42"):
+        InferenceSession(path, engine="numpy").run(None, feeds)
 
 
 @pytest.mark.parametrize("how", [{"custom": 1}, {"presence_penalty": 0.5}])

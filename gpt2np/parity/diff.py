@@ -21,7 +21,7 @@ from .files import compare_files
 from .forms import as_array, form_of, named
 from .localise import Seen, TapRow, compare_taps, first_divergence
 from .operations import is_tap, tap_inputs
-from .parties import Function, Ort, Runner, TraceRunner, fed_alike, model_of, port_of, runner_of
+from .parties import Function, Runner, TraceRunner, model_of, of_another_file, port_of, runner_of
 from .replace import check_replace, put_right, say_whether_cured
 from .report import Pair, Report, Watch, add_once
 from .search import Oracle, investigate, judge
@@ -116,9 +116,7 @@ def two_runners(model: Subject, subjects: dict[Path, Subject], a: str, b: str) -
     runners: list[Runner] = []
     for text in (a, b):
         own = model_of(text)
-        runner = (
-            runner_of(model, text, "numba") if own is None else Ort(fed_alike(model, subjects[own]), optimise=False)
-        )
+        runner = runner_of(model, text, "numba") if own is None else of_another_file(model, subjects[own])
         if own is not None:
             runner.name = own.parent.name if own.name == "model.onnx" else own.stem
         runners.append(runner)

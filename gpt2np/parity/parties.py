@@ -105,6 +105,7 @@ class Ort:
         self.name = "ort" if optimise else "ort-off"
         if threads is not None:
             self.name += f"-{threads}t"
+        self.other_things: dict[str, str] = {}  # outputs that are another thing in the file this is compared with
 
     def open(self, source: str | bytes, optimise: bool) -> Any:
         """A session over the file, or over a changed copy of it."""
@@ -139,7 +140,8 @@ class Ort:
         found: dict[str, Array] = {}
         if outputs:
             names = [o.name for o in self.session.get_outputs()]
-            made = dict(zip(names, self.call(self.session, names, feeds), strict=True))
+            shown = [f"{name} ({self.other_things[name]})" if name in self.other_things else name for name in names]
+            made = dict(zip(shown, self.call(self.session, names, feeds), strict=True))
         places = {t: self.model.recognised.taps[t] for t in taps if t in self.model.recognised.taps}
         if places:
             tensors = list(dict.fromkeys(place.tensor for place in places.values()))
@@ -147,7 +149,10 @@ class Ort:
             batch = self.model.call(feeds).input_ids.shape[0]
             for tap, place in places.items():
                 found[tap] = place.to_tap(got[place.tensor], self.model.config, batch)
-        return Captured(made, found)
+        notes = [
+            f"{name} is {role} here, and another thing in the first file" for name, role in self.other_things.items()
+        ]
+        return Captured(made, found, tuple(notes))
 
     def call(self, session: Any, names: list[str], feeds: Feeds) -> list[Array]:
         """These tensors of a session."""
@@ -369,7 +374,7 @@ def runner_of(model: Subject, text: str, engine: str) -> Runner:
         path = model_path(Path(text))
         if not path.is_file():
             raise InputError(f"{text}: no such model")
-        other = Ort(fed_alike(model, Subject(path)), optimise=False)
+        other = of_another_file(model, Subject(path))
         other.name = path.parent.name if path.name == "model.onnx" else path.stem
         return other
     if ":" in text:
@@ -380,8 +385,17 @@ def runner_of(model: Subject, text: str, engine: str) -> Runner:
     )
 
 
-def fed_alike(model: Subject, other: Subject) -> Subject:
-    """Another file, if it can be run on the inputs of the first."""
+def of_another_file(model: Subject, other: Subject) -> Ort:
+    """ONNX Runtime, without its optimisations, on another file that is compared with the first.
+
+    An output with the name of one that is another thing in the first file, as the zoo's output1 is the last hidden
+    state in gpt2-10 and the logits in gpt2-lm-head-10, is not compared with it.
+
+    Raises
+    ------
+    InputError
+        If it cannot be run on the inputs of the first.
+    """
     missing = [name for name in other.input_names if name not in model.input_names]
     if missing:
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
@@ -389,7 +403,12 @@ def fed_alike(model: Subject, other: Subject) -> Subject:
             f"{other.path} takes {few}, and {model.path} takes {', '.join(model.input_names[:3])}: both must take the"
             " same inputs; gpt2np convert writes a file in another form"
         )
-    return other
+    runner = Ort(other, optimise=False)
+    if model.found is not None and other.found is not None:
+        things = {port.name: port.role for port in model.found.outputs}
+        last = [port for port in other.found.outputs if port.role in ("last_hidden_state", "logits")]
+        runner.other_things = {p.name: p.role for p in last if things.get(p.name, p.role) != p.role}
+    return runner
 
 
 def model_path(given: Path | None) -> Path:

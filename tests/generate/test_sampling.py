@@ -260,6 +260,7 @@ def test_exp_and_log_are_the_nearest_numbers_or_almost(dtype):
     [
         {"temperature": -1.0},
         {"temperature": 1e-9},
+        {"temperature": 1e300},
         {"temperature": math.nan},
         {"temperature": math.inf},
         {"top_k": -1},
@@ -269,6 +270,8 @@ def test_exp_and_log_are_the_nearest_numbers_or_almost(dtype):
         {"min_p": -0.1},
         {"min_p": 2.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e40},
         {"repetition_penalty": math.inf},
     ],
 )

@@ -204,6 +204,17 @@ def test_a_bug_in_a_users_function_is_found_by_one_command(
     sys.modules.pop("my_port")
 
 
+def test_outputs_of_two_files_that_are_different_things_are_not_compared(tmp_path: Path) -> None:
+    """As the zoo's output1, which is the last hidden state in one file and the logits in the other."""
+    for name, options in {"base": [], "head": ["--lm-head"]}.items():
+        assert run("synth", "--size", "2,3,12,20,37", *options, "-o", tmp_path / name)[0] == 0
+    for a, b, role in (("base", "head", "logits"), ("head", "base", "last_hidden_state")):
+        code, output = run("diff", tmp_path / a, tmp_path / b, "--ids", "1,2,3")
+        assert code == 0, output
+        assert f"output1 is {role} here, and another thing in the first file ({b})" in " ".join(output.split())
+        assert f"output1 ({a} alone gives it)" in " ".join(output.split())
+
+
 # ------------------------------------------------------------------------------------------------- traces
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from ...arguments import as_path
 from ...errors import ModelFileError
 from ...files import File
 from ...optional import needs
@@ -219,7 +220,7 @@ def open_model(path: str | os.PathLike[str]) -> ModelFile:
         and payload contradict each other; if external data is missing, too short, or outside of the model's
         folder.
     """
-    path = _find(Path(path))
+    path = _find(as_path(path))
     file = File(path)
     marker = "gpt2np." + secrets.token_hex(8)  # so that no file can hold it
     with file.open() as opened:
