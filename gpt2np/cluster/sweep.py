@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import chdir, nullcontext
@@ -65,7 +66,8 @@ def report_shards(options: Options, models: Sequence[Path], search_time: float) 
 
 def _files(options: Options) -> list[Path]:
     """What a report depends on beside the model: data sets, other models, recorded arrays."""
-    places = [*options.data, *map(Path, (*options.against, *options.ids))]
+    # os.path, not Path: names of parties, and many ids, are no paths, and these are longer than one can be
+    places = [*options.data, *(Path(text) for text in (*options.against, *options.ids) if os.path.exists(text))]
     if not (options.data or options.prompts or options.ids or options.random):  # the data sets beside the model
         places += options.model.parent.glob("test_data_set_*")
     return sorted(path for place in places for path in (place, *place.rglob("*")) if path.is_file())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -156,7 +157,8 @@ def given_ids(text: str, model: Subject) -> Array:
                 raise InputError(f"--ids {text}: none of its arrays {', '.join(arrays)} is called ids")
             value = arrays[wanted[0] if wanted else next(iter(arrays))]
         else:
-            words = (path.read_text(encoding="utf-8") if path.is_file() else text).replace(",", " ").split()
+            # os.path, not Path: many ids are longer than a file's name can be
+            words = (path.read_text(encoding="utf-8") if os.path.isfile(text) else text).replace(",", " ").split()
             value = np.array([int(word) for word in words], np.int64)
     except (OSError, ValueError) as error:
         if isinstance(error, InputError):
