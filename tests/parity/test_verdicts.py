@@ -401,7 +401,7 @@ def test_token_ids_are_given_as_numbers_or_as_a_file(folder: Path, tmp_path: Pat
     (tmp_path / "ids.txt").write_text("5 17 30\n2, 7,7 19 34")
     for text in ("5,17,30,2,7,7,19,34", *(str(tmp_path / f"ids.{kind}") for kind in ("npy", "npz", "txt"))):
         np.testing.assert_array_equal(given_ids(text, model), IDS)
-    assert given_ids(",".join(["17"] * 200), model).shape == (1, 200)  # no name of a file is so long
+    assert given_ids(", ".join([f"{17:050}"] * 6), model).tolist() == [[17] * 6]  # no name of a file is so long
     for text in ("1,x", "99999", "-1", "", str(tmp_path / "nowhere.npy")):
         with pytest.raises(InputError):
             given_ids(text, model)
