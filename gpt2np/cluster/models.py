@@ -36,7 +36,7 @@ def hash_of_files(paths: Iterable[Path]) -> str:
     return hashlib.sha256("".join(File(path).sha256() for path in paths).encode()).hexdigest()
 
 
-def describe(model: GPT2, tokenizer: Path | None) -> Described:
+def describe(model: GPT2, tokenizer: Path | None, batch_size: int) -> Described:
     """What a model is, for shards that are computed with it; `tokenizer` is the path that its tokenizer is from.
 
     The fingerprint stands for the program that computes and for the machine: a worker that computes other bits
@@ -53,10 +53,11 @@ def describe(model: GPT2, tokenizer: Path | None) -> Described:
         "dtype": model.dtype.name,
         "weights": model.rounded_to,
         "fingerprint": computed,
+        "batch_size": None if model.engine == "numba" else batch_size,  # NumPy's last bits depend on it
     }
     paths = {"model": model.path.resolve(), "tokenizer": tokenizer and tokenizer.resolve()}
     _last[:] = what, paths, model
-    return {"of": what}, {"of": paths}
+    return {"of": what}, {"of": paths, "batch_size": batch_size}
 
 
 def alone(model: GPT2) -> AbstractContextManager[object]:
@@ -75,7 +76,7 @@ def open_described(shard: Shard) -> GPT2:
         model = load(paths["model"], what["engine"], what["dtype"], what["weights"])
         if paths["tokenizer"] is not None:
             model.tokenizer = tokenizers.load(paths["tokenizer"])
-        found, _ = describe(model, paths["tokenizer"])
+        found, _ = describe(model, paths["tokenizer"], shard.where["batch_size"])
         check_same(what, found["of"], paths["model"])
     return _last[2]
 

@@ -47,10 +47,10 @@ def tokenize(shard: Shard, store: Store) -> bytes:
     return np.array([len(text.split()), len(text.encode()), *ids], "<i8").tobytes()
 
 
-def window_shards(text: Shard, store: Store, window: int, stride: int, batch_size: int) -> list[Shard]:
+def window_shards(text: Shard, store: Store, window: int, stride: int) -> list[Shard]:
     """The windows of a text, once it is tokenized."""
     cut = score.windows(len(_tokens(store, text.name)) - 2, window, stride)
-    where = text.where | {"tokens": text.name, "batch_size": batch_size}
+    where = text.where | {"tokens": text.name}
     shards = []
     for first in range(0, len(cut), WINDOWS):
         group = cut[first : first + WINDOWS]
@@ -76,7 +76,7 @@ def text_score(text: Shard, shards: Iterable[Shard], store: Store) -> score.Scor
     return score.Score(len(found) - 2, scored, words, nbytes, math.fsum(_numbers(shards, store)))
 
 
-def line_shards(work: Work, path: Path, described: Described, options: dict[str, Any], batch_size: int) -> list[Shard]:
+def line_shards(work: Work, path: Path, described: Described, options: dict[str, Any]) -> list[Shard]:
     """The lines of a file, LINES to a shard; a shard is named by its lines, so that a longer file keeps its shards.
 
     Raises
@@ -92,7 +92,7 @@ def line_shards(work: Work, path: Path, described: Described, options: dict[str,
             if size := len(_lines(work, shown, piece)):
                 what = options | {"text": hashlib.sha256(piece).hexdigest()}
                 place = {"text": path.resolve(), "begin": begin, "bytes": len(piece), "shown": shown}
-                shards.append(Shard(work, content | what, where | place | {"batch_size": batch_size}, size))
+                shards.append(Shard(work, content | what, where | place, size))
             begin, line = begin + len(piece), line + LINES
     if not shards:
         raise InputError(f"{path} is empty: there is no line in it")

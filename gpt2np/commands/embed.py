@@ -72,7 +72,7 @@ def embed(
         with alone(gpt2):
             check_taps(gpt2, taps, pool, batch_size)
         options = {"taps": taps, "pool": pool}
-        pieces = text.line_shards(text.embed_lines, file, describe(gpt2, tokenizer), options, batch_size)
+        pieces = text.line_shards(text.embed_lines, file, describe(gpt2, tokenizer, batch_size), options)
         with open_shards(workers, cluster, results) as shards:
             shards.compute(pieces, "embedding", "lines")
             done |= {"lines": sum(shard.size for shard in pieces), "cluster": shards.summary()}

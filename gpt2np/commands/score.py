@@ -133,14 +133,15 @@ def _score_shards(
     from ..cluster import text
     from ..cluster.models import describe
 
-    (window, stride, batch_size), described = how, describe(gpt2, tokenizer)
+    window, stride, batch_size = how
+    described = describe(gpt2, tokenizer, batch_size)
     texts = {path: text.token_shard(path, described) for path in files if path.suffix != ".jsonl"}
-    cut = {p: text.line_shards(text.score_passages, p, described, {}, batch_size) for p in files if p not in texts}
+    cut = {p: text.line_shards(text.score_passages, p, described, {}) for p in files if p not in texts}
     records: list[dict[str, Any]] = []
     with open_shards(*by) as shards:
         shards.compute(list(texts.values()), "tokenizing", "texts")
         for path, tokens in texts.items():
-            cut[path] = text.window_shards(tokens, shards.store, window, stride, batch_size)
+            cut[path] = text.window_shards(tokens, shards.store, window, stride)
         shards.compute([shard for path in files for shard in cut[path]], "scoring", "tokens")
         for path in files:
             result = (

@@ -55,12 +55,12 @@ def work(folder: Path, given: Path | None) -> tuple[Shard, list[Shard], Store, S
     (folder / "text.txt").write_text(scored)
     store = Store(folder / "results")
     store.folder.mkdir()
-    tokens = text.token_shard(folder / "text.txt", describe(model, None))
+    tokens = text.token_shard(folder / "text.txt", describe(model, None, 1))
     engine.compute([tokens], store)
     scoring = TextScoring(model, scored, *cut, batch_size=1)
     for _ in scoring:
         pass
-    shards = [replace(shard, work=slowly) for shard in text.window_shards(tokens, store, *cut, 1)]
+    shards = [replace(shard, work=slowly) for shard in text.window_shards(tokens, store, *cut)]
     return tokens, shards, store, scoring.result
 
 
