@@ -37,6 +37,7 @@ QUIET = {  # settings of Dask, which takes more than 2% of two processors to loo
     "distributed.admin.tick.interval": "1s",  # 20 ms
     "distributed.admin.system-monitor.interval": "5s",  # 500 ms
 }
+HOST = "127.0.0.1"  # of local workers: who reaches one can have it compute anything
 METHOD = "fork" if sys.platform == "linux" else "spawn"  # elsewhere systems have threads that no fork survives
 ROUNDS = 10  # in a row in which nothing was computed, before the run is given up
 
@@ -80,7 +81,8 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
             begin = stack.enter_context(_workers(workers))
             stack.enter_context(dask.config.set(QUIET))
             failures = {"allowed_failures": 10}  # in a round: a worker that is killed is no fault of its shard's
-            cluster = distributed.LocalCluster(n_workers=0, dashboard_address=":0", scheduler_kwargs=failures)
+            place = {"host": HOST, "dashboard_address": f"{HOST}:0"}
+            cluster = distributed.LocalCluster(n_workers=0, **place, scheduler_kwargs=failures)
             begin(address := stack.enter_context(cluster).scheduler_address)
         assert address is not None
         client = stack.enter_context(_client(address))
@@ -138,7 +140,7 @@ def _work(address: str) -> None:
     import distributed
 
     async def work() -> None:
-        async with distributed.Worker(address, nthreads=1, memory_limit=0, dashboard=False) as worker:
+        async with distributed.Worker(address, nthreads=1, host=HOST, memory_limit=0, dashboard=False) as worker:
             await worker.finished()
 
     with dask.config.set(QUIET):

@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from onnx import TensorProto
 from onnx.helper import make_graph, make_model, make_node, make_opsetid, make_tensor_value_info
@@ -393,6 +395,17 @@ def test_no_scheduler_at_the_address(monkeypatch):
                 engine.open_engine(None, address),
             ):
                 pass
+
+
+def test_nothing_of_local_workers_is_open_to_other_machines():
+    with engine.open_engine(1):
+        here = psutil.Process()
+        until = time.monotonic() + 300
+        while len(workers := here.children(recursive=True)) < 2 or not workers[-1].net_connections():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        open_here = {c.laddr.ip for p in (here, *workers) for c in p.net_connections() if c.status == "LISTEN"}
+    assert open_here == {"127.0.0.1"}
 
 
 def test_another_version_of_gpt2np_at_the_scheduler(monkeypatch):
