@@ -6,11 +6,24 @@ mask sees to that). So they are computed once and kept: a further token costs on
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 
 from .config import GPT2Config
 from .errors import ContextOverflowError, InputError
 from .weights import Array
+
+
+class Layers(tuple[Array, ...]):
+    """The views of each layer of a cache; an engine may keep what it makes of them in `programs`, but no copy does."""
+
+    def __init__(self, views: Iterable[Array]) -> None:
+        self.programs: dict[Any, Any] = {}
+
+    def __reduce__(self) -> Any:
+        return Layers, (tuple(self),)
 
 
 class KVCache:
@@ -56,7 +69,7 @@ class KVCache:
         self._holders = [1] if holders is None else holders
         self.array = memory.view()  # (L, 2, B, H, max_length, D)
         self.array.flags.writeable = holders is None  # what others share is written by nobody
-        self.layers = list(self.array)  # L views (2, B, H, max_length, D)
+        self.layers = Layers(self.array)  # L views (2, B, H, max_length, D)
 
     @property
     def length(self) -> int:

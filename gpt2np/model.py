@@ -22,7 +22,7 @@ from .cache import KVCache
 from .call import Call, check_ids, check_positions, checked_call
 from .config import GPT2Config
 from .errors import ContextOverflowError, InputError, ModelFileError, TokenizerError, UnsupportedModelError
-from .masks import ScoresReachMask, mask_for
+from .masks import SafeScores, ScoresReachMask, mask_for
 from .paths import embedded_model_path
 from .quantised import rounded
 from .weights import Array, GPT2Weights, WeightSources, assemble, check_sources
@@ -277,14 +277,19 @@ class GPT2:
         (B, T), start = ids.shape, cache.length
         self._check_cache(cache, B, T)
         positions = check_positions(None, self.config, B, T, start)
-        rule, w = self.config.mask, self._weights
-        if self.engine == "numba" and rule.is_causal:
-            safe = rule.safe_scores(None, self.dtype)
-            with np.errstate(invalid="ignore", over="ignore"), suppress(ScoresReachMask):
-                scores: Array = self._kernels.causal_logits(ids, positions, w, cache.layers, start, safe)
-                cache.advance(T)
-                return scores
+        if self.engine == "numba" and self.config.mask.is_causal:
+            layers, safe = cache.layers, self._safe_scores
+            try:
+                scores: Array = self._kernels.causal_logits(ids, positions, self._weights, layers, start, safe)
+            except ScoresReachMask:
+                return None
+            cache.advance(T)
+            return scores
         return None
+
+    @cached_property
+    def _safe_scores(self) -> SafeScores:
+        return self.config.mask.safe_scores(None, self.dtype)
 
     def _check_cache(self, cache: KVCache, B: int, T: int) -> None:
         """Raise unless the cache is of this model's form and T new positions of B rows fit in; make it writable."""

@@ -5,7 +5,7 @@ Python does what happens once a call: it makes and reshapes arrays, and estimate
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -18,32 +18,32 @@ from ..reference import Tap, no_tap, split_heads
 from ..weights import MLP, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear
 from . import fused, loops, threads, vectors
 from .jit import DiskCache, config
-from .loops import PIECE_PANELS, PIECE_QUERIES, PIECE_ROWS, VisibleKeys
+from .loops import VisibleKeys
 from .panels import pack_levels, pack_matrix
 from .products import TERMS
-from .threads import pool, run_pieces, run_steps
-from .tile import FORMS, PANEL, ROWS, STREAMS
+from .programs import (
+    ANY,
+    attend_work,
+    group_for,
+    linear_work,
+    look_at_hidden,
+    norm_work,
+    program_for,
+    scratch_for,
+    visible_keys,
+)
+from .threads import pool, run_pieces
+from .tile import FORMS
 from .vectors import ACTIVATION_CODES, LANES, activate_in_place
-
-ANY = SafeScores()
-READ_COST = 8  # multiply-adds that take as long as to read one number from memory
 
 
 def needs_compilation() -> bool:
     """Whether the first call will take some seconds longer, because compiled kernels are not on disk yet."""
-    kernel = fused.block_steps  # the last one of a first call, however many threads there are
+    kernel = fused.run_steps  # the last one of a first call, however many threads there are
     if config.DISABLE_JIT or kernel.signatures:
         return False
     machine = cpu_target.target_context.codegen().magic_tuple()
     return not (isinstance(kernel._cache, DiskCache) and kernel._cache.holds(machine))
-
-
-def scratch_for(count: int, dtype: Any, C: int = 0, S: int = 0, D: int = 0) -> Array:
-    """Memory for `count` threads: for linear maps, layer norms of C numbers, and attention over S keys of size D."""
-    length, width = -(-S // PANEL) * PANEL, -(-D // PANEL) * PANEL
-    linear = (PIECE_ROWS * PIECE_PANELS + TERMS) * PANEL
-    size = max(linear, LANES + C, length * (D + width + ROWS) + ROWS * (width + 1) + LANES)
-    return empty_aligned((count, -(-size // 16) * 16), dtype)
 
 
 def _rows(x: Array) -> Array:
@@ -56,25 +56,15 @@ def _linear_into(
     terms: int = TERMS,
 ) -> None:  # fmt: skip
     """out = activation(x @ weight + bias), or out += that: (R, K) @ (K, N) -> (R, N)."""
-    arguments = x, weight.data, weight.scales, bias, ACTIVATION_CODES[activation], added, terms, _group(len(x)), out
-    run_pieces(*_linear_work(x, weight), loops.linear_range, loops.linear_parallel, scratch, *arguments)
-
-
-def _group(rows: int) -> int:
-    """How many panels share one pass over so many rows."""
-    return STREAMS[rows] if rows < len(STREAMS) else PIECE_PANELS if rows > PIECE_ROWS else 1
-
-
-def _linear_work(x: Array, weight: Any) -> tuple[int, int]:
-    """Pieces of a linear map, and what they cost in multiply-adds."""
-    pieces = -(-len(weight.data) // _group(len(x))) * -(-len(x) // PIECE_ROWS)
-    return pieces, (READ_COST + len(x)) * len(weight.data) * x.shape[1] * PANEL
+    group, work = group_for(len(x)), linear_work(len(x), len(weight.data), x.shape[1])
+    arguments = x, weight.data, weight.scales, bias, ACTIVATION_CODES[activation], added, terms, group, out
+    run_pieces(*work, loops.linear_range, loops.linear_parallel, scratch, *arguments)
 
 
 def _layer_norm_into(out: Array, x: Array, weight: Array, bias: Array, epsilon: float, scratch: Array) -> None:
     """out = layer_norm(x): (R, C) -> (R, C)."""
     arguments = x, weight, bias, epsilon, out
-    run_pieces(len(x), 4 * x.size, loops.layer_norm_range, loops.layer_norm_parallel, scratch, *arguments)
+    run_pieces(*norm_work(*x.shape), loops.layer_norm_range, loops.layer_norm_parallel, scratch, *arguments)
 
 
 def _attend_into(
@@ -84,38 +74,12 @@ def _attend_into(
     """heads = softmax(q . k * scale, causal or + mask) @ v over the cache: (R, 3HD) -> (R, HD)."""
     _, B, H, _, D = cache.shape
     loops.append_range(0, B * H, qkv, cache, start)
-    _look_at_hidden(qkv, cache, scale, visible)
+    look_at_hidden(qkv, cache, scale, visible)
     arguments = qkv, cache, cache.reshape(-1), scale, visible, heads, probs
-    work = _attend_work(B, H, len(qkv) // B, start, D)
+    work = attend_work(B, H, len(qkv) // B, start, D)
     run_pieces(*work, loops.attend_range, loops.attend_parallel, scratch, *arguments)
     if visible.unsafe[0]:
         raise ScoresReachMask
-
-
-def _attend_work(B: int, H: int, T: int, start: int, D: int) -> tuple[int, int]:
-    """Pieces of attention, and what they cost in multiply-adds."""
-    return B * H * -(-T // PIECE_QUERIES), 2 * (READ_COST + T) * B * (start + T) * H * D
-
-
-def _look_at_hidden(qkv: Array, cache: Array, scale: float, visible: VisibleKeys) -> None:
-    """Say in `visible` how high scores must be for those of hidden keys, if these matter, to leave no weight."""
-    if visible.hidden.size:
-        reach = _reach_of_hidden(qkv, cache, scale, visible.hidden) + visible.added
-        if not reach < math.inf:
-            raise ScoresReachMask
-        visible.safe[0] = max(visible.lowest, reach)
-
-
-def _reach_of_hidden(qkv: Array, cache: Array, scale: float, hidden: Array) -> float:
-    """A bound of the scores of hidden keys, (B, S) bools: |q . k| is at most the product of the vectors' lengths."""
-    _, B, H, _, D = cache.shape
-    some = np.flatnonzero(hidden.any(axis=0))
-    span = slice(some[0], some[-1] + 1)
-    queries, keys = qkv.reshape(B, -1, 3, H, D)[:, :, 0], cache[0, :, :, span]
-    with np.errstate(over="ignore", invalid="ignore"):
-        longest = np.einsum("bthd,bthd->bth", queries, queries).max(axis=1)  # (B, H), squares
-        lengths = np.where(hidden[:, None, span], np.einsum("bhsd,bhsd->bhs", keys, keys), 0)
-        return 1.001 * abs(scale) * math.sqrt(float((longest * lengths.max(axis=2)).max()))  # sums are rounded
 
 
 def embed(input_ids: Array, position_ids: Array, wte: Any, wpe: Array) -> Array:
@@ -156,22 +120,6 @@ def chained_product(x: Array, matrix: Array, bias: Array, terms: int) -> Array:
         scratch = scratch_for(count, x.dtype)
         _linear_into(out, _rows(x), pack_matrix(matrix), bias, scratch, terms=terms)
     return out
-
-
-def visible_keys(mask: Mask | None, B: int, T: int, start: int, dtype: Any, safe: SafeScores = ANY) -> VisibleKeys:
-    """Which keys T new positions from `start` on may see; mask: None for the causal mask."""
-    if mask is None:
-        added, kept = np.empty((0, 0, 0, 0), dtype), np.empty((0, 0), dtype)
-    else:
-        added, kept = (np.require(a, dtype, ["C", "A", "W"]) for a in (mask.added, mask.kept_queries))
-    keys, limits = np.empty((B, start + T), np.int64), np.empty((B, T), np.int64)
-    loops.find_visible_keys(added, start, keys, limits)
-    hidden = np.zeros((B, start + T), bool)
-    if safe.added > -math.inf:  # their scores matter
-        hidden[:] = np.arange(start + T) > start if mask is None else np.isneginf(mask.added).any(axis=(1, 2))
-    hidden = hidden if hidden.any() else hidden[:0]
-    bounds = np.array([safe.lowest, safe.highest])
-    return VisibleKeys(added, kept, keys, limits, bounds, np.zeros(1, np.int64), hidden, safe.lowest, safe.added)
 
 
 def attention(
@@ -243,7 +191,7 @@ def transformer(
     input_ids: Array,
     position_ids: Array,
     w: GPT2Weights,
-    caches: list[Array],
+    caches: Sequence[Array],
     start: int = 0,
     mask: Mask | None = None,
     tap: Tap = no_tap,
@@ -254,85 +202,30 @@ def transformer(
     caches: L arrays (2, B, H, >= start + T, D), read up to `start` and written from there. mask, safe: see `attention`.
     Without a tap the residual additions and the activation happen inside the linear maps, with the same bits.
     """
+    if tap is no_tap:
+        hidden = empty_aligned((*input_ids.shape, w.wpe.shape[1]), w.wpe.dtype)
+        with pool() as count:
+            program = program_for(w, caches, input_ids, count)
+            _rows(hidden)[:] = program.run(input_ids, position_ids, start, mask, safe)
+        return hidden
     x = embed(input_ids, position_ids, w.wte, w.wpe)  # (B, T) -> (B, T, C)
     tap("embed", x)
-    if tap is no_tap:
-        _blocks(x, w, caches, start, mask, safe)
-    else:
-        for i, (block_weights, cache) in enumerate(zip(w.h, caches, strict=True)):
-            x = block(x, block_weights, cache, start, mask, tap, f"h.{i}", safe)
+    for i, (block_weights, cache) in enumerate(zip(w.h, caches, strict=True)):
+        x = block(x, block_weights, cache, start, mask, tap, f"h.{i}", safe)
     x = layer_norm(x, *w.ln_f)
     tap("ln_f", x)
     return x
 
 
-def _blocks(
-    x: Array, w: GPT2Weights, caches: list[Array], start: int, mask: Mask | None, safe: SafeScores,
-    scores: Array | None = None,
-) -> bool:  # fmt: skip
-    """All blocks on the residual stream x (B, T, C), in place; they share their buffers.
-
-    scores: (R, V), for ln_f and lm_head in the same call. Returns whether that could be done.
-    """
-    B, T, C = x.shape
-    H, D = caches[0].shape[2], caches[0].shape[4]
-    R, HD, F, dtype = B * T, H * D, w.h[0].mlp.c_fc.bias.size, x.dtype
-    normed, shared = empty_aligned((R, C), dtype), empty_aligned((R * max(4 * HD, F),), dtype)
-    qkv, heads = shared[: R * 3 * HD].reshape(R, 3 * HD), shared[R * 3 * HD : R * 4 * HD].reshape(R, HD)
-    hidden = shared[: R * F].reshape(R, F)  # made when qkv and heads are done with
-    rows, no_probs = _rows(x), np.empty((0, 0, 0, 0), dtype)
-    inputs = normed, heads, normed, hidden, normed
-    with pool() as count:
-        visible = visible_keys(mask, B, T, start, dtype, safe)
-        scratch = scratch_for(count, dtype, C, start + T, D)
-        table = fused.tabulate(w)
-        at_once = table.alike and not visible.hidden.size and R <= PIECE_ROWS
-        whole = at_once and table.head_alike and scores is not None
-        outputs = qkv, rows, hidden, rows, scores if scores is not None and whole else rows[:0]
-        to_qkv, to_stream, *to_mlp = (
-            _linear_work(x, weight) for x, (weight, _) in zip(inputs, fused.linear_maps(w.h[0]), strict=False)
-        )
-        norm, append, attend = (R, 4 * x.size), (B * H, 2 * R * HD), _attend_work(B, H, T, start, D)
-        to_scores = (norm, _linear_work(rows, w.lm_head)) if whole else ()
-        works = norm, to_qkv, append, attend, to_stream, norm, *to_mlp, *to_scores
-        cached = np.array([cache.ctypes.data for cache in caches], np.int64)
-
-        def run(first: int, last: int, steps: tuple[int, int, int], only: int | None = None) -> None:
-            """Some steps of blocks first..last-1; the matrices are of one form, or all have that of the only one."""
-            arrays, head = table.arrays[first], table.arrays[-1] if whole else table.arrays[first]
-            weights, scales = (
-                (*arrays[i : i + 4], head[i]) if only is None else (arrays[i + only],) * 5 for i in (4, 8)
-            )
-            kinds = dtype, *(array.dtype for array in weights), *(array.ndim for array in scales)
-            run_steps(
-                works, (first, last), steps, fused.block_steps, fused.block_parallel, kinds, scratch,
-                *table[:4], arrays[0], weights, scales, (*arrays[12:], head[12]), rows, inputs, outputs, _group(R),
-                caches[0], cached, start, visible, no_probs,
-            )  # fmt: skip
-
-        if at_once:
-            run(0, len(w.h), (0, fused.HEAD, len(works) if whole else fused.HEAD))
-        else:  # a long call ends between blocks where Ctrl-C asks for it
-            for i, b in enumerate(w.h):
-                parts = [(0, fused.HEAD)] if table.alike and not visible.hidden.size else fused.PARTS
-                for only, (begin, end) in enumerate(parts):
-                    if begin == fused.ATTEND:
-                        _look_at_hidden(qkv, caches[i], b.attn.scale, visible)
-                    run(i, i + 1, (begin, end, end), only if len(parts) > 1 else None)
-        if visible.unsafe[0]:
-            raise ScoresReachMask
-    return whole
-
-
 def causal_logits(
-    input_ids: Array, position_ids: Array, w: GPT2Weights, caches: list[Array], start: int, safe: SafeScores = ANY
+    input_ids: Array, position_ids: Array, w: GPT2Weights, caches: Sequence[Array], start: int, safe: SafeScores = ANY
 ) -> Array:
-    """`logits` of `transformer` by the causal mask, for few positions in fewer calls: ids (B, T) -> (B, T, V)."""
-    x, lm_head = embed(input_ids, position_ids, w.wte, w.wpe), cast(Any, w.lm_head)
-    scores = empty_aligned((input_ids.size, lm_head.columns), x.dtype)
-    if _blocks(x, w, caches, start, None, safe, scores):
-        return scores.reshape(*input_ids.shape, -1)
-    return logits(layer_norm(x, *w.ln_f), lm_head, w.lm_head_bias)
+    """`logits` of `transformer` by the causal mask, in one go: ids and positions (B, T) -> (B, T, V)."""
+    scores = empty_aligned((*input_ids.shape, cast(Any, w.lm_head).columns), w.wpe.dtype)
+    with pool() as count:
+        program = program_for(w, caches, input_ids, count)
+        program.run(input_ids, position_ids, start, None, safe, _rows(scores))
+    return scores
 
 
 def logits(hidden: Array, lm_head: Any, lm_head_bias: Array, tap: Tap = no_tap) -> Array:

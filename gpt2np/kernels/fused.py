@@ -1,7 +1,10 @@
-"""All blocks in one call: the kernels of `loops.py` one after another, by threads that wait for each other.
+"""All of a model in one call: the kernels of `loops.py` one after another, by threads that wait for each other.
 
 After a kernel has streamed its weights through the caches, what Python does until the next one takes 20 microseconds,
 and waking threads takes about as long again. At seven calls a block that is a tenth of the time of a single token.
+
+So a model is a table of steps (`programs.py` writes it): one row a step, with the addresses and shapes of what it
+reads and writes. All arrays of a kind have one type; numba takes microseconds to look at each one that it is given.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 # (numba infers the types of compiled functions from their arguments)
@@ -10,157 +13,115 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
+from llvmlite import ir
 from numba import prange
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
 from ..arrays import Array
-from ..weights import Blocks, BlockWeights, GPT2Weights, LayerNorm, Linear
 from .jit import config, jit
-from .loops import append_range, attend_range, layer_norm_range, linear_range
+from .loops import append_range, attend_range, embed_range, layer_norm_range, linear_range
 from .products import TERMS
 from .threads import call_at, count, next_chunk, wait_for
-from .vectors import ACTIVATION_CODES
 
-STEPS = ("ln_1", "c_attn", "append", "attend", "c_proj", "ln_2", "c_fc", "c_proj")  # of a block
-HEAD = len(STEPS)  # the steps after those of the last block, ln_f and lm_head, are numbered on
-ATTEND = STEPS.index("attend")
-PARTS = (0, 3), (3, 5), (5, 7), (7, 8)  # of these, with one linear map each
+# Kinds of steps
+EMBED, NORM, LINEAR, APPEND, ATTEND = range(5)
 
-
-class Table(NamedTuple):
-    """The weights of all blocks, for `block_steps`; it is as long as the blocks live.
-
-    A last row has ln_f in the place of ln_1 and ln_2, and lm_head in the place of all linear maps.
-    """
-
-    addresses: Array  # (L + 1, 16) int64: weight and bias of ln_1, ln_2; data, scales, biases of four linear maps each
-    epsilons: Array  # (L + 1, 2)
-    factors: Array  # (L,), of the scores
-    activations: Array  # (L,) int64, ACTIVATION_CODES
-    alike: bool  # whether each block has the forms and shapes of the first, and its matrices one form
-    head_alike: bool  # whether lm_head has that form, too
-    arrays: list[list[Array]]  # what is at the addresses
-    head: tuple[LayerNorm, Any, Array]  # what the last row was made of
-
-
-def linear_maps(b: BlockWeights) -> tuple[Linear, ...]:
-    return b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj
-
-
-def tabulate(w: GPT2Weights) -> Table:
-    """The Table of a model, which is kept with its blocks if they are Blocks."""
-    kept: Table | None = getattr(w.h, "table", None)
-    head = w.ln_f, w.lm_head, w.lm_head_bias
-    if kept is None or any(one is not other for one, other in zip(kept.head, head, strict=True)):
-        norms = [(*b.ln_1[:2], *b.ln_2[:2]) for b in w.h] + [w.ln_f[:2] * 2]
-        maps = [linear_maps(b) for b in w.h] + [(Linear(w.lm_head, w.lm_head_bias),) * 4]
-        arrays = []
-        for norm, linears in zip(norms, maps, strict=True):
-            weights, biases = zip(*linears, strict=True)
-            given = [*norm, *(m.data for m in weights), *(m.scales for m in weights), *biases]
-            arrays.append([np.require(array, requirements=["C", "A"]) for array in given])
-        shapes = {tuple((array.shape, array.dtype) for array in row) for row in arrays[:-1]}
-        *forms, of_head = [{(row[i].dtype, row[i + 4].ndim) for i in range(4, 8)} for row in arrays]
-        alike = len(shapes) == 1 and len(forms[0]) == 1
-        kept = Table(
-            np.array([[array.ctypes.data for array in row] for row in arrays], np.int64),
-            np.array([(b.ln_1.epsilon, b.ln_2.epsilon) for b in w.h] + [(w.ln_f.epsilon,) * 2], np.float64),
-            np.array([b.attn.scale for b in w.h], np.float64),
-            np.array([ACTIVATION_CODES[b.mlp.activation] for b in w.h], np.int64),
-            alike,
-            alike and forms[0] == of_head,
-            arrays,
-            head,
-        )
-        if isinstance(w.h, Blocks):
-            w.h.table = kept
-    return kept
+# Columns of a row: numbers, and where arrays begin, which are an address and as many lengths as they have dimensions.
+KIND, PIECES, SMALLEST, ACTIVATION, ADDED = range(5)  # for pieces and smallest see `threads.run_pieces`
+INPUT, OUTPUT, WEIGHT, SCALES, BIAS, GAIN, CACHE = 5, 8, 11, 15, 20, 22, 24  # of 2, 2, 3, 3 or 4, 1, 1, 5 dimensions
+COLUMNS = 30
 
 
 @intrinsic
-def _moved(_, like, address):
+def _array_at(_, like, step, column):
     def generate(context, builder, _, values):
-        array = context.make_array(like)(context, builder, values[0])
-        moved = context.make_array(like)(context, builder)
-        for field in ("nitems", "itemsize", "shape", "strides"):
-            setattr(moved, field, getattr(array, field))
-        moved.data = builder.inttoptr(values[1], array.data.type)
-        moved.meminfo, moved.parent = array.meminfo.type(None), array.parent.type(None)
-        return moved._getvalue()
+        row = context.make_array(step)(context, builder, values[1]).data
 
-    return like(like, types.int64), generate
+        def number(i: int) -> ir.Value:
+            return builder.load(builder.gep(row, [builder.add(values[2], values[2].type(i))]))
+
+        array = context.make_array(like)(context, builder)
+        lengths, size = (
+            [number(i + 1) for i in range(like.ndim)],
+            context.get_constant(types.intp, like.dtype.bitwidth // 8),
+        )
+        strides = [size]
+        for length in lengths[:0:-1]:
+            strides.insert(0, builder.mul(strides[0], length))
+        shape, strides = (cgutils.pack_array(builder, numbers) for numbers in (lengths, strides))
+        data = builder.inttoptr(number(0), array.data.type)
+        populate_array(array, data=data, shape=shape, strides=strides, itemsize=size, meminfo=None)
+        return array._getvalue()
+
+    return like(like, step, types.intp), generate
 
 
-def _moved_in_python(like: Array, address: int) -> Array:
-    memory = (ctypes.c_char * like.nbytes).from_address(int(address))
-    return np.frombuffer(memoryview(memory), like.dtype).reshape(like.shape)
+def _array_in_python(like: Array, step: Array, column: int) -> Array:
+    address, shape = int(step[column]), tuple(step[column + 1 : column + 1 + like.ndim])
+    memory = (ctypes.c_char * (int(np.prod(shape)) * like.itemsize)).from_address(address)
+    return np.frombuffer(memoryview(memory), like.dtype).reshape(shape)
 
 
-# moved(like, address): the array of that type and shape at another address, which someone else keeps alive
-moved: Callable[..., Array] = _moved_in_python if config.DISABLE_JIT else _moved
+# array_at(like, step, column): the array that a step has there, of the type of `like`; someone else keeps it alive
+array_at: Callable[..., Array] = _array_in_python if config.DISABLE_JIT else _array_at
 
 
 @jit()
-def block_steps(
-    counters, workers, pieces, smallest, blocks, steps, scratch, addresses, epsilons, factors, activations, norm,
-    weights, scales, biases, rows, inputs, outputs, group, cache, cached, start, visible, no_probs,
+def run_steps(
+    counters, workers, scratch, steps, first, last, factors, group, stream, weight, scales, cache, ids, start, visible,
+    no_probs,
 ):  # fmt: skip
-    """One thread's part of some STEPS of some blocks, on the residual stream in place.
+    """One thread's part of steps first..last-1 of a program.
 
-    counters: (blocks, STEPS + 2, 2, 8) zeros, of each step the tickets given out and the pieces that are done, on
-    cache lines of their own. pieces, smallest: (STEPS + 2,), see `threads.run_pieces`. blocks: first and last + 1;
-    steps: first, last + 1, and last + 1 in the last of these blocks. norm, weights, scales, biases, cache: arrays that
-    those at `addresses` (see Table) and `cached` (L,) are like.
-    rows: (R, C), the stream. inputs, outputs: of the four linear maps and lm_head.
+    counters: (steps, 2, 8) zeros, of each step the tickets given out and the pieces that are done, on cache lines of
+    their own. steps: (steps, COLUMNS) int64. factors: (steps,), of scores, or the epsilon of a layer norm. group: see
+    `linear_range`. stream, weight, scales, cache: arrays that those of the steps are like; ids: (2, R), of tokens and
+    positions; start, visible, no_probs: see `attend_range`.
 
     A step begins when all pieces of the last one are done, whoever did them: a thread that comes late, or never, is
     not waited for.
     """
-    for block in range(blocks[0], blocks[1]):
-        keys_and_values = moved(cache, cached[block])
-        for step in range(steps[0], steps[1] if block + 1 < blocks[1] else steps[2]):
-            ticket, done = counters[block, step, 0], counters[block, step, 1]
-            row = block + (1 if step >= HEAD else 0)
-            place = addresses[row]
-            begin, end = next_chunk(ticket, workers, pieces[step], smallest[step])
-            while begin < pieces[step]:
-                if step == 0 or step == 5 or step == HEAD:
-                    n = 2 if step == 5 else 0
-                    weight, shift = moved(norm, place[n]), moved(norm, place[n + 1])
-                    layer_norm_range(begin, end, scratch, rows, weight, shift, epsilons[row, n // 2], inputs[0])
-                elif step == 2:
-                    append_range(begin, end, outputs[0], keys_and_values, start)
-                elif step == 3:
-                    attend_range(
-                        begin, end, scratch, outputs[0], keys_and_values, keys_and_values.reshape(-1), factors[block],
-                        visible, inputs[1], no_probs,
-                    )  # fmt: skip
-                else:
-                    i = 0 if step == 1 else 1 if step == 4 else 4 if step == HEAD + 1 else step - 4
-                    p = 4 + i % 4
-                    linear_range(
-                        begin, end, scratch, inputs[i], moved(weights[i], place[p]), moved(scales[i], place[p + 4]),
-                        moved(biases[i], place[p + 8]), activations[block] if i == 2 else 0, i % 2 == 1, TERMS, group,
-                        outputs[i],
-                    )  # fmt: skip
-                count(done, end - begin)
-                begin, end = next_chunk(ticket, workers, pieces[step], smallest[step])
-            wait_for(done, pieces[step])
+    for i in range(first, last):
+        step, ticket, done = steps[i], counters[i, 0], counters[i, 1]
+        kind, pieces, smallest = step[KIND], step[PIECES], step[SMALLEST]
+        begin, end = next_chunk(ticket, workers, pieces, smallest)
+        while begin < pieces:
+            x, out = array_at(stream, step, INPUT), array_at(stream, step, OUTPUT)
+            if kind == LINEAR:
+                linear_range(
+                    begin, end, scratch, x, array_at(weight, step, WEIGHT), array_at(scales, step, SCALES),
+                    array_at(scratch, step, BIAS), step[ACTIVATION], step[ADDED] == 1, TERMS, group, out,
+                )  # fmt: skip
+            elif kind == NORM:
+                gain, bias = array_at(scratch, step, GAIN), array_at(scratch, step, BIAS)
+                layer_norm_range(begin, end, scratch, x, gain, bias, factors[i], out)
+            elif kind == APPEND:
+                append_range(begin, end, x, array_at(cache, step, CACHE), start)
+            elif kind == ATTEND:
+                held = array_at(cache, step, CACHE)
+                attend_range(
+                    begin, end, scratch, x, held, held.reshape(-1), factors[i], visible, out, no_probs,
+                )  # fmt: skip
+            else:
+                table = array_at(weight, step, WEIGHT), array_at(scales, step, SCALES)
+                embed_range(begin, end, scratch, ids[0], ids[1], table[0], table[1], x, out)
+            count(done, end - begin)
+            begin, end = next_chunk(ticket, workers, pieces, smallest)
+        wait_for(done, pieces)
 
 
 @jit(parallel=True)
-def block_parallel(
-    address, counters, workers, pieces, smallest, blocks, steps, scratch, addresses, epsilons, factors, activations,
-    norm, weights, scales, biases, rows, inputs, outputs, group, cache, cached, start, visible, no_probs,
+def run_parallel(
+    address, counters, workers, scratch, steps, first, last, factors, group, stream, weight, scales, cache, ids, start,
+    visible, no_probs,
 ):  # fmt: skip
     for worker in prange(workers):
         call_at(
             address,
-            (counters, workers, pieces, smallest, blocks, steps, scratch[worker], addresses, epsilons, factors,
-             activations, norm, weights, scales, biases, rows, inputs, outputs, group, cache, cached, start, visible,
-             no_probs),
+            (counters, workers, scratch[worker], steps, first, last, factors, group, stream, weight, scales, cache,
+             ids, start, visible, no_probs),
         )  # fmt: skip

@@ -131,7 +131,7 @@ class VisibleKeys(NamedTuple):
 
     mask: Array  # (B, 1, T, S), added to the scores; empty for the causal mask
     kept: Array  # (B, T): 0 where the scores of a query are 0 before that; empty for the causal mask
-    keys: Array  # (B, S): positions of the keys that any query of a sequence may see, in order
+    keys: Array  # (B, S or more): positions of the keys that any query of a sequence may see, in order
     limits: Array  # (B, T): how many of that list each query looks at
     safe: Array  # (2,): between these two, the highest score of a query leaves hidden keys without weight
     unsafe: Array  # (1,): 1 once a query's highest score was outside
@@ -141,8 +141,8 @@ class VisibleKeys(NamedTuple):
 
 
 @jit()
-def find_visible_keys(mask, start, keys, limits):
-    """Fill in keys and limits of VisibleKeys, for new positions from `start` on.
+def find_visible_keys(mask, keys, limits):
+    """Fill in keys and limits of VisibleKeys for a mask (B, 1, T, S).
 
     A key whose mask is -inf for all queries (padding) is left out of every loop from here on, so that a padded
     sequence goes through the very operations of the sequence without padding.
@@ -151,19 +151,16 @@ def find_visible_keys(mask, start, keys, limits):
     for b in range(B):
         count = 0
         for j in range(S):
-            seen = mask.size == 0
-            for t in range(T if mask.size > 0 else 0):
+            seen = False
+            for t in range(T):
                 seen = seen or mask[b, 0, t, j] != -np.inf
             if seen:
                 keys[b, count] = j
                 count += 1
         for t in range(T):
-            if mask.size == 0:
-                limits[b, t] = start + t + 1
-            else:
-                limits[b, t] = count
-                while limits[b, t] > 0 and mask[b, 0, t, keys[b, limits[b, t] - 1]] == -np.inf:
-                    limits[b, t] -= 1
+            limits[b, t] = count
+            while limits[b, t] > 0 and mask[b, 0, t, keys[b, limits[b, t] - 1]] == -np.inf:
+                limits[b, t] -= 1
 
 
 @jit()

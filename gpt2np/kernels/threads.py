@@ -8,8 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,23 +50,26 @@ def get_num_threads() -> int:
     return _threads
 
 
-@contextmanager
-def pool() -> Iterator[int]:
+class pool:
     """How many threads a call may use: all of them for one caller at a time, its own thread for any other.
 
     numba's thread pools cannot all be used by two Python threads at once ("workqueue" aborts), and a GNU
     OpenMP pool does not survive a fork. Since results do not depend on the number of threads, whoever finds the
     pool taken, or lost in a fork, goes on alone.
     """
-    # compiled code never warns of an overflow; the same code under NUMBA_DISABLE_JIT=1 should not either
-    with np.errstate(all="ignore") if config.DISABLE_JIT else nullcontext():
-        if _forked or not _lock.acquire(blocking=False):
-            yield 1
-            return
-        try:
-            yield _threads
-        finally:
-            _lock.release()
+
+    def __enter__(self) -> int:
+        if config.DISABLE_JIT:  # compiled code never warns of an overflow; the same code in Python should not either
+            self._silence = np.errstate(all="ignore")
+            self._silence.__enter__()
+        self._taken = _lock if not _forked and _lock.acquire(blocking=False) else None
+        return _threads if self._taken else 1
+
+    def __exit__(self, *error: Any) -> None:
+        if self._taken:
+            self._taken.release()
+        if config.DISABLE_JIT:
+            self._silence.__exit__(*error)
 
 
 def _after_fork() -> None:
@@ -107,29 +109,24 @@ def run_pieces(pieces: int, work: int, serial: Any, parallel: Any, scratch: Arra
 
 
 def run_steps(
-    works: Sequence[tuple[int, int]], blocks: tuple[int, int], steps: tuple[int, int, int], serial: Any, parallel: Any,
-    kinds: Any, scratch: Array, *arguments: Any,
-) -> None:  # fmt: skip
-    """Run a kernel of several steps in each of several blocks, each of which needs all of the one before.
+    serial: Any, parallel: Any, kinds: Any, counters: Array, workers: int, scratch: Array, *arguments: Any
+) -> None:
+    """Run a kernel of several steps, each of which needs all of the one before, by so many threads.
 
-    works: the pieces of each step, and its multiply-adds; blocks, steps: which to run, see `fused.block_steps`.
-    Called as serial(counters, workers, pieces, smallest, blocks, steps, scratch of one thread, *arguments) by each
-    thread, which parallel(address of serial, ...) does with the scratch of all; kinds: see `address_of`.
+    Called as serial(counters, workers, scratch of one thread, *arguments) by each thread, which
+    parallel(address of serial, ...) does with the scratch of all; kinds: see `address_of`.
     """
-    pieces, smallest = np.array([(pieces, smallest_chunk(pieces, work)) for pieces, work in works]).T.copy()
-    workers = min(len(scratch), max(min(pieces, work // GRAIN) for pieces, work in works))
-    counters = np.zeros((blocks[1], len(works), 2, 8), np.int64)
     if workers <= 1:
-        serial(counters, 1, pieces, smallest, blocks, steps, scratch[0], *arguments)
+        serial(counters, 1, scratch[0], *arguments)
     else:
-        given = counters, workers, pieces, smallest, blocks, steps, scratch
-        parallel(address_of(serial, kinds, (*given[:-1], scratch[0], *arguments)), *given, *arguments)
+        address = address_of(serial, kinds, lambda: (counters, workers, scratch[0], *arguments))
+        parallel(address, counters, workers, scratch, *arguments)
 
 
 _addresses: dict[Any, int] = {}
 
 
-def address_of(kernel: Any, kinds: Any, arguments: Sequence[Any]) -> Any:
+def address_of(kernel: Any, kinds: Any, arguments: Callable[[], Sequence[Any]]) -> Any:
     """Where the compiled code of a kernel is, for `call_at`; kinds: what the arguments' types depend on.
 
     A kernel that is called so is compiled once; one that another is compiled with is compiled in both.
@@ -137,7 +134,7 @@ def address_of(kernel: Any, kinds: Any, arguments: Sequence[Any]) -> Any:
     if config.DISABLE_JIT:
         return kernel
     if (kernel, kinds) not in _addresses:
-        signature = tuple(typeof(argument) for argument in arguments)
+        signature = tuple(typeof(argument) for argument in arguments())
         kernel.compile(signature)
         compiled = kernel.overloads[signature]
         _addresses[kernel, kinds] = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)

@@ -1,12 +1,13 @@
-"""All blocks in one call: matrices of several forms, threads that come late, copies of the weights."""
+"""A model as a program of steps: matrices of several forms, threads that come late, what is kept and for how long."""
 
 import copy
+import pickle
 import threading
 
 import numpy as np
 import pytest
 
-from gpt2np.kernels import fused, get_num_threads, threads
+from gpt2np.kernels import fused, get_num_threads, programs, threads
 from gpt2np.model import GPT2
 from tiny import ArraySource, random_ids, tiny_config, tiny_sources
 
@@ -25,9 +26,10 @@ def test_matrices_of_several_forms_give_the_bits_of_one(T):
     mixed = GPT2(config, mixed_sources(config))
     same = GPT2(config, mixed_sources(config), weights="float32")
     ids = random_ids(config, 2, T)
-    for model, alike in ((mixed, False), (same, True)):
-        model(ids)
-        assert model._weights.h.table.alike == alike
+    for model, calls in ((mixed, 3), (same, 1)):
+        cache = model.new_cache(2)
+        model(ids, cache)
+        assert len(cache.layers.programs[2, T].calls) == calls
     ours, expected = mixed(ids), same(ids)
     assert ours.logits.tobytes() == expected.logits.tobytes()
     assert all(a.tobytes() == b.tobytes() for a, b in zip(ours.past, expected.past, strict=True))
@@ -36,7 +38,7 @@ def test_matrices_of_several_forms_give_the_bits_of_one(T):
 @pytest.mark.parametrize("T", [1, 9, 60])
 @pytest.mark.parametrize("form", [None, "int8", "int4"])
 def test_logits_in_the_same_call_are_those_of_calls_of_their_own(form, T):
-    """In it where the head's matrix is kept as the others are and the positions are few; the tied one and its own."""
+    """For few positions and many; with the tied head and one that has a bias."""
     config = tiny_config(n_ctx=T)
     for sources in (tiny_sources(config), mixed_sources(config)):
         model = GPT2(config, sources, weights=form)
@@ -46,13 +48,13 @@ def test_logits_in_the_same_call_are_those_of_calls_of_their_own(form, T):
             ids = random_ids(config, 1, T)
             ours = model.logits_of_each(ids[0].tolist(), model.new_cache())
             assert ours.tobytes() == model(ids).logits[0].tobytes()
-    assert (fused.tabulate(own).arrays[-1][12] == 1).all()
+    assert (programs.tabulate(own).kept[-1] == 1).all()
 
 
 @pytest.mark.jit
 @pytest.mark.parametrize("options", [{}, {"dtype": "float64"}, {"weights": "bfloat16"}, {"weights": "int8"}])
 def test_threads_call_code_for_the_arguments_that_they_have(options, monkeypatch):
-    """An address says nothing of types: `block_parallel` must have those of the `block_steps` that it calls."""
+    """An address says nothing of types: `run_parallel` must have those of the `run_steps` that it calls."""
     if get_num_threads() == 1:
         pytest.skip("one thread alone")
     monkeypatch.setattr(threads, "GRAIN", 1)
@@ -61,11 +63,11 @@ def test_threads_call_code_for_the_arguments_that_they_have(options, monkeypatch
     mask = np.array([[0, 1, 1], [1, 1, 1]])
     for given in ({}, {"attention_mask": mask}):
         model(random_ids(config, 2, 3), model.new_cache(2, 5), **given)
-    called = {tuple(map(str, (*s[1:7], s[8:]))) for s in fused.block_parallel.signatures}
-    compiled = {tuple(map(str, (*s[:6], s[7:]))) for s in fused.block_steps.signatures}
+    called = {tuple(map(str, (*s[1:3], *s[4:]))) for s in fused.run_parallel.signatures}
+    compiled = {tuple(map(str, (*s[:2], *s[3:]))) for s in fused.run_steps.signatures}
     assert called
     assert called <= compiled
-    assert {str(s[7].dtype) for s in fused.block_parallel.signatures} <= {"float32", "float64"}
+    assert {str(s[3].dtype) for s in fused.run_parallel.signatures} <= {"float32", "float64"}
 
 
 def test_addresses_are_not_copied():
@@ -73,7 +75,7 @@ def test_addresses_are_not_copied():
     expected = model([[1, 2, 3]]).logits
     twin = copy.deepcopy(model._weights)
     assert twin.h.table is None
-    assert model._weights.h.table is fused.tabulate(model._weights)
+    assert model._weights.h.table is programs.tabulate(model._weights)
     first, second = model._weights.h[0].mlp.c_fc.weight.data, twin.h[0].mlp.c_fc.weight.data
     first[:] = 0  # the copy does not see it
     assert (second != 0).any()
@@ -108,17 +110,60 @@ def test_a_thread_that_comes_late_finds_nothing_to_do(monkeypatch):
     ids = random_ids(tiny_config(), 1, 12)
     expected, done = model(ids).logits, []
 
-    def one_after_the_other(address, counters, workers, pieces, smallest, blocks, steps, scratch, *arguments):
+    def one_after_the_other(address, counters, workers, scratch, *arguments):
         for _ in range(2):
-            fused.block_steps(counters, 2, pieces, smallest, blocks, steps, scratch[0], *arguments)
-            done.append(counters[:, :, 1, 0].copy())
+            fused.run_steps(counters, 2, scratch[0], *arguments)
+            done.append(counters[:-1, 1, 0].copy())  # all but lm_head
 
     before = get_num_threads()
     if before == 1:
         pytest.skip("one thread alone")
     monkeypatch.setattr(threads, "GRAIN", 1)
-    monkeypatch.setattr(fused, "block_parallel", one_after_the_other)
+    monkeypatch.setattr(fused, "run_parallel", one_after_the_other)
     assert model(ids).logits.tobytes() == expected.tobytes()
     assert len(done) == 2
     assert done[0].all()
     assert (done[0] == done[1]).all()
+
+
+def test_a_program_is_kept_with_its_cache_while_weights_and_memory_are_the_same():
+    config = tiny_config()
+    model, other = GPT2(config, tiny_sources(config)), GPT2(config, tiny_sources(config), weights="int8")
+    ids, cache = random_ids(config, 1, 4)[0].tolist(), model.new_cache()
+    expected = [model.next_logits([i], cache).tobytes() for i in ids]
+    program = cache.layers.programs[1, 1]
+    assert list(cache.layers.programs) == [(1, 1)]
+    cache.crop(0)
+    assert [other.next_logits([i], cache).tobytes() for i in ids] != expected  # weights of its own
+    assert cache.layers.programs[1, 1] is not program
+    twin = cache.copy()  # of which one must take other memory
+    for one in (cache, twin, copy.deepcopy(twin)):
+        one.crop(0)
+        assert [model.next_logits([i], one).tobytes() for i in ids] == expected
+    assert not pickle.loads(pickle.dumps(cache)).layers.programs
+
+
+@pytest.mark.parametrize("T", [48, 49])
+def test_what_was_returned_is_not_written_to_again(T):
+    """Programs keep the memory of few rows; results have their own."""
+    config = tiny_config(n_ctx=T)
+    model = GPT2(config, tiny_sources(config))
+    cache, first, second = model.new_cache(), *random_ids(config, 2, T)
+    results = []
+    for ids in (first, second, first):
+        cache.crop(0)
+        output = model(ids, cache=cache)
+        results.append((output.last_hidden_state.copy(), output.last_hidden_state))
+    assert (T == 48) == bool(cache.layers.programs)
+    for before, now in results:
+        assert np.array_equal(before, now)
+
+
+def test_long_calls_can_be_stopped_between_blocks():
+    config = tiny_config(n_ctx=49)
+    model = GPT2(config, tiny_sources(config))
+    program = programs.Program(model._weights, model.new_cache().layers, 1, 49, 1)
+    steps = len(programs.BLOCK)
+    begins = [0, *range(1 + steps, 2 + steps * config.n_layer, steps)]
+    assert [first for first, *_ in program.calls] == begins
+    assert len(program.steps) == 3 + steps * config.n_layer

@@ -504,7 +504,7 @@ def test_after_warmup_nothing_is_left_to_compile():
         from gpt2np.kernels import fused, loops, warmup
         warmup()
         names = [part + end for part in ("embed", "layer_norm", "linear", "attend") for end in ("_parallel", "_range")]
-        loops.block_steps, loops.block_parallel = fused.block_steps, fused.block_parallel
+        loops.run_steps, loops.run_parallel = fused.run_steps, fused.run_parallel
         names += ["block_steps", "block_parallel"]
         print([name for name in names if not getattr(loops, name).signatures])
         import gpt2np
