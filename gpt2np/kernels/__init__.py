@@ -10,7 +10,8 @@
     panels    weights in the order in which the tile reads them
     threads   work dealt out to threads
     jit       how functions are compiled, and where compiled code is kept
-    fused     all blocks in one call of these kernels
+    fused     all steps of a model in one call of these kernels
+    programs  what a call needs of Python: memory, pieces of work, the table of steps
     forward   the functions of `reference.py`, by these kernels
 
 Every number of a result is computed by one fixed chain of operations: sums over a long axis are cut into blocks of

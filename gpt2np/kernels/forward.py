@@ -33,8 +33,8 @@ from .programs import (
     visible_keys,
 )
 from .threads import pool, run_pieces
-from .tile import FORMS
-from .vectors import ACTIVATION_CODES, LANES, activate_in_place
+from .tile import FORMS, LANES
+from .vectors import ACTIVATION_CODES, activate_in_place
 
 
 def needs_compilation() -> bool:
@@ -51,13 +51,10 @@ def _rows(x: Array) -> Array:
     return np.require(x.reshape(-1, x.shape[-1]), requirements=["C", "A", "W"])
 
 
-def _linear_into(
-    out: Array, x: Array, weight: Any, bias: Array, scratch: Array, activation: str = "none", added: bool = False,
-    terms: int = TERMS,
-) -> None:  # fmt: skip
-    """out = activation(x @ weight + bias), or out += that: (R, K) @ (K, N) -> (R, N)."""
+def _linear_into(out: Array, x: Array, weight: Any, bias: Array, scratch: Array, terms: int = TERMS) -> None:
+    """out = x @ weight + bias: (R, K) @ (K, N) -> (R, N)."""
     group, work = group_for(len(x)), linear_work(len(x), len(weight.data), x.shape[1])
-    arguments = x, weight.data, weight.scales, bias, ACTIVATION_CODES[activation], added, terms, group, out
+    arguments = x, weight.data, weight.scales, bias, ACTIVATION_CODES["none"], False, terms, group, out
     run_pieces(*work, loops.linear_range, loops.linear_parallel, scratch, *arguments)
 
 
@@ -206,7 +203,7 @@ def transformer(
         hidden = empty_aligned((*input_ids.shape, w.wpe.shape[1]), w.wpe.dtype)
         with pool() as count:
             program = program_for(w, caches, input_ids, count)
-            _rows(hidden)[:] = program.run(input_ids, position_ids, start, mask, safe)
+            _rows(hidden)[:] = program.run(caches, input_ids, position_ids, start, mask, safe)
         return hidden
     x = embed(input_ids, position_ids, w.wte, w.wpe)  # (B, T) -> (B, T, C)
     tap("embed", x)
@@ -224,7 +221,7 @@ def causal_logits(
     scores = empty_aligned((*input_ids.shape, cast(Any, w.lm_head).columns), w.wpe.dtype)
     with pool() as count:
         program = program_for(w, caches, input_ids, count)
-        program.run(input_ids, position_ids, start, None, safe, _rows(scores))
+        program.run(caches, input_ids, position_ids, start, None, safe, _rows(scores))
     return scores
 
 

@@ -79,11 +79,14 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
             a_rows = pointers(a, values[:3], rows)
             b_panels, s_panels = pointers(b, values[3:6], panels), pointers(scales, values[6:9], panels)
             depth, terms = values[9:11]
-            following = builder.mul(values[5], depth.type(panels))
+            later = [
+                [builder.gep(panel, [builder.mul(step, depth.type(panels))]) for panel in those]
+                for those, step in ((b_panels, values[5]), (s_panels, values[8]))
+            ]
 
             def step(k, sums):
-                for b_panel in b_panels:
-                    _ask_for(builder, builder.gep(b_panel, [following]), k)
+                for b_later, s_later in zip(*later, strict=True):
+                    _ask_for(builder, b.dtype, has_offsets(scales), b_later, s_later, k)
                 places = zip(b_panels, s_panels, strict=True)
                 weights = [_weights(builder, b.dtype, has_offsets(scales), *place, k) for place in places]
                 for j in range(STEP):
@@ -101,15 +104,19 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
     return chosen
 
 
-def _ask_for(builder: ir.IRBuilder, levels: ir.Value, k: ir.Value) -> None:
-    """Have the memory read rows k to k + STEP - 1 of a panel, which will be needed soon.
+def _ask_for(builder: ir.IRBuilder, kind: Any, offsets: bool, levels: ir.Value, scales: ir.Value, k: ir.Value) -> None:
+    """Have the memory read rows k to k + STEP - 1 of a panel, which will be needed soon, and their scales.
 
     A Zen 3 makes weights of levels for so long that it does not read on by itself meanwhile.
     """
-    size = levels.type.pointee.width // 8
-    row = PANEL if size == 1 else PANEL // STEP  # elements
-    for line in range(0, STEP * row * size, 64):
-        prefetch(builder, builder.gep(levels, [builder.add(builder.mul(k, k.type(row)), k.type(line // size))]))
+    per = per_element(kind)
+    wanted = [(levels, builder.mul(k, k.type(PANEL // per)), STEP // per * PANEL, kind.bitwidth // 8)]
+    if offsets or per > 1:  # they have enough scales for it to matter
+        numbers = 2 * PANEL if offsets else PANEL
+        wanted.append((scales, builder.mul(builder.udiv(k, k.type(GROUP)), k.type(numbers)), numbers, 4))
+    for base, first, count, size in wanted:
+        for place in range(0, count, 64 // size):
+            prefetch(builder, builder.gep(base, [builder.add(first, k.type(place))]))
 
 
 def _weights(
@@ -196,8 +203,8 @@ widen: Callable[..., None] = widen_in_python if config.DISABLE_JIT else _widen
 
 
 def per_element(dtype: Any) -> int:
-    """How many levels of a column one element of a packed matrix holds."""
-    return 8 if dtype == FORMS["int4"] else 1
+    """How many levels of a column one element of a packed matrix holds; dtype: NumPy's or numba's."""
+    return 8 if dtype in (FORMS["int4"], types.uint32) else 1
 
 
 def holds_levels(array: Any) -> bool:

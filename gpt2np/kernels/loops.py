@@ -20,8 +20,8 @@ from ..arrays import Array
 from .jit import jit
 from .products import TERMS, WIDE, add_product, multiply, number, tile_wide
 from .threads import next_chunk
-from .tile import PANEL, ROWS, SQUARE, fma, query_scores
-from .vectors import LANES, activate_in_place, add, copy, exp, highest, span, total, transpose_block
+from .tile import LANES, PANEL, ROWS, SQUARE, fma, query_scores
+from .vectors import activate_in_place, add, copy, exp, highest, span, total, transpose_block
 
 PIECE_ROWS = 48  # rows that share one pass over a panel of weights; a multiple of every ROWS
 PIECE_PANELS = 4  # panels that share one pass over these rows, at most

@@ -34,8 +34,8 @@ from .fused import (
 )
 from .loops import PIECE_PANELS, PIECE_QUERIES, PIECE_ROWS, VisibleKeys
 from .products import TERMS
-from .tile import PANEL, ROWS, STREAMS
-from .vectors import ACTIVATION_CODES, LANES
+from .tile import LANES, PANEL, ROWS, STREAMS
+from .vectors import ACTIVATION_CODES
 
 ANY = SafeScores()
 READ_COST = 8  # multiply-adds that take as long as to read one number from memory
@@ -179,12 +179,16 @@ def tabulate(w: GPT2Weights) -> Table:
 
 
 class Program:
-    """The steps of a whole model for T new positions of B sequences, with the memory that they need."""
+    """The steps of a whole model for T new positions of B sequences, with the memory that they need.
+
+    Caches may keep it (see `program_for`), so it does not keep them, but only their addresses.
+    """
 
     def __init__(self, w: GPT2Weights, caches: Sequence[Array], B: int, T: int, count: int) -> None:
         _, _, H, room, D = caches[0].shape
         R, C, HD, F, dtype = B * T, w.wpe.shape[1], H * D, w.h[0].mlp.c_fc.bias.size, w.wpe.dtype
-        self.w, self.shape, self.caches, self.wpe = w, (B, H, T, D), caches, np.require(w.wpe, requirements=["C", "A"])
+        self.w, self.count, self.shape = w, count, (B, H, T, D)
+        self.wpe = np.require(w.wpe, requirements=["C", "A"])
         self.scratch, shared = scratch_for(count, dtype, C, room, D), empty_aligned((R * max(4 * HD, F),), dtype)
         self.memory = {
             "stream": empty_aligned((R, C), dtype),
@@ -196,9 +200,9 @@ class Program:
         self.ids = np.empty((2, R), np.int64)
         self.causal = visible_keys(None, B, room, 0, dtype)._replace(limits=np.empty((B, T), np.int64))
         self.no_probs = np.empty((0, 0, 0, 0), dtype)
-        self._write(tabulate(w))
+        self._write(tabulate(w), caches)
 
-    def _write(self, table: Table) -> None:
+    def _write(self, table: Table, caches: Sequence[Array]) -> None:
         (B, H, T, D), (R, C) = self.shape, self.memory["stream"].shape
         self.factors, self.likes, self.steps = table.factors, table.likes, table.steps.copy()
         steps, blocks = self.steps, self.steps[1:-2].reshape(-1, len(BLOCK), COLUMNS)
@@ -213,8 +217,8 @@ class Program:
             put(blocks[:, i], INPUT, self.memory[reads])
             put(blocks[:, i], OUTPUT, self.memory[writes])
             blocks[:, i, ADDED] = kind == LINEAR and writes == "stream"
-        put(blocks, CACHE, self.caches[0])
-        blocks[..., CACHE] = [[cache.__array_interface__["data"][0]] for cache in self.caches]
+        put(blocks, CACHE, caches[0])
+        blocks[..., CACHE] = [[cache.__array_interface__["data"][0]] for cache in caches]
 
         kinds = [steps[:, KIND] == kind for kind in (NORM, LINEAR, APPEND, ATTEND)]
         works = norm_work(R, C), linear_work(R, steps[:, WEIGHT + 1], steps[:, INPUT + 2]), (B * H, 2 * R * H * D)
@@ -249,9 +253,12 @@ class Program:
         return VisibleKeys(*usual[:-2], safe.lowest, safe.added)
 
     def run(
-        self, ids: Array, positions: Array, start: int, mask: Mask | None, safe: SafeScores, scores: Array | None = None
-    ) -> Array:
-        """Run the model, and lm_head if there are `scores` (R, V) to write to; last_hidden_state (R, C), until later.
+        self, caches: Sequence[Array], ids: Array, positions: Array, start: int, mask: Mask | None, safe: SafeScores,
+        scores: Array | None = None,
+    ) -> Array:  # fmt: skip
+        """Run the model, with lm_head if there are `scores` (R, V) to write to; last_hidden_state (R, C).
+
+        caches: those that it was made for. The result is overwritten by the next run.
 
         Raises
         ------
@@ -261,7 +268,7 @@ class Program:
         (B, H, T, D), steps, memory = self.shape, self.steps, self.memory
         visible, last = self._visible(start, mask, safe), len(steps) - 1
         pieces, work = attend_work(B, H, T, start, D)
-        workers = min(len(self.scratch), max(self.worth, min(pieces, work // threads.GRAIN)))
+        workers = min(self.count, max(self.worth, min(pieces, work // threads.GRAIN)))
         steps[self.attends, SMALLEST] = threads.smallest_chunk(pieces, work)
         if scores is not None:
             put(steps[last], OUTPUT, scores)
@@ -270,13 +277,14 @@ class Program:
         self.counters.fill(0)
         watched = visible.hidden.size > 0
         for first, end, (weight, scales) in self.watched if watched else self.calls:
+            if first == last:
+                break
             if watched and steps[first, KIND] == ATTEND:
-                cache = self.caches[first // len(BLOCK)]
-                look_at_hidden(memory["qkv"], cache, self.factors[first], visible)
+                look_at_hidden(memory["qkv"], caches[first // len(BLOCK)], self.factors[first], visible)
             threads.run_steps(
                 fused.run_steps, fused.run_parallel, (weight.dtype, scales.ndim, self.no_probs.dtype), self.counters,
                 workers, self.scratch, steps, first, min(end, last), self.factors, group_for(B * T), memory["stream"],
-                weight, scales, self.caches[0], self.ids, start, visible, self.no_probs,
+                weight, scales, caches[0], self.ids, start, visible, self.no_probs,
             )  # fmt: skip
         if visible.unsafe[0]:
             raise ScoresReachMask
@@ -292,4 +300,5 @@ def program_for(w: GPT2Weights, caches: Sequence[Array], ids: Array, count: int)
         program = Program(w, caches, B, T, count)
         if B * T <= PIECE_ROWS:
             kept[B, T] = program
+    program.count = count
     return program

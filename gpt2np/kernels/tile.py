@@ -250,6 +250,35 @@ def _query_scores_in_python(query, q_start, keys, k_start, k_stride, depth, out,
 query_scores: Callable[..., None] = _query_scores_in_python if config.DISABLE_JIT else _query_scores
 
 
+LANES = 64  # running sums over a row: element i goes to sum i % LANES; enough to hide how long one addition takes
+
+
+@intrinsic
+def _raise_lanes(_, lanes, v, start):
+    def generate(context, builder, _, values):
+        vector = ir.VectorType(context.get_value_type(v.dtype), LANES)
+        data, numbers = (
+            context.make_array(k)(context, builder, a).data for k, a in zip((lanes, v), values, strict=False)
+        )
+        places = [builder.bitcast(p, vector.as_pointer()) for p in (data, builder.gep(numbers, [values[2]]))]
+        low, new = (builder.load(place, align=v.dtype.bitwidth // 8) for place in places)
+        high = builder.select(builder.fcmp_ordered(">", new, low), new, low)
+        builder.store(high, places[0], align=v.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(lanes, v, types.intp), generate
+
+
+def _raise_lanes_in_python(lanes, v, start):
+    new = v[start : start + LANES]
+    lanes[:] = np.where(new > lanes, new, lanes)
+
+
+# raise_lanes(lanes, v, start): lanes[i] = v[start + i] if that is greater, for all LANES; a loop that LLVM makes of
+# this stores them one by one, where they change
+raise_lanes: Callable[..., None] = _raise_lanes_in_python if config.DISABLE_JIT else _raise_lanes
+
+
 def blocks(
     builder: ir.IRBuilder, make_step: Callable[[ir.Value, list[ir.Value]], list[ir.Value]], many: int,
     depth: ir.Value, terms: ir.Value, out_rows: list[ir.Value], panels: int,

@@ -14,9 +14,7 @@ from numba import float32
 from numba.extending import overload
 
 from .jit import config, jit
-from .tile import SQUARE, fma, transpose
-
-LANES = 64  # running sums over a row: element i goes to sum i % LANES; enough to hide how long one addition takes
+from .tile import LANES, SQUARE, fma, raise_lanes, transpose
 
 # ----------------------------------------------------------------------------------------------- vector loops
 # They work on slices, from index 0: where numba cannot see that an index is not negative, LLVM makes no vectors.
@@ -59,9 +57,7 @@ def highest(v, lanes):
     lanes[:] = -np.inf
     whole = v.size - v.size % LANES
     for start in range(0, whole, LANES):
-        part = v[start : start + LANES]
-        for i in range(LANES):
-            lanes[i] = part[i] if part[i] > lanes[i] else lanes[i]
+        raise_lanes(lanes, v, start)
     for i in range(v.size - whole):
         lanes[i] = v[whole + i] if v[whole + i] > lanes[i] else lanes[i]
     width = LANES

@@ -1,8 +1,10 @@
 """A model as a program of steps: matrices of several forms, threads that come late, what is kept and for how long."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -167,3 +169,31 @@ def test_long_calls_can_be_stopped_between_blocks():
     begins = [0, *range(1 + steps, 2 + steps * config.n_layer, steps)]
     assert [first for first, *_ in program.calls] == begins
     assert len(program.steps) == 3 + steps * config.n_layer
+
+
+def test_the_memory_of_a_cache_is_free_as_soon_as_nobody_has_it():
+    model = GPT2(tiny_config(), tiny_sources(tiny_config()))
+    cache = model.new_cache()
+    model.next_logits([1], cache)
+    memory = weakref.ref(cache.array.base)
+    gc.disable()
+    try:
+        del cache
+        assert memory() is None
+    finally:
+        gc.enable()
+
+
+def test_a_kept_program_uses_no_more_threads_than_a_call_may(monkeypatch):
+    if get_num_threads() == 1:
+        pytest.skip("one thread alone")
+    model = GPT2(tiny_config(), tiny_sources(tiny_config()))
+    cache, used = model.new_cache(), []
+    monkeypatch.setattr(threads, "GRAIN", 1)
+    monkeypatch.setattr(threads, "run_steps", lambda *given: used.append(given[4]))
+    model.next_logits([1], cache)
+    with threads.pool():  # another caller has the threads
+        model.next_logits([1], cache)
+    model.next_logits([1], cache)
+    assert used[0] > 1
+    assert used == [used[0], 1, used[0]]
