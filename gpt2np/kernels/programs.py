@@ -58,7 +58,7 @@ def group_for(rows: int) -> int:
     return STREAMS[rows] if rows < len(STREAMS) else PIECE_PANELS if rows > PIECE_ROWS else 1
 
 
-def linear_work(rows: int, panels: Any, K: Any) -> tuple[Any, Any]:
+def linear_work(rows: int, panels: int, K: int) -> tuple[int, int]:
     return -(-panels // group_for(rows)) * -(-rows // PIECE_ROWS), (READ_COST + rows) * panels * K * PANEL
 
 
@@ -132,7 +132,8 @@ class Table(NamedTuple):
 
     steps: Array  # (steps, fused.COLUMNS) int64
     factors: Array  # (steps,) float64
-    likes: list[tuple[Array, Array] | None]  # of each step, a matrix and its scales, which tell the types of both
+    forms: list[tuple[Array, Array]]  # a matrix and its scales, of the types that each step needs; it may need none
+    changes: list[int]  # steps that need others than the step before
     kept: list[Array]  # what is at the addresses
     made_of: tuple[Any, ...]
 
@@ -154,7 +155,7 @@ def tabulate(w: GPT2Weights) -> Table:
         parts += b.ln_1, b.attn.c_attn, None, b.attn.scale, b.attn.c_proj, b.ln_2, b.mlp.c_fc, b.mlp.c_proj
     parts += w.ln_f, Linear(w.lm_head, w.lm_head_bias)
     kinds = [EMBED, *[kind for kind, *_ in BLOCK] * len(w.h), NORM, LINEAR]
-    table = Table(np.zeros((len(parts), COLUMNS), np.int64), np.zeros(len(parts)), [], [], made_of)
+    table = Table(np.zeros((len(parts), COLUMNS), np.int64), np.zeros(len(parts)), [], [], [], made_of)
     table.steps[:, KIND] = kinds
     table.steps[1 + BLOCK.index((LINEAR, "normed", "hidden")) : -2 : len(BLOCK), ACTIVATION] = [
         ACTIVATION_CODES[b.mlp.activation] for b in w.h
@@ -172,10 +173,17 @@ def tabulate(w: GPT2Weights) -> Table:
         for column, array in arrays.items():
             put(table.steps[i], column, array)
         table.kept.extend(arrays.values())
-        table.likes.append((arrays[WEIGHT], arrays[SCALES]) if WEIGHT in arrays else None)
+        form = (arrays[WEIGHT], arrays[SCALES]) if WEIGHT in arrays else table.forms[-1]
+        if not table.forms or _types(form) != _types(table.forms[-1]):
+            table.changes.append(i)
+        table.forms.append(form)
     if isinstance(w.h, Blocks):
         w.h.table = table
     return table
+
+
+def _types(form: tuple[Array, Array]) -> tuple[Any, int]:
+    return form[0].dtype, form[1].ndim
 
 
 class Program:
@@ -187,7 +195,7 @@ class Program:
     def __init__(self, w: GPT2Weights, caches: Sequence[Array], B: int, T: int, count: int) -> None:
         _, _, H, room, D = caches[0].shape
         R, C, HD, F, dtype = B * T, w.wpe.shape[1], H * D, w.h[0].mlp.c_fc.bias.size, w.wpe.dtype
-        self.w, self.count, self.shape = w, count, (B, H, T, D)
+        self.w, self.count, self.shape, self.long = w, count, (B, H, T, D), R > PIECE_ROWS
         self.wpe = np.require(w.wpe, requirements=["C", "A"])
         self.scratch, shared = scratch_for(count, dtype, C, room, D), empty_aligned((R * max(4 * HD, F),), dtype)
         self.memory = {
@@ -201,47 +209,49 @@ class Program:
         self.causal = visible_keys(None, B, room, 0, dtype)._replace(limits=np.empty((B, T), np.int64))
         self.no_probs = np.empty((0, 0, 0, 0), dtype)
         self._write(tabulate(w), caches)
+        self.calls = list(self._calls(False))
 
     def _write(self, table: Table, caches: Sequence[Array]) -> None:
-        (B, H, T, D), (R, C) = self.shape, self.memory["stream"].shape
-        self.factors, self.likes, self.steps = table.factors, table.likes, table.steps.copy()
-        steps, blocks = self.steps, self.steps[1:-2].reshape(-1, len(BLOCK), COLUMNS)
+        self.table, self.steps = table, table.steps.copy()
+        first, blocks, ends = self.steps[:1], self.steps[1:-2].reshape(-1, len(BLOCK), COLUMNS), self.steps[-2:]
+        self.counters = np.zeros((len(self.steps), 2, 8), np.int64)
         self.attends = slice(1 + [kind for kind, *_ in BLOCK].index(ATTEND), -2, len(BLOCK))
-        self.counters = np.zeros((len(steps), 2, 8), np.int64)
-        put(steps[0], INPUT, self.wpe)
-        put(steps[0], OUTPUT, self.memory["stream"])
-        put(steps[-2], INPUT, self.memory["stream"])
-        put(steps[-2], OUTPUT, self.memory["normed"])
-        put(steps[-1], INPUT, self.memory["normed"])
+        put(first, INPUT, self.wpe)
+        put(first, OUTPUT, self.memory["stream"])
+        put(blocks, CACHE, caches[0])
+        blocks[..., CACHE] = [[cache.__array_interface__["data"][0]] for cache in caches]
         for i, (kind, reads, writes) in enumerate(BLOCK):
             put(blocks[:, i], INPUT, self.memory[reads])
             put(blocks[:, i], OUTPUT, self.memory[writes])
             blocks[:, i, ADDED] = kind == LINEAR and writes == "stream"
-        put(blocks, CACHE, caches[0])
-        blocks[..., CACHE] = [[cache.__array_interface__["data"][0]] for cache in caches]
+        put(ends, INPUT, self.memory["stream"])
+        put(ends, OUTPUT, self.memory["normed"])
+        put(ends[1:], INPUT, self.memory["normed"])
 
-        kinds = [steps[:, KIND] == kind for kind in (NORM, LINEAR, APPEND, ATTEND)]
-        works = norm_work(R, C), linear_work(R, steps[:, WEIGHT + 1], steps[:, INPUT + 2]), (B * H, 2 * R * H * D)
-        pieces, costs = zip(*works, attend_work(B, H, T, 0, D), strict=True)
-        steps[:, PIECES], work = np.select(kinds, pieces, R), np.select(kinds, costs, R * C)
-        steps[:, SMALLEST] = [
-            threads.smallest_chunk(*w) for w in zip(steps[:, PIECES].tolist(), work.tolist(), strict=True)
-        ]
-        self.worth = int(np.minimum(steps[:, PIECES], work // threads.GRAIN).max())
+        self.worth = 1  # threads
+        for steps in (first, *(blocks[:, i] for i in range(len(BLOCK))), ends[:1], ends[1:]):
+            pieces, work = self._work(steps[0].tolist())
+            steps[:, PIECES], steps[:, SMALLEST] = pieces, threads.smallest_chunk(pieces, work)
+            self.worth = max(self.worth, min(pieces, work // threads.GRAIN))
 
-        ends = range(1 + len(BLOCK), len(steps), len(BLOCK)) if R > PIECE_ROWS else ()  # where Ctrl-C may stop it
-        self.calls, self.watched = (list(self._calls(cuts)) for cuts in (ends, range(len(steps))[self.attends]))
+    def _work(self, step: list[int]) -> tuple[int, int]:
+        (B, H, T, D), (R, C) = self.shape, self.memory["stream"].shape
+        if step[KIND] == LINEAR:
+            return linear_work(R, step[WEIGHT + 1], step[INPUT + 2])
+        if step[KIND] == ATTEND:
+            return attend_work(B, H, T, 0, D)
+        return {EMBED: (R, R * C), NORM: norm_work(R, C), APPEND: (B * H, 2 * R * H * D)}[step[KIND]]
 
-    def _calls(self, cuts: Sequence[int]) -> Iterator[tuple[int, int, tuple[Array, Array]]]:
-        """Steps first..last-1 of each compiled call, and what their matrices are like; a new one begins at each cut."""
-        first, form = 0, self.likes[0]
-        assert form is not None
-        for i, like in enumerate(self.likes):
-            like = like or form
-            if i in cuts or (like[0].dtype, like[1].ndim) != (form[0].dtype, form[1].ndim):
-                yield first, i, form
-                first, form = i, like
-        yield first, len(self.likes), form
+    def _calls(self, watched: bool) -> Iterator[tuple[int, int, Array, Array]]:
+        """Steps first..last-1 of each compiled call, and what their matrices and scales are like.
+
+        watched: whether what ATTEND is to see must be looked at before. A long call can be stopped between blocks.
+        """
+        count, block = len(self.steps), len(BLOCK)
+        cuts = range(count)[self.attends] if watched else range(1 + block, count, block) if self.long else ()
+        begins = sorted({*self.table.changes, *cuts})
+        for first, last in zip(begins, [*begins[1:], count], strict=True):
+            yield first, last, *self.table.forms[first]
 
     def _visible(self, start: int, mask: Mask | None, safe: SafeScores) -> VisibleKeys:
         (B, _, T, _), usual = self.shape, self.causal
@@ -276,15 +286,15 @@ class Program:
         self.ids[0], self.ids[1] = ids.reshape(-1), positions.reshape(-1)
         self.counters.fill(0)
         watched = visible.hidden.size > 0
-        for first, end, (weight, scales) in self.watched if watched else self.calls:
+        for first, end, weight, scales in self._calls(True) if watched else self.calls:
             if first == last:
                 break
             if watched and steps[first, KIND] == ATTEND:
-                look_at_hidden(memory["qkv"], caches[first // len(BLOCK)], self.factors[first], visible)
+                look_at_hidden(memory["qkv"], caches[first // len(BLOCK)], self.table.factors[first], visible)
             threads.run_steps(
                 fused.run_steps, fused.run_parallel, (weight.dtype, scales.ndim, self.no_probs.dtype), self.counters,
-                workers, self.scratch, steps, first, min(end, last), self.factors, group_for(B * T), memory["stream"],
-                weight, scales, caches[0], self.ids, start, visible, self.no_probs,
+                workers, self.scratch, steps, first, min(end, last), self.table.factors, group_for(B * T),
+                memory["stream"], weight, scales, caches[0], self.ids, start, visible, self.no_probs,
             )  # fmt: skip
         if visible.unsafe[0]:
             raise ScoresReachMask
@@ -298,7 +308,7 @@ def program_for(w: GPT2Weights, caches: Sequence[Array], ids: Array, count: int)
     program = kept.get((B, T))
     if program is None or program.w is not w or len(program.scratch) < count:
         program = Program(w, caches, B, T, count)
-        if B * T <= PIECE_ROWS:
+        if not program.long:
             kept[B, T] = program
     program.count = count
     return program
