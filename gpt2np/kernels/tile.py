@@ -53,6 +53,7 @@ PANEL, ROWS = (32, 8) if _has("avx512f") else (16, 6)
 # STREAMS[rows] panels for less than len(STREAMS) rows; other machines, where this was not measured, read one.
 STREAMS = (1, 4, 2, 2) if _has("avx2") and not _has("avx512f") else (1,)
 SQUARE = 16  # rows and columns that `transpose` turns at once
+LANES = 64  # running sums over a row: element i goes to sum i % LANES; enough to hide how long one addition takes
 # Without an instruction for float16 LLVM would call a function that may not be there.
 _float16 = config.DISABLE_JIT or platform.machine().lower() in ("arm64", "aarch64") or _has("f16c")
 FORMS = ("bfloat16", "float16") if _float16 else ("bfloat16",)  # in which b may be kept
@@ -248,9 +249,6 @@ def _query_scores_in_python(query, q_start, keys, k_start, k_stride, depth, out,
 # one chain over `depth` numbers, a multiple of SQUARE: what a tile computes of keys in panels. To make panels of them
 # is worth its while for several queries; for one they are turned in registers. Elements are addressed as for a tile.
 query_scores: Callable[..., None] = _query_scores_in_python if config.DISABLE_JIT else _query_scores
-
-
-LANES = 64  # running sums over a row: element i goes to sum i % LANES; enough to hide how long one addition takes
 
 
 @intrinsic
