@@ -1,8 +1,10 @@
 """The package as a whole: what it exports, how light it is, what the command line does with errors."""
 
 import os
+import platform
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,24 @@ def test_importing_is_light():
     }
     code = f"import sys, gpt2np; print(sorted({heavy!r} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has rules of its own")
+def test_the_memory_of_freed_arrays_is_used_again():
+    code = """
+        import resource
+        import numpy as np
+        from gpt2np.arrays import keep_freed_memory
+
+        keep_freed_memory()
+        faults = [resource.getrusage(resource.RUSAGE_SELF).ru_minflt]
+        for _ in range(100):
+            np.ones(1_000_000, np.uint8)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[-1] - faults[1])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 100  # 24,000 where the system clears every page of every array
 
 
 def test_the_command_line_is_light_and_lists_every_command():

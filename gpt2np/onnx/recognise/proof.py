@@ -306,6 +306,8 @@ def _compare(
         where = np.broadcast_to(where, hidden.shape)
         hidden |= where
         expected[where] = factor * score + added
+    if (got == expected).all():  # as with the usual scales and mask values; what follows takes ten times as long
+        return
     seen = ~hidden.all(axis=-1, keepdims=True)  # what happens to rows without a key is read elsewhere
     with np.errstate(invalid="ignore"):
         near = np.abs(got - expected) <= 1e-4 * np.abs(expected)

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from ...arrays import keep_freed_memory
 from ...config import GPT2Config
 from ...errors import UnsupportedModelError, WeightError
 from ...files import allowance
@@ -64,6 +65,7 @@ def recognise(file: ModelFile, refusals: list[UnsupportedModelError] | None = No
     WeightError
         If a floating-point initializer is left over, missing, or of a shape that does not fit.
     """
+    keep_freed_memory()
     found = _recognise(file, refusals)
     nbytes = sum(4 * math.prod(source.shape) for source in found.sources.values())
     if nbytes > allowance(file.nbytes):
