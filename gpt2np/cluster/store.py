@@ -63,7 +63,16 @@ class Store(NamedTuple):
             with replacing(self.folder / name) as draft:
                 draft.write_bytes(result + hashlib.sha256(result).digest())
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and self.read(name) is not None:
+                return  # another command was first with this shard, and has tidied up
             raise InputError(f"cannot write {self.folder / name}: {error.strerror}") from None
+
+    def tidy(self, shards: Iterable[Shard]) -> None:
+        """Remove what was killed while it wrote results of some shards, all of which are here now."""
+        names = {shard.name for shard in shards}
+        for draft in self.folder.glob(".*.part"):  # see `replacing`
+            if draft.name.split(".")[1] in names:
+                draft.unlink(missing_ok=True)
 
     def missing(self, shards: Iterable[Shard]) -> list[Shard]:
         """Those of some shards that have no sound result here, each of them once."""

@@ -58,6 +58,7 @@ class Shards:
             total, left = (sum(shard.size for shard in some) for some in (shards, missing))
             with progress(f"{what}, {len(shards):,} shards", total, unit, total - left) as advance:
                 compute(missing, self.store, self.engine, advance)
+            self.store.tidy(shards)
         except KeyboardInterrupt:
             note(f"stopped; the same command goes on from what is in {self.store.folder}")
             raise typer.Exit(130) from None

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ComparisonError, Gpt2npError
+from ..errors import ComparisonError, Gpt2npError, InputError
 from ..weights import Array
 from .cases import Case
 from .metrics import Budget, Metrics, TopK, measure, top_k
 from .parties import OnnxRef, Ort, Ours, Recorded, Runner, TraceRunner
 from .places import kept_output, seen_rows
-from .report import number
+from .report import Report, add_once, number
 from .shapes import Fit, fit
 from .subject import Subject
 from .trace import versions
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .budgets import Budgets
 
 FLOATS = {"float64": 64, "float32": 32, "float16": 16}  # bits of each
+FEW = 6  # names that are told one by one
 
 
 @dataclass
@@ -78,6 +79,37 @@ def pairs_of(runners: Sequence[Runner], recorded: bool) -> list[tuple[str, str]]
     return against + [(first, other) for other in others]
 
 
+def by_one_alone(names: Sequence[str], who: str) -> list[str]:
+    """What one of two parties alone gives, in words, so that it is told as not compared; none where that is nothing."""
+    told = ", ".join(names) if len(names) <= FEW else f"{names[0]} ... {names[-1]}, {len(names)} arrays"
+    return [f"{told} ({who} alone gives {'it' if len(names) == 1 else 'them'})"] if names else []
+
+
+def _other_files(model: Subject, runners: Sequence[Runner]) -> list[Ort]:
+    """Those parties that are model files of their own."""
+    return [runner for runner in runners if isinstance(runner, Ort) and runner.model is not model]
+
+
+def tell_outputs_of_one_file(report: Report, model: Subject, runners: Sequence[Runner]) -> None:
+    """What only one of the model and another file puts out goes into the report: it cannot be compared.
+
+    Raises
+    ------
+    InputError
+        If they have no output in common.
+    """
+    mine = model.output_names
+    for other in _other_files(model, runners):
+        its = [other.shown(name) for name in other.model.output_names]
+        if not set(mine) & set(its):
+            raise InputError(
+                f"{model.path} gives {', '.join(mine[:FEW])}, and {other.model.path} gives {', '.join(its[:FEW])}:"
+                " there is no output in both; gpt2np diff, or --checks taps, compares what is inside"
+            )
+        add_once(report.not_compared, *by_one_alone([name for name in mine if name not in its], "the model"))
+        add_once(report.not_compared, *by_one_alone([name for name in its if name not in mine], other.name))
+
+
 def compare_case(
     case: Case,
     model: Subject,
@@ -88,12 +120,14 @@ def compare_case(
 ) -> Iterator[Comparison]:
     """All pairs, output by output. `outputs`: what each party gave, or why it gave nothing.
 
+    Another model file may have other outputs (see `tell_outputs_of_one_file`); any other party must give all.
     Rows of padding are compared only if `padding` says so: what they hold is not defined.
     """
     given: dict[str, Mapping[str, Array] | Gpt2npError] = dict(outputs)
     if case.data is not None:
         given[Recorded.name] = case.data.outputs
     failed: set[str] = set()
+    elsewhere = {runner.name for runner in _other_files(model, runners)}
     for actual, expected in pairs_of(runners, case.data is not None):
         a, b = given[actual], given[expected]
         for party, value in ((actual, a), (expected, b)):
@@ -103,6 +137,8 @@ def compare_case(
         if isinstance(a, Gpt2npError) or isinstance(b, Gpt2npError):
             continue
         for name in dict.fromkeys([*b, *a]):
+            if (name not in a or name not in b) and elsewhere & {actual, expected}:
+                continue
             result = Comparison(case.name, name, actual, expected, budgets(name))
             if name not in a or name not in b:
                 result.problem = f"{actual if name not in a else expected} has no such output"

@@ -14,7 +14,7 @@ from . import trace as traces
 from .budgets import Arbiter, Budgets, parse_budgets
 from .capture import run_case, taps_from
 from .cases import Case, case_from_ids, default_cases, pick
-from .compare import Comparison, compare_arrays, parties
+from .compare import Comparison, by_one_alone, compare_arrays, parties
 from .digits import show_digits, significant_digits
 from .explain.problem import Clock
 from .files import compare_files
@@ -29,7 +29,6 @@ from .subject import Subject, misfit, taps_of
 from .trace import versions
 from .wiring import compare_wiring
 
-FEW = 6  # names that are told one by one
 Cases = Callable[[Subject], list[Case]]
 
 
@@ -169,12 +168,7 @@ def compare_cases(
             for name in odd:  # what is a tap by its name and none by its shape
                 problem = misfit((x if runner is a else y)[name], name, model.config, model.call(case.feeds))
                 found.append(Comparison(case.name, name, b.name, a.name, budgets.default, problem=problem))
-            own = [n for n in own if n not in odd]
-            if own:
-                names = ", ".join(own) if len(own) <= FEW else f"{own[0]} ... {own[-1]}, {len(own)} arrays"
-                add_once(
-                    report.not_compared, f"{names} ({runner.name} alone gives {'it' if len(own) == 1 else 'them'})"
-                )
+            add_once(report.not_compared, *by_one_alone([n for n in own if n not in odd], runner.name))
         results[case.name] = (dict(x), dict(y))
     plain = [r for r in runners if isinstance(r, TraceRunner) and r.trace.plain and not r.trace.inputs]
     for runner in plain:

@@ -140,8 +140,7 @@ class Ort:
         found: dict[str, Array] = {}
         if outputs:
             names = [o.name for o in self.session.get_outputs()]
-            shown = [f"{name} ({self.other_things[name]})" if name in self.other_things else name for name in names]
-            made = dict(zip(shown, self.call(self.session, names, feeds), strict=True))
+            made = dict(zip(map(self.shown, names), self.call(self.session, names, feeds), strict=True))
         places = {t: self.model.recognised.taps[t] for t in taps if t in self.model.recognised.taps}
         if places:
             tensors = list(dict.fromkeys(place.tensor for place in places.values()))
@@ -153,6 +152,10 @@ class Ort:
             f"{name} is {role} here, and another thing in the first file" for name, role in self.other_things.items()
         ]
         return Captured(made, found, tuple(notes))
+
+    def shown(self, output: str) -> str:
+        """The name that an output is compared by."""
+        return f"{output} ({self.other_things[output]})" if output in self.other_things else output
 
     def call(self, session: Any, names: list[str], feeds: Feeds) -> list[Array]:
         """These tensors of a session."""

@@ -14,7 +14,7 @@ from .budgets import Arbiter, Budgets, measure_floor, parse_budgets
 from .capture import Options, record, run_case
 from .cases import Case, gather_cases, pick
 from .checks import CHECKS, matrix, run_checks
-from .compare import Comparison, compare_case, parties
+from .compare import Comparison, compare_case, parties, tell_outputs_of_one_file
 from .explain.problem import Clock
 from .metrics import Budget
 from .parties import ENGINES, Ort, Ours, Recorded, Runner, model_path, port_of, runner_of
@@ -137,6 +137,7 @@ def compare_all(
     """Run all parties on all cases and compare their outputs, into the report. Returns what they gave, by case."""
     exact = [Ort(model, optimise=False)] if any(isinstance(r, Ort) and r.optimise for r in runners) else []
     captured: dict[str, Outputs] = {}
+    tell_outputs_of_one_file(report, model, runners)
     for case in cases:
         outputs = captured[case.name] = run_case(case, runners, report)
         report.comparisons += compare_case(case, model, runners, budgets, outputs, options.padding)

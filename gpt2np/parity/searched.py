@@ -20,7 +20,7 @@ from ..weights import Array
 from .budgets import parse_budgets
 from .capture import Options, run_case
 from .cases import Case, cases_from_data, prompt_ids
-from .compare import compare_case, parties
+from .compare import compare_case, parties, tell_outputs_of_one_file
 from .metrics import Budget
 from .parties import Ours, Runner, runner_of
 from .report import Report
@@ -44,6 +44,7 @@ def search_parity(model: Subject, search: Search, options: Options, plain: Calla
     runners: list[Runner] = [Ours(model, options.engine), *(runner_of(model, text, options.engine) for text in asked)]
     report = Report(str(model.path), parties(runners, cases), str(budgets.default), versions=versions())
     if "outputs" in options.checks:
+        tell_outputs_of_one_file(report, model, runners)
         for case in cases:
             case, outputs = _ended(search, case, run_case(case, runners))
             report.comparisons += compare_case(case, model, runners, budgets, outputs)

@@ -159,6 +159,23 @@ def test_a_full_disk_is_an_error_and_nothing_is_half_written(cut):
     assert text.text_score(tokens, shards, store) == expected
 
 
+def test_what_was_killed_while_it_wrote_leaves_nothing_behind(run, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text(TEXT)
+    command = "score", tmp_path / "a.txt", "--json", "--results", tmp_path / "r"
+    run(*command)
+    results = sorted((tmp_path / "r").iterdir())
+    left, other = (tmp_path / "r" / f".{name}.host.1.part" for name in (results[0].name, "of-another-command"))
+    for draft in (left, other):
+        draft.write_bytes(b"half of")
+    run(*command)
+    assert sorted((tmp_path / "r").iterdir()) == sorted([*results, other])
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: None)  # as if the end of another command had removed a draft
+    store = Store(tmp_path / "r")
+    store.write(results[0].name, b"the same")
+    with pytest.raises(InputError, match="cannot write .*: No such file"):
+        store.write("new", b"result")
+
+
 def test_a_result_that_a_network_shows_late_is_waited_for(cut):
     """Another machine has written it, and NFS still says that there is no such file."""
     _, shards, store, _ = cut

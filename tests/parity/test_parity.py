@@ -213,6 +213,26 @@ def test_outputs_of_two_files_that_are_different_things_are_not_compared(tmp_pat
         assert code == 0, output
         assert f"output1 is {role} here, and another thing in the first file ({b})" in " ".join(output.split())
         assert f"output1 ({a} alone gives it)" in " ".join(output.split())
+        code, output = run("parity", tmp_path / a, "--against", tmp_path / b, "--random", "1", "--engine", "numpy")
+        assert code == 0, output
+        assert f"output1 is {role} here, and another thing in the first file ({b})" in " ".join(output.split())
+        assert "output1 (the model alone gives it)" in " ".join(output.split())
+        assert f"output1 ({role}) ({b} alone gives it)" in " ".join(output.split())
+        assert "output2" in output
+
+
+def test_another_file_without_an_output_in_common_is_an_error(small: Path, tmp_path: Path) -> None:
+    proto = onnx.load(str(small / "model.onnx"))
+    for output in proto.graph.output:
+        for node in proto.graph.node:
+            node.output[:] = [name + "_" if name == output.name else name for name in node.output]
+            node.input[:] = [name + "_" if name == output.name else name for name in node.input]
+        output.name += "_"
+    onnx.save(proto, str(tmp_path / "other.onnx"))
+    compared = "parity", small, "--against", tmp_path / "other.onnx", "--random", "1", "--engine", "numpy"
+    with pytest.raises(InputError, match=r"gives output1, .*other\.onnx gives output1_, .*: there is no output in"):
+        run(*compared)
+    assert run(*compared, "--checks", "taps")[0] == 0
 
 
 # ------------------------------------------------------------------------------------------------- traces
