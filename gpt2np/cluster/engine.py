@@ -17,10 +17,11 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
-from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
@@ -30,7 +31,9 @@ from ..errors import InputError
 from ..optional import needs
 from .store import Shard, Store
 
-AHEAD = 1000  # shards that the scheduler knows of at once: enough for every worker, and few for it
+AHEAD = 1000  # messages that the scheduler knows of at once: enough for every worker, and few for it
+GROUP = 16  # shards of a message, at most: each message costs some 10 ms of Dask's processor time
+SECONDS = 3.0  # after which a worker sends back what it has not begun of a message
 WAIT = 60.0  # seconds to wait for a scheduler that does not answer
 QUIET = {  # settings of Dask, which takes more than 2% of two processors to look at itself otherwise
     "distributed.worker.profile.enabled": False,  # looks at all stacks every 10 ms
@@ -173,38 +176,50 @@ def compute(
                 raise InputError(f"{len(left):,} of {len(shards):,} shards could not be computed: {error}") from None
 
 
-def make(shard: Shard, store: Store) -> None:
-    """Compute a shard and keep its result, unless it has come meanwhile: what a worker does."""
-    if store.read(shard.name) is None:
-        store.write(shard.name, shard.work(shard, store))
+def make(shards: Sequence[Shard], store: Store) -> int:
+    """What a worker does: compute shards and keep each result, unless it has come meanwhile, for SECONDS.
+
+    Returns how many are done, of those that come first; one at least.
+    """
+    until, done = time.monotonic() + SECONDS, 0
+    while done < len(shards) and (not done or time.monotonic() < until):
+        if store.read(shards[done].name) is None:
+            store.write(shards[done].name, shards[done].work(shards[done], store))
+        done += 1
+    return done
 
 
 def _round(shards: Sequence[Shard], store: Store, engine: Engine) -> Iterator[Shard]:
     """Compute shards in any order; yields each that is done."""
     if engine.address is None:
         for shard in shards:
-            make(shard, store)
+            make([shard], store)
             yield shard
         return
     from distributed import KilledWorker, as_completed
 
     with _client(engine.address) as client:
-        waiting, running, shard_of = iter(shards), as_completed(loop=client.loop), {}
+        waiting, running = deque(shards), as_completed(loop=client.loop)
+        sent: dict[Any, list[Shard]] = {}
 
-        def submit(count: int) -> None:
-            for shard in islice(waiting, count):
-                running.add(future := client.submit(make, shard, store, pure=False))
-                shard_of[future] = shard
+        def submit(most: int) -> None:
+            while waiting and len(sent) < AHEAD:
+                count = min(most, 1 + len(waiting) // (2 * engine.workers or AHEAD))  # one at last: all end together
+                some = [waiting.popleft() for _ in range(count)]
+                running.add(future := client.submit(make, some, store, pure=False))
+                sent[future] = some
 
-        submit(AHEAD)
+        submit(GROUP)
         for future in running:
             error = future.exception() if future.status == "error" else None
             if error is not None and not isinstance(error, KilledWorker):
                 raise error
             if future.status != "finished":
                 raise _Lost(f"a worker or the scheduler was lost: {error or future.status}")
-            yield shard_of.pop(future)
-            submit(1)
+            some, done = sent.pop(future), future.result()
+            waiting.extend(some[done:])
+            submit(min(GROUP, 2 * done))  # where shards take long, few come back
+            yield from some[:done]
 
 
 @contextmanager

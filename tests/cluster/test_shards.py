@@ -78,6 +78,14 @@ def test_shards_give_the_bits_of_one_process(cut):
     assert text.text_score(tokens, shards, store) == expected
 
 
+def test_a_worker_sends_back_what_it_has_not_begun_in_time(cut, monkeypatch):
+    _, shards, store, _ = cut
+    assert engine.make(shards[:3], store) == 3
+    monkeypatch.setattr(engine, "SECONDS", 0)
+    assert engine.make(shards[:5], store) == 1  # which was there
+    assert store.missing(shards) == shards[3:]
+
+
 def test_sums_of_sums_are_not_the_sum(cut):
     """Why there is one exact sum over all windows: sums of each worker's sums depend on who computed what."""
     _, shards, store, expected = cut
@@ -372,7 +380,9 @@ def test_two_workers_give_the_bits_of_one_process(run, tmp_path, toy, method):
     file.write_text(TEXT)
     [alone] = run("score", file, "--json")
     options = ["--workers", 2, "--results", tmp_path / "r", "-m", toy, "--engine", "numpy", "--json"]
-    code = f"from gpt2np.cluster import engine; engine.METHOD = {method!r}; from gpt2np.cli import main; main()"
+    # a forked worker, which has this from here, sends back all but the first shard of a message
+    code = f"from gpt2np.cluster import engine; engine.METHOD = {method!r}; engine.SECONDS = 0"
+    code += "; from gpt2np.cli import main; main()"
     done = python("-c", code, "score", file, *options)
     assert done.returncode == 0, done.stderr
     found, summary = map(json.loads, done.stdout.splitlines())
