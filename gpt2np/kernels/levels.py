@@ -28,7 +28,7 @@ from numba.extending import intrinsic, overload
 
 from ..quantised import GROUP
 from .jit import config, jit
-from .tile import PANEL, add_row, blocks, prefetch
+from .tile import PANEL, add_row, ask_for, blocks
 
 STEP = 8  # rows of a panel that are made at once
 TOP = 28  # bits below a level of 4 bits at the top of a word
@@ -86,7 +86,7 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
 
             def step(k, sums):
                 for b_later, s_later in zip(*later, strict=True):
-                    _ask_for(builder, b.dtype, has_offsets(scales), b_later, s_later, k)
+                    _ask_for_weights(builder, b.dtype, has_offsets(scales), b_later, s_later, k)
                 places = zip(b_panels, s_panels, strict=True)
                 weights = [_weights(builder, b.dtype, has_offsets(scales), *place, k) for place in places]
                 for j in range(STEP):
@@ -94,7 +94,7 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
                     sums = add_row(builder, a_rows, k_and_j, [weight(j) for weight in weights], sums)
                 return sums
 
-            blocks(builder, step, STEP, depth, terms, pointers(out, values[11:], rows), panels)
+            blocks(builder, [(STEP, step)], depth, terms, pointers(out, values[11:], rows), panels)
             return context.get_dummy_value()
 
         numbers = b, size, size, scales, size, size, size, size
@@ -104,7 +104,9 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
     return chosen
 
 
-def _ask_for(builder: ir.IRBuilder, kind: Any, offsets: bool, levels: ir.Value, scales: ir.Value, k: ir.Value) -> None:
+def _ask_for_weights(
+    builder: ir.IRBuilder, kind: Any, offsets: bool, levels: ir.Value, scales: ir.Value, k: ir.Value
+) -> None:
     """Have the memory read rows k to k + STEP - 1 of a panel, which will be needed soon, and their scales.
 
     A Zen 3 makes weights of levels for so long that it does not read on by itself meanwhile.
@@ -114,9 +116,8 @@ def _ask_for(builder: ir.IRBuilder, kind: Any, offsets: bool, levels: ir.Value, 
     if offsets or per > 1:  # they have enough scales for it to matter
         numbers = 2 * PANEL if offsets else PANEL
         wanted.append((scales, builder.mul(builder.udiv(k, k.type(GROUP)), k.type(numbers)), numbers, 4))
-    for base, first, count, size in wanted:
-        for place in range(0, count, 64 // size):
-            prefetch(builder, builder.gep(base, [builder.add(first, k.type(place))]))
+    for place in wanted:
+        ask_for(builder, *place)
 
 
 def _weights(

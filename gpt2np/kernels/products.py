@@ -16,7 +16,8 @@ from .tile import PANEL, ROWS, STREAMS, is_narrow, wide, widen_row
 
 TERMS = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
 
-tile_1, tile_2, tile_4, tile_full = (tile.make_tile(rows) for rows in (1, 2, 4, ROWS))
+tile_1, tile_2, tile_4, tile_full = (tile.make_tile(rows, ask=True) for rows in (1, 2, 4, ROWS))
+tile_again = tile.make_tile(ROWS)
 levels_1_1, levels_1_2, levels_2_1, levels_2_2 = (levels.make_tile(*n) for n in ((1, 1), (1, 2), (2, 1), (2, 2)))
 WIDE = 64  # columns of a tile of one row that makes use of all of a row of values
 tile_wide = tile.make_tile(1, WIDE // PANEL)
@@ -30,7 +31,10 @@ def multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, terms, out
     while r < rows:
         left = rows - r
         a_row, out_row = a_start + r * a_stride, out_start + r * out_stride
-        if left >= ROWS:
+        if left >= ROWS and r > 0:
+            tile_again(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
+            r += ROWS
+        elif left >= ROWS:
             tile_full(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
             r += ROWS
         elif left >= 4:

@@ -36,6 +36,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from ..arrays import widened
+from . import avx2
 from .jit import config
 
 
@@ -52,16 +53,22 @@ PANEL, ROWS = (32, 8) if _has("avx512f") else (16, 6)
 # than one after another: a processor's own prefetching begins anew at each page of each stream, and only that.
 # STREAMS[rows] panels for less than len(STREAMS) rows; other machines, where this was not measured, read one.
 STREAMS = (1, 4, 2, 2) if _has("avx2") and not _has("avx512f") else (1,)
+BY_HAND = _has("avx2") and _has("fma") and not _has("avx512f")  # whether `avx2.steps` is the loop of float32 numbers
+if BY_HAND:
+    llvm.initialize_native_asmparser()  # which numba has no need of; code from its cache may be compiled once more, too
 SQUARE = 16  # rows and columns that `transpose` turns at once
 LANES = 64  # running sums over a row: element i goes to sum i % LANES; enough to hide how long one addition takes
 # Without an instruction for float16 LLVM would call a function that may not be there.
 _float16 = config.DISABLE_JIT or platform.machine().lower() in ("arm64", "aarch64") or _has("f16c")
 FORMS = ("bfloat16", "float16") if _float16 else ("bfloat16",)  # in which b may be kept
 AHEAD = 2 * SQUARE  # so many rows further it has the memory read already
+Step = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]  # see `blocks`
 
 
-def make_tile(rows: int, panels: int = 1) -> Callable[..., None]:
+def make_tile(rows: int, panels: int = 1, ask: bool = False) -> Callable[..., None]:
     """The tile with a fixed number of rows, over so many panels at once.
+
+    ask: have the memory read the next block of b while this one is used.
 
         tile(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride)
 
@@ -107,8 +114,14 @@ def make_tile(rows: int, panels: int = 1) -> Callable[..., None]:
                 for base, stride in ((a_base, a_stride), (out_base, out_stride))
             )
             b_panels = [builder.gep(b_base, [builder.mul(b_next, depth.type(p))]) for p in range(panels)]
-            step = partial(_step, builder, a_rows, b_panels, b.dtype, b_stride, terms)
-            blocks(builder, step, 1, depth, terms, out_rows, panels)
+            steps: list[tuple[int, Step]] = [(1, partial(_step, builder, a_rows, b_panels, b.dtype, b_stride))]
+            if BY_HAND and panels == 1 and a.dtype == b.dtype == types.float32:
+                by_hand = partial(avx2.steps, builder, rows, a_base, a_stride, b_base, b_stride)
+                steps.insert(0, (avx2.STEPS, by_hand))
+            if ask:
+                asked = partial(_ask_for_rows, builder, b_base, b.dtype, b_stride, terms)
+                steps = [(many, partial(asked, many, step)) for many, step in steps]
+            blocks(builder, steps, depth, terms, out_rows, panels)
             return context.get_dummy_value()
 
         return types.void(a, size, size, b, size, size, size, size, size, out, size, size), generate
@@ -278,17 +291,18 @@ raise_lanes: Callable[..., None] = _raise_lanes_in_python if config.DISABLE_JIT 
 
 
 def blocks(
-    builder: ir.IRBuilder, make_step: Callable[[ir.Value, list[ir.Value]], list[ir.Value]], many: int,
-    depth: ir.Value, terms: ir.Value, out_rows: list[ir.Value], panels: int,
+    builder: ir.IRBuilder, steps: list[tuple[int, Step]], depth: ir.Value, terms: ir.Value, out_rows: list[ir.Value],
+    panels: int,
 ) -> None:  # fmt: skip
     """The loops of a tile, for pointers to the rows of out.
 
-    make_step: from k and the sums of each row and panel, what they are after `many` k; depth and terms are multiples.
+    steps: from k and the sums of each row and panel, what they are after so many k, for numbers of k that fall;
+    depth and terms are multiples of the last.
     """
     index, vector = depth.type, ir.VectorType(out_rows[0].type.pointee, PANEL)
     zeros, align = ir.Constant(vector, [0.0] * PANEL), 8 if isinstance(vector.element, ir.DoubleType) else 4
     before = builder.block
-    block_begins, step, block_ends, after = (builder.append_basic_block(n) for n in ("block", "step", "end", "after"))
+    block_begins, after = (builder.append_basic_block(name) for name in ("block", "after"))
 
     # block = 0; do { end = min(block + terms, depth) ...
     builder.branch(block_begins)
@@ -296,45 +310,63 @@ def blocks(
     block = builder.phi(index)
     end = builder.add(block, terms)
     end = builder.select(builder.icmp_signed("<", end, depth), end, depth)
-    builder.branch(step)
 
-    # k = block; do { sum[r] = fma(a[r, k], b[k], sum[r]) } while ((k += many) < end), the sums in registers
-    builder.position_at_end(step)
-    k, *sums = [builder.phi(kind) for kind in (index, *[vector] * (len(out_rows) * panels))]
-    new_sums = make_step(k, sums)
-    next_k = builder.add(k, index(many))
-    for phi, start, new in zip([k, *sums], [block, *[zeros] * len(sums)], [next_k, *new_sums], strict=True):
-        phi.add_incoming(start, block_begins)
-        phi.add_incoming(new, step)
-    builder.cbranch(builder.icmp_signed("<", next_k, end), step, block_ends)
+    # sum[r] = fma(a[r, k], b[k], sum[r]) for k = block to end, the sums in registers
+    k, sums = block, [zeros] * (len(out_rows) * panels)
+    for many, step in steps:
+        k, sums = _while_there_are(builder, many, step, k, sums, end)
 
     # out[r] += sum[r] } while ((block = end) < depth)
-    builder.position_at_end(block_ends)
-    for i, total in enumerate(new_sums):
+    for i, total in enumerate(sums):
         place = builder.gep(out_rows[i // panels], [index(i % panels * PANEL)])
         target = builder.bitcast(place, vector.as_pointer())
         builder.store(builder.fadd(builder.load(target, align=align), total), target, align=align)
     block.add_incoming(index(0), before)
-    block.add_incoming(end, block_ends)
+    block.add_incoming(end, builder.block)
     builder.cbranch(builder.icmp_signed("<", end, depth), block_begins, after)
     builder.position_at_end(after)
 
 
+def _while_there_are(
+    builder: ir.IRBuilder, many: int, step: Step, k: ir.Value, sums: list[ir.Value], end: ir.Value
+) -> tuple[ir.Value, list[ir.Value]]:
+    """while (k + many <= end) { sums = step(k, sums); k += many }; k and the sums after it."""
+    before, (test, body, after) = builder.block, [builder.append_basic_block(n) for n in ("test", "step", "end")]
+    builder.branch(test)
+    builder.position_at_end(test)
+    old = [builder.phi(value.type) for value in (k, *sums)]
+    next_k = builder.add(old[0], k.type(many))
+    builder.cbranch(builder.icmp_signed("<=", next_k, end), body, after)
+    builder.position_at_end(body)
+    for phi, first, new in zip(old, (k, *sums), (next_k, *step(old[0], old[1:])), strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(new, body)
+    builder.branch(test)
+    builder.position_at_end(after)
+    return old[0], old[1:]
+
+
 def _step(
     builder: ir.IRBuilder, a_rows: list[ir.Value], b_panels: list[ir.Value], b_dtype: Any, b_stride: ir.Value,
-    terms: ir.Value, k: ir.Value, sums: list[ir.Value],
+    k: ir.Value, sums: list[ir.Value],
 ) -> list[ir.Value]:  # fmt: skip
     """sums[r, panel] + a[r, k] * b[panel, k]."""
     b_kind, b_vectors = ir.VectorType(b_panels[0].type.pointee, PANEL), []
     for b_panel in b_panels:
         place = builder.bitcast(builder.gep(b_panel, [builder.mul(k, b_stride)]), b_kind.as_pointer())
         b_vectors.append(_widen(builder, builder.load(place, align=b_dtype.bitwidth // 8), b_dtype))
-    if len(b_panels) == 1:  # the next block of b is on its way while this one is used
-        size = b_dtype.bitwidth // 8
-        for line in range(0, PANEL * size, 64):
-            ahead = builder.add(builder.mul(builder.add(k, terms), b_stride), k.type(line // size))
-            prefetch(builder, builder.gep(b_panels[0], [ahead]))
     return add_row(builder, a_rows, k, b_vectors, sums)
+
+
+def _ask_for_rows(
+    builder: ir.IRBuilder, b: ir.Value, b_dtype: Any, b_stride: ir.Value, ahead: ir.Value, many: int, step: Step,
+    k: ir.Value, sums: list[ir.Value],
+) -> list[ir.Value]:  # fmt: skip
+    """A step over so many k, while the memory reads the rows of b that are so far ahead."""
+    for i in range(many):
+        row = builder.add(builder.add(k, ahead), k.type(i))
+        ask_for(builder, b, builder.mul(row, b_stride), PANEL, b_dtype.bitwidth // 8)
+    return step(k, sums)
 
 
 def add_row(
@@ -434,6 +466,12 @@ def _widen_row_in_python(source: Any, s_start: int, ahead: int, target: Any, t_s
 # widen_row(source, s_start, ahead, target, t_start): PANEL elements of a matrix, as floats, addressed as for a tile;
 # those `ahead` further on are asked for
 widen_row: Callable[..., None] = _widen_row_in_python if config.DISABLE_JIT else _widen_row
+
+
+def ask_for(builder: ir.IRBuilder, base: ir.Value, first: ir.Value, count: int, size: int) -> None:
+    """Prefetch `count` elements of so many bytes, from element `first` on."""
+    for place in range(0, count, 64 // size):
+        prefetch(builder, builder.gep(base, [builder.add(first, first.type(place))]))
 
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:

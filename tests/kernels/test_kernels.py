@@ -495,6 +495,35 @@ def test_other_machines_compute_the_same_product(machine, features, tmp_path):
     assert in_a_new_process(code, **environment) == "True\n"
 
 
+def compiled_tile(chosen, a, b):
+    def add_product(stride, depth, terms, out):
+        chosen(a, 1, a.shape[1], b, 2, stride, 0, depth, terms, out, 3, out.shape[1])
+
+    return numba.njit(add_product)
+
+
+@pytest.mark.jit
+@pytest.mark.skipif(not tile.BY_HAND, reason="no AVX2, or more than that")
+@pytest.mark.parametrize("rows", [1, 2, 4, tile.ROWS])
+@pytest.mark.parametrize("ask", [False, True])
+def test_the_loop_in_instructions_of_avx2_gives_the_bits_of_llvms(rows, ask, monkeypatch):
+    cases = [(depth, 128) for depth in range(1, 20)] + [(200, 64), (256, 128), (290, 13)]
+    a, b, start = draw(rows + 1, 300), draw(300, 20), draw(rows + 1, 24)
+    found, in_asm = [], []
+    for by_hand in (True, False):
+        monkeypatch.setattr(tile, "BY_HAND", by_hand)
+        add_product = compiled_tile(tile.make_tile(rows, ask=ask), a, b)
+        outs = np.array([[start] * len(cases)] * 2)
+        for i, stride in enumerate((16, 20)):
+            for j, (depth, terms) in enumerate(cases):
+                add_product(stride, depth, terms, outs[i, j])
+        found.append(outs)
+        in_asm.append("#APP" in str(add_product.inspect_asm()))
+    assert in_asm == [True, False]
+    assert (found[0] != start).any(axis=(2, 3)).all()
+    np.testing.assert_array_equal(*(outs.view(np.uint32) for outs in found))
+
+
 # --------------------------------------------------------------------------------------- compiled code on disk
 
 
