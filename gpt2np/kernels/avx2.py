@@ -1,9 +1,9 @@
 """The inner loop of the float32 tile in the instructions of AVX2, as few of them as there can be.
 
 A step is two loads, and a broadcast and two multiply-adds for each row: 20 instructions for 6 rows. LLVM's own code has
-up to a quarter more, unrolled or not, since it computes addresses anew. It costs nothing while a core is ours alone and
-multiplies as fast as it can; but where another guest of the machine has the other half of the core, each half is given
-some three instructions a cycle, and every one of them counts.
+up to a quarter more, unrolled or not, since it computes addresses anew. That costs little while a core is ours alone;
+but where another guest of the machine uses the same core, each is given some three instructions a cycle, and every one
+of them counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from llvmlite import ir
 
 STEPS = 8  # written one after another, so that the loop around them adds one instruction to each
 LANES = 8
-# Row i of a matrix lies at the row before the comma, plus so many strides: an address is of this form
+# Row i of a matrix, as an address can name it: row 0, 2 or 3, and no, 1, 2 or 4 strides more
 ROWS = {0: (0, 0), 1: (0, 1), 2: (0, 2), 3: (3, 0), 4: (3, 1), 5: (3, 2), 6: (2, 4), 7: (3, 4)}
 
 

@@ -19,7 +19,6 @@ from llvmlite import ir
 from numba import prange
 from numba.core import cgutils, types
 from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
 from ..arrays import Array
 from .jit import config, jit
@@ -32,13 +31,16 @@ EMBED, NORM, LINEAR, APPEND, ATTEND = range(5)
 
 # Columns of a row: numbers, and where arrays begin, which are an address and as many lengths as they have dimensions.
 KIND, PIECES, SMALLEST, ACTIVATION, ADDED = range(5)  # for pieces and smallest see `threads.run_pieces`
-INPUT, OUTPUT, WEIGHT, SCALES, BIAS, GAIN, CACHE = 5, 8, 11, 15, 20, 22, 24  # of 2, 2, 3, 3 or 4, 1, 1, 5 dimensions
-COLUMNS = 30
+# of 2, 2, 3, 3 or 4, 1, 1, 5 and 1 dimensions; FLAT is the cache as one row of numbers
+INPUT, OUTPUT, WEIGHT, SCALES, BIAS, GAIN, CACHE, FLAT = 5, 8, 11, 15, 20, 22, 24, 30
+COLUMNS = 32
 
 
 @intrinsic
 def _array_at(_, like, step, column):
     def generate(context, builder, _, values):
+        from numba.np.arrayobj import populate_array  # 35 ms, and needed where something is compiled only
+
         row = context.make_array(step)(context, builder, values[1]).data
 
         def number(i: int) -> ir.Value:
@@ -102,10 +104,8 @@ def run_steps(
             elif kind == APPEND:
                 append_range(begin, end, x, array_at(cache, step, CACHE), start)
             elif kind == ATTEND:
-                held = array_at(cache, step, CACHE)
-                attend_range(
-                    begin, end, scratch, x, held, held.reshape(-1), factors[i], visible, out, no_probs,
-                )  # fmt: skip
+                held, flat = array_at(cache, step, CACHE), array_at(scratch, step, FLAT)
+                attend_range(begin, end, scratch, x, held, flat, factors[i], visible, out, no_probs)
             else:
                 table = array_at(weight, step, WEIGHT), array_at(scales, step, SCALES)
                 embed_range(begin, end, scratch, ids[0], ids[1], table[0], table[1], x, out)

@@ -21,6 +21,7 @@ from .fused import (
     CACHE,
     COLUMNS,
     EMBED,
+    FLAT,
     GAIN,
     INPUT,
     KIND,
@@ -219,7 +220,8 @@ class Program:
         put(first, INPUT, self.wpe)
         put(first, OUTPUT, self.memory["stream"])
         put(blocks, CACHE, caches[0])
-        blocks[..., CACHE] = [[cache.__array_interface__["data"][0]] for cache in caches]
+        put(blocks, FLAT, caches[0].reshape(-1))
+        blocks[..., CACHE] = blocks[..., FLAT] = [[cache.__array_interface__["data"][0]] for cache in caches]
         for i, (kind, reads, writes) in enumerate(BLOCK):
             put(blocks[:, i], INPUT, self.memory[reads])
             put(blocks[:, i], OUTPUT, self.memory[writes])
