@@ -78,7 +78,7 @@ def load_model(
         from ..kernels import needs_compilation
 
         if needs_compilation():
-            note("Compiling the kernels, which takes some seconds the first time.")
+            note("Compiling the kernels, which takes half a minute or so the first time.")
     return loaded
 
 

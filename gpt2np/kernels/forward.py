@@ -38,7 +38,7 @@ from .vectors import ACTIVATION_CODES, activate_in_place
 
 
 def needs_compilation() -> bool:
-    """Whether the first call will take some seconds longer, because compiled kernels are not on disk yet."""
+    """Whether the first call will take half a minute longer, because compiled kernels are not on disk yet."""
     kernel = fused.run_steps  # the last one of a first call, however many threads there are
     if config.DISABLE_JIT or kernel.signatures:
         return False

@@ -12,17 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import llvmlite.binding
 import numba
 from numba.core import config as numba_config
 from numba.core.caching import FunctionCache, IndexDataCacheFile
-from numba.core.runtime import _nrt_python  # type: ignore[attr-defined]
 
 config: Any = numba_config  # its fields are made at run time, from NUMBA_... in the environment
 
 FOLDER = Path(__file__).parent
 _said: list[str] = []  # why compiled code cannot be kept, once it was said
-KNOWN_NUMBA = (0, 68)  # the newest version of which it is known what cached code needs: see `_link_runtime`
+KNOWN_NUMBA = (0, 68)  # the newest version of which it is known that cached code runs without `CPUContext.refresh`
 
 
 @functools.cache
@@ -71,7 +69,7 @@ class DiskCache(FunctionCache):
         try:
             if numba.version_info.short > KNOWN_NUMBA:
                 return super().load_overload(signature, context)
-            _link_runtime()
+            # numba's own method first prepares it to compile, which takes 0.2 s and 45 MB
             return self._load_overload(signature, context)
         except Exception:  # a damaged file, of which pickle may raise anything: compile anew
             return None
@@ -101,7 +99,7 @@ def say_not_kept(why: str) -> None:
     if not _said:
         _said.append(why)
         warnings.warn(
-            f"compiled kernels cannot be kept, so every process compiles them anew, which takes some seconds: {why}. "
+            f"compiled kernels cannot be kept, so every process compiles them anew, which takes half a minute or so: {why}. "
             "Set NUMBA_CACHE_DIR to a folder that can be written to, and fill it once with: gpt2np warmup",
             RuntimeWarning,
             stacklevel=2,
@@ -109,10 +107,15 @@ def say_not_kept(why: str) -> None:
 
 
 def jit(parallel: bool = False, inline: Any = "never") -> Callable[[Any], Any]:
-    """numba.njit with the settings that all kernels share; compiled code is kept on disk where that is possible."""
+    """numba.njit with the settings that all kernels share; compiled code is kept on disk where that is possible.
+
+    No kernel makes an array or keeps one, so none counts who holds them (`_nrt`): each slice would be counted twice,
+    by an instruction for which threads wait for each other.
+    """
+    options = {"nogil": True, "parallel": parallel, "error_model": "numpy", "inline": inline, "_nrt": False}
 
     def decorate(function: Any) -> Any:
-        kernel: Any = numba.njit(nogil=True, parallel=parallel, error_model="numpy", inline=inline)(function)
+        kernel: Any = numba.njit(**options)(function)
         if not config.DISABLE_JIT:
             try:
                 kernel._cache = DiskCache(function)
@@ -121,14 +124,3 @@ def jit(parallel: bool = False, inline: Any = "never") -> Callable[[Any], Any]:
         return kernel
 
     return decorate
-
-
-@functools.cache
-def _link_runtime() -> None:
-    """Tell LLVM the addresses of numba's runtime.
-
-    That is all that compiled code needs. `CPUContext.refresh`, by which numba prepares itself before it looks into
-    its cache, is for compiling: 0.2 s and 45 MB. numba calls it itself when something is missing in the cache.
-    """
-    for name, address in _nrt_python.c_helpers.items():
-        llvmlite.binding.add_symbol(name if name.startswith("_") else f"NRT_{name}", address)
