@@ -92,7 +92,7 @@ def what_else(
     if row is not None:
         rows = report.rows.get(f"{pair.a.name} - {pair.b.name}", [])
         if {r.tap for r in rows} - {t for p in model.recognised.outputs for t in taps_of(p)}:
-            say_whether_cured(report, rows, row, model.taps(), pair.b.name)
+            say_whether_cured(report, rows, row, model, report.details["divergent"]["party"])
     if replace:
         put_right(report, model, pair, replace)
     if digits:

@@ -10,11 +10,13 @@ import numpy as np
 from ..call import Call
 from ..errors import InputError
 from ..weights import Array
+from .budgets import EQUALLY_NEAR
 from .capture import taps_from
 from .forms import named, nearest
 from .localise import TapRow, compare_taps
 from .operations import tap_inputs, tap_names
 from .parties import Function, Ort, Ours, Runner, sorted_out
+from .places import ancestors
 from .program import Program
 from .report import Pair, Report
 from .search import tap_table
@@ -85,15 +87,28 @@ def _some(taps: Mapping[str, Array], wanted: Sequence[str]) -> dict[str, Array]:
     return {tap: taps[tap] for tap in wanted if tap in taps}
 
 
-def say_whether_cured(report: Report, rows: Sequence[TapRow], row: TapRow, names: Sequence[str], party: str) -> None:
+def _few(taps: Sequence[str]) -> str:
+    return ", ".join(taps[:3]) + (f" and {len(taps) - 3} more" if len(taps) > 3 else "")
+
+
+def say_whether_cured(report: Report, rows: Sequence[TapRow], row: TapRow, model: Subject, party: str) -> None:
     """Whether the first divergence is the only one: told by the local errors, each with the party's own inputs."""
+    names, config = model.taps(), model.config
     given = {r.tap for r in rows}
     after = [tap for tap in names if names.index(tap) > names.index(row.tap)]
     twins = {f"{row.tap[:-1]}{x}" for x in "qkv"} if row.tap.endswith((".q", ".k", ".v")) else set()
-    more = [r.tap for r in rows if r.diverges and r.tap != row.tap and r.tap not in twins]
-    if more:
-        few = ", ".join(more[:3]) + (f" and {len(more) - 3} more" if len(more) > 3 else "")
-        how = "differ by themselves" if len(more) > 1 else "differs by itself"
-        report.findings.append(f"{row.tap} is not all: {few} of {party} {how}, too")
-    elif after and all(tap in given for tap in after):
+    more = [r for r in rows if r.diverges and r.tap != row.tap and r.tap not in twins]
+    # what is right behind a wrong tap was computed from something else than that
+    near = [r.tap for r in more if r.r is not None and 1 / EQUALLY_NEAR <= r.r <= EQUALLY_NEAR]
+    right = [tap for tap in near if row.tap in ancestors([tap], config)]
+    more_taps = [r.tap for r in more if r.tap not in right]
+    if right:
+        how = "agree" if len(right) > 1 else "agrees"
+        report.findings.append(
+            f"{_few(right)} {how} all the same: {party} does not go on with what it returned as {row.tap}"
+        )
+    if more_taps:
+        how = "differ by themselves" if len(more_taps) > 1 else "differs by itself"
+        report.findings.append(f"{row.tap} is not all: {_few(more_taps)} of {party} {how}, too")
+    elif not right and after and all(tap in given for tap in after):
         report.findings.append(f"with {row.tap} put right, everything after agrees: nothing else differs by itself")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from ..call import Call
 from ..errors import Gpt2npError
 from ..weights import Array
-from .capture import around, taps_from
+from .capture import around
 from .cases import Case
 from .checks import past_kept
 from .compare import Comparison
@@ -20,6 +20,7 @@ from .explain.diagnose import Diagnosis, from_outputs, from_taps, misplaced, non
 from .explain.problem import Clock, Guess
 from .localise import TapRow, Taps, agreeing, compare_taps, first_divergence, only_noise
 from .operations import tap_names
+from .parties import Runner
 from .places import interval, interval_words, next_tap
 from .program import Program
 from .report import Check, Pair, Place, Report, Table, add_once, number
@@ -70,9 +71,11 @@ def investigate(
         report.checks += [past] if past is not None else []
     if report.watch is not None:
         report.watch.begin(a.name, b.name, outputs[0], model, case)
+    apart: set[str] = set()
+    taps_a, taps_b = (_watched(model, call, who, case, o, apart) for who, o in zip((a, b), outputs, strict=True))
     try:
         rows = list(compare_taps(
-            model.program, call, taps_from(a, case), taps_from(b, case), model.taps(),
+            model.program, call, taps_a, taps_b, model.taps(),
             oracle=oracle.program if oracle else None, oracle_taps=oracle.taps if oracle else None,
             eps=float(np.finfo(np.float16 if model.is_float16 else np.float32).eps),
             watch=report.watch.see if report.watch is not None else None,
@@ -84,7 +87,7 @@ def investigate(
     rows = [r for r in rows if r.local_b is not None]
     row = first_divergence(rows)
     judged = asked or report.exit_code == 1  # what was not asked for changes no verdict
-    inside = show_taps(report, model, rows, (case.name, a.name, b.name), every, judged, asked)
+    inside = show_taps(report, model, rows, (case.name, a.name, b.name), every, judged, asked, apart)
     if isinstance(given, Diagnosis):
         settle(report, given, case.name)
         return None, {}
@@ -104,18 +107,33 @@ def investigate(
     return row, arrays
 
 
+def _watched(
+    model: Subject, call: Call, runner: Runner, case: Case, outputs: Mapping[str, Array], apart: set[str]
+) -> Callable[[Sequence[str]], dict[str, Array]]:
+    """A party's taps; `apart` collects those that are not what its own outputs hold of them."""
+    own = model.outputs_as_taps(outputs, call)
+
+    def taps(names: Sequence[str]) -> dict[str, Array]:
+        given = runner.run(case.feeds, False, names).taps
+        apart.update(t for t, v in given.items() if t in own and not np.array_equal(v, own[t], equal_nan=True))
+        return given
+
+    return taps
+
+
 def show_taps(
     report: Report, model: Subject, rows: Sequence[TapRow], names: tuple[str, str, str], every: bool, counts: bool,
-    asked: bool,
+    asked: bool, apart: Collection[str] = (),
 ) -> set[str]:  # fmt: skip
     """The taps as a table and as data, and what was not given; returns those that are no outputs.
 
-    names: the case, A, B; counts: whether a divergence fails, as it does where something failed or taps were asked for.
+    names: the case, A, B; counts: whether a divergence fails, as it does where something failed or taps were asked for;
+    apart: taps that were given besides the outputs that hold them, with other numbers.
     """
     case, a, b = names
     held = {r.tap for r in rows}
     missing = [t for t in model.taps() if t not in held]
-    inside = held - {t for p in model.recognised.outputs for t in taps_of(p)}
+    inside = held - ({t for p in model.recognised.outputs for t in taps_of(p)} - set(apart))
     if missing and not inside:
         add_once(report.not_compared, f"the operations one by one: {b} gives outputs alone")
     elif missing:

@@ -215,6 +215,12 @@ def _pairs(given: Mapping[str, Array], recognised: Recognised) -> dict[str, Arra
     return arrays
 
 
+def _check_twin(who: str, name: str, array: Array, output: str, twin: Array) -> None:
+    """Raise unless what has the place of an output under two names is the same under both: one alone is compared."""
+    if array.size != twin.size or not np.array_equal(array.reshape(-1), twin.reshape(-1), equal_nan=True):
+        raise ComparisonError(f"{who} {output!r} and {name!r}, which are one output, with other numbers in each")
+
+
 def sort_arrays(
     model: Subject, call: Call, given: Mapping[Any, Any], who: str
 ) -> tuple[dict[str, Array], dict[str, Array], list[str]]:
@@ -226,7 +232,7 @@ def sort_arrays(
     Raises
     ------
     ComparisonError
-        If one is no array of numbers, or under an unknown name.
+        If one is no array of numbers, or under an unknown name; if one output is given twice, with other numbers.
     """
     names, known, roles = model.output_names, tap_names(model.config), aliases(model.recognised)
     arrays = _pairs({str(name): as_array(value, f"{who} {name!r}") for name, value in given.items()}, model.recognised)
@@ -238,8 +244,9 @@ def sort_arrays(
     own_first = sorted(arrays.items(), key=lambda item: (item[0] not in names, item[0] in known))
     for name, array in own_first:
         output = name if name in names else roles.get(name)
-        if output is not None:
-            made.setdefault(output, array)
+        twin = array if output is None else made.setdefault(output, array)
+        if not (name in known and as_tap(array, name, model.config, call) is not None):
+            _check_twin(who, name, array, str(output), twin)
         if name in known and name not in names:
             tap = as_tap(array, name, model.config, call)
             if tap is None and output is None:

@@ -160,6 +160,43 @@ def test_a_tap_of_no_known_shape_is_said_and_the_rest_compared(
     )
 
 
+@pytest.mark.parametrize("tap", ["embed", "h.0.ln_1", "h.1.ln_1"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_wrong_tap_behind_which_all_is_right_is_told_for_what_it_is(
+    tap: str, first: bool, right: tuple[Path, Case, Arrays], tmp_path: Path
+) -> None:
+    path, case, outputs = right
+    np.savez(tmp_path / "port.npz", **outputs, **{tap: np.ones((1, IDS.size, 12), np.float32)})
+    parties = [str(path), str(tmp_path / "port.npz")]
+    report = diff(*(parties[::-1] if first else parties), lambda model: [case])
+    assert (report.exit_code, report.place and report.place.last) == (1, tap)
+    assert f"all the same: port does not go on with what it returned as {tap}" in said(report)
+    assert "is not all" not in said(report)
+
+
+@pytest.mark.parametrize("tap", ["h.0.attn.k", "h.1.attn.v", "ln_f"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_wrong_tap_beside_the_right_output_that_holds_it_fails(
+    tap: str, first: bool, right: tuple[Path, Case, Arrays], tmp_path: Path
+) -> None:
+    path, case, outputs = right
+    model = Subject(path)
+    (value,) = Ours(model, "numpy").run(case.feeds, False, [tap]).taps.values()
+    for factor, code in ((1, 0), (1.1, 1)):
+        np.savez(tmp_path / "port.npz", **outputs, **{tap: factor * value})
+        parties = [str(path), str(tmp_path / "port.npz")]
+        report = diff(*(parties[::-1] if first else parties), lambda model: [case])
+        assert (report.exit_code, bool(report.place)) == (code, bool(code))
+
+
+def test_an_output_under_two_names_is_one_array(right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
+    path, case, outputs = right
+    assert judge(path, case, {**outputs, "present.0": outputs["output2"]}, tmp_path).exit_code == 0
+    report = judge(path, case, {**outputs, "present.0": outputs["output2"] + 1}, tmp_path)
+    assert report.exit_code == 1
+    assert "'output2' and 'present.0', which are one output, with other numbers in each" in said(report)
+
+
 def test_rows_of_the_embeddings_that_are_not_finite_are_told_though_no_input_reads_them(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -246,13 +246,14 @@ def suspected(program: Program, first: str, agree: Iterable[str]) -> tuple[list[
     """The operations that a first wrong tap may come from, in order, and the taps that are vouched for.
 
     Queries, keys and values come from one matrix: where one is suspected, so are the others that are not vouched for.
+    Nothing vouches for the wrong tap itself: where all that is computed from it agrees, another array was used.
     """
     config = program.config
     names = tap_names(config)
     layer, part = split_tap(first)
     good = [t for t in agree if names.index(t) < names.index(first) or split_tap(t)[0] == layer]
-    vouched = ancestors(good, config)
-    suspects = set(interval(config, good, [first]))
+    vouched = ancestors(good, config) - {first}
+    suspects = {first, *interval(config, good, [first])}
     if part in ("attn.q", "attn.k", "attn.v"):
         suspects |= {f"h.{layer}.attn.{x}" for x in "qkv"} - vouched
     return sorted(suspects, key=names.index), vouched
