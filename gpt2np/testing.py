@@ -55,6 +55,7 @@ def assert_parity(
         Values in float64, to say which side is closer to them: R = rms(actual - oracle) / rms(expected - oracle).
     budget : preset name, (rtol, atol), Budget, or {name or "": any of these}
         An element passes if |actual - expected| <= atol + rtol * |expected|. Presets: zoo, onnx, ort-gpt2, strict.
+        A name must be that of an array, so that a misspelt one is no wider budget.
 
     Raises
     ------
@@ -85,6 +86,7 @@ def _compare(actual: Any, expected: Any, oracle: Any, budget: Any) -> ParityErro
     c = {} if oracle is None else _arrays(oracle)
     if not any(array.size for array in (*a.values(), *b.values())):
         raise ComparisonError("nothing to compare: both sides are empty")
+    _check_names(budget, {**b, **a})
     results: list[Comparison] = []
     for name in [*b, *(n for n in a if n not in b)]:
         result = Comparison("", name, "actual", "expected", _budget(budget, name))
@@ -112,12 +114,21 @@ def _compare(actual: Any, expected: Any, oracle: Any, budget: Any) -> ParityErro
         lines.append(f"{text} at {list(m.at)} {m.actual_at:.9g}, expected {m.expected_at:.9g}")
         if r.output in c and c[r.output].shape == m.shape:
             near, far = rms(a[r.output], c[r.output]), rms(b[r.output], c[r.output])
-            ratio = near / far if far else float("inf") if near else 1.0
+            ratio = 1.0 if near == far else near / far if far else float("inf")  # with a NaN in it both are infinite
             closer = "a tie" if 0.8 < ratio < 1.25 else "actual is closer" if ratio < 1 else "expected is closer"
             lines.append(f"{r.output}: against the oracle R = {number(ratio)}, {closer}")
     if len(failed) > 12:
         lines.append(f"and {len(failed) - 12} more")
     return ParityError("\n".join(lines), failed[0].output)
+
+
+def _check_names(budget: Any, arrays: Mapping[str, Array]) -> None:
+    """Raise InputError where a budget is for an array that is not there: it may be misspelt."""
+    for name in budget if isinstance(budget, Mapping) else ():
+        if name and name not in arrays:
+            raise InputError(
+                f"a budget is given for {name!r}, and there is no such array: there is {', '.join(arrays)}"
+            )
 
 
 def _pair(actual: Any, expected: Any) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -181,19 +192,17 @@ def _arrays(value: Any) -> dict[str, np.ndarray]:
     return {"array": array}
 
 
-def _budget(given: Any, name: str) -> Budget:
+def _budget(given: Any, name: str, nested: bool = False) -> Budget:
     from .parity.metrics import PRESETS, Budget
 
-    if isinstance(given, Mapping):
-        if name not in given and "" not in given:
-            return PRESETS["zoo"]
-        return _budget(given.get(name, given.get("")), name)
+    if isinstance(given, Mapping) and not nested:
+        return _budget(given.get(name, given.get("", "zoo")), name, nested=True)
     if isinstance(given, Budget):
         return given
     if isinstance(given, str) and given in PRESETS:
         return PRESETS[given]
     if isinstance(given, tuple) and len(given) == 2:
-        return Budget(float(given[0]), float(given[1]))
+        return Budget(*given)
     raise InputError(f"budget must be one of {', '.join(PRESETS)}, (rtol, atol), a Budget, or a mapping; got {given!r}")
 
 

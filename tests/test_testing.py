@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gpt2np
-from gpt2np.errors import InputError
+from gpt2np.errors import ComparisonError, InputError
 from gpt2np.parity import trace
 from gpt2np.parity.trace import Trace
 from gpt2np.testing import ParityError, as_trace, assert_parity, changes
@@ -51,6 +51,30 @@ def test_statistics_of_all_taps_and_the_outputs_are_small(model: gpt2np.GPT2, ta
     assert_parity({**taps, **file_outputs(model, taps)}, golden)
     assert saved(tmp_path, taps, stats_only=True).taps.keys() == taps.keys()
     assert (tmp_path / "golden.npz").stat().st_size < 20_000
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        ("a", 0), (None, 0), (10**400, 0), (0, float("nan")), {"mispelt": "strict"}, {"": {"": "zoo"}}, [1e-3, 1e-5],
+        {"x": ("1", "2")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_budget_that_is_none_is_told(budget: Any) -> None:
+    with pytest.raises(InputError, match="budget"):
+        assert_parity({"x": np.ones(2)}, {"x": np.ones(2)}, budget=budget)
+
+
+def test_what_holds_no_numbers_is_no_oracle_and_agrees_with_nothing() -> None:
+    record = np.zeros(2, [("a", "f4")])
+    for odd in (record, np.zeros(2, "V4"), np.array(["a", "b"])):
+        with pytest.raises(ParityError, match="cannot compare arrays of dtype"):
+            assert_parity(odd, odd)
+        with pytest.raises(ComparisonError, match="cannot compare arrays of dtype"):
+            assert_parity(np.ones(2), np.zeros(2), oracle=odd)
+    with pytest.raises(ParityError, match=r"R = 1\.00e\+0, a tie"):
+        assert_parity(np.ones(1), np.zeros(1), oracle=np.array([np.nan]))
 
 
 @pytest.mark.parametrize("how", [{}, {"stats_only": True}, {"dtype": "float16"}, {"taps": ["h.2.*"]}], ids=str)

@@ -77,12 +77,12 @@ def parse_budgets(preset: str, rtol: Sequence[str], atol: Sequence[str]) -> Budg
     values: dict[str, dict[str, float]] = {"rtol": {}, "atol": {}}
     for kind, texts in (("rtol", rtol), ("atol", atol)):
         for text in texts:
-            name, _, digits = text.rpartition(":")
+            name, colon, digits = text.rpartition(":")
             try:
                 value = float(digits)
             except ValueError:
                 value = -1.0
-            if not 0 <= value < math.inf:
+            if not 0 <= value < math.inf or bool(name) != bool(colon):
                 raise InputError(f"--{kind} takes V or NAME:V with a number V >= 0, got {text!r}")
             values[kind][name] = value
     if "" in values["rtol"] or "" in values["atol"]:

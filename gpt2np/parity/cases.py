@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -158,9 +159,9 @@ def given_ids(text: str, model: Subject) -> Array:
             value = arrays[wanted[0] if wanted else next(iter(arrays))]
         else:
             # os.path, not Path: many ids are longer than a file's name can be
-            words = (path.read_text(encoding="utf-8") if os.path.isfile(text) else text).replace(",", " ").split()
-            value = np.array([int(word) for word in words], np.int64)
-    except (OSError, ValueError) as error:
+            words = (path.read_text(encoding="utf-8") if os.path.isfile(text) else text).strip().removesuffix(",")
+            value = np.array([int(word) for word in re.split(r"\s*,\s*|\s+", words) if words], np.int64)
+    except (OSError, ValueError, OverflowError, EOFError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"--ids takes whole numbers as 1,2,3, or a file of them; {text}: {error}") from None

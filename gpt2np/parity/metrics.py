@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import real_number
 from ..errors import ComparisonError, InputError
 from ..weights import Array
 
@@ -34,8 +35,9 @@ class Budget:
     source: str = "given"
 
     def __post_init__(self) -> None:
-        if not (0 <= self.rtol < math.inf and 0 <= self.atol < math.inf):
-            raise InputError(f"a budget's rtol and atol are finite numbers from 0 up, got {self.rtol} and {self.atol}")
+        for value in (self.rtol, self.atol):
+            if real_number("a budget's rtol and atol", value, "finite numbers from 0 up") < 0:
+                raise InputError(f"a budget's rtol and atol must be finite numbers from 0 up, got {value}")
 
     def __str__(self) -> str:
         return f"rtol {self.rtol:g}, atol {self.atol:g} ({self.source})"
@@ -96,20 +98,19 @@ def measure(actual: Array, expected: Array, budget: Budget, keep: Array | None =
     actual, expected = np.asarray(actual), np.asarray(expected)
     if actual.shape != expected.shape:
         raise ComparisonError(f"shapes differ: {actual.shape}, expected {expected.shape}")
-    for array in (actual, expected):
-        if array.dtype.kind in "cOSUM":
-            raise ComparisonError(f"cannot compare arrays of dtype {array.dtype}")
+    _check_real(actual, expected)
     chosen = None if keep is None else np.ascontiguousarray(np.broadcast_to(keep, actual.shape))
     n = actual.size if chosen is None else int(chosen.sum())
     distances = np.empty(actual.size, np.float32)
     sums = _Sums()
-    for start, a, b in _blocks(actual, expected):  # float64 (rows, width) each
+    for start, a, b in _blocks(actual, expected):  # (rows, width) each
         if chosen is not None:
             part = chosen.reshape(-1)[start : start + a.size].reshape(a.shape)
             a, b = np.where(part, a, 0), np.where(part, b, 0)
         distance = difference(a, b)
         sums.add(start, a, b, distance, budget)
-        distances[start : start + distance.size] = distance.ravel()
+        with np.errstate(over="ignore"):
+            distances[start : start + distance.size] = distance.ravel()
     left_out = actual.size - n
     if chosen is not None:
         distances = distances[chosen.reshape(-1)]
@@ -137,6 +138,12 @@ def measure(actual: Array, expected: Array, budget: Budget, keep: Array | None =
         spread=math.sqrt(max(sums.bb / n - (sums.total / n) ** 2, 0.0)) if math.isfinite(sums.bb) else math.inf,
         left_out=left_out,
     )
+
+
+def _check_real(*arrays: Array) -> None:
+    for array in arrays:
+        if array.dtype.kind in "cOSUMmT" or array.dtype.names is not None or array.dtype.name.startswith("void"):
+            raise ComparisonError(f"cannot compare arrays of dtype {array.dtype}")
 
 
 @dataclass
@@ -170,7 +177,8 @@ class _Sums:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             relative = np.where(distance == 0, 0.0, distance / np.where(finite_b, np.abs(b), 1.0))
             row_max = np.where(finite_b, np.abs(b), 0).max(axis=-1, keepdims=True)
-            ulp = np.spacing(np.maximum(row_max, np.finfo(np.float32).tiny).astype(np.float32)).astype(np.float64)
+            low = np.finfo(np.float32)
+            ulp = np.spacing(np.clip(row_max, low.tiny, low.max).astype(np.float32)).astype(np.float64)
             self.scaled = max(self.scaled, float((distance / ulp).max()))
             self.ulps = max(self.ulps, float(_ulp_distance(a, b, distance).max()))
             self.squares += float((distance * distance).sum())
@@ -187,7 +195,8 @@ class _Sums:
     def cosine(self) -> float:
         if self.squares == 0:
             return 1.0
-        return self.ab / math.sqrt(self.aa * self.bb) if self.aa > 0 and self.bb > 0 else 0.0
+        known = self.aa > 0 and self.bb > 0 and math.isfinite(self.ab)  # not of squares beyond all float64
+        return self.ab / (math.sqrt(self.aa) * math.sqrt(self.bb)) if known else 0.0
 
     @property
     def snr_db(self) -> float:
@@ -197,10 +206,18 @@ class _Sums:
         return -math.inf if never else 10 * math.log10(self.bb / self.squares)
 
 
+def _exact(a: Array, b: Array) -> tuple[Array, Array]:
+    """Both in float64, or in long double where that holds more of their digits: of integers beyond 2**53."""
+    wide = any((x.dtype.kind in "iu" and x.dtype.itemsize > 4) or x.dtype == np.longdouble for x in (a, b))
+    dtype = np.longdouble if wide else np.float64
+    return a.astype(dtype, copy=False), b.astype(dtype, copy=False)
+
+
 def difference(a: Array, b: Array) -> Array:
     """|a - b| in float64, with the rules for NaN and infinities above."""
+    a, b = _exact(a, b)
     with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.abs(np.subtract(a, b, dtype=np.float64))
+        distance = np.abs(a - b).astype(np.float64, copy=False)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     distance[np.isnan(distance)] = np.inf
     distance[same] = 0.0
@@ -208,7 +225,14 @@ def difference(a: Array, b: Array) -> Array:
 
 
 def rms(a: Array, b: Array) -> float:
-    """Root mean square of a - b; infinite where one of them is not finite and the other differs."""
+    """Root mean square of a - b; infinite where one of them is not finite and the other differs.
+
+    Raises
+    ------
+    ComparisonError
+        If one does not hold real numbers.
+    """
+    _check_real(a, b)
     if a.size == 0:
         return 0.0
     total = sum(float(np.square(difference(x, y)).sum()) for _, x, y in _blocks(a, b))
@@ -216,14 +240,14 @@ def rms(a: Array, b: Array) -> float:
 
 
 def _blocks(a: Array, b: Array) -> Iterator[tuple[int, Array, Array]]:
-    """Both arrays as float64 (rows, width), some rows at a time, with the flat index of the first element."""
+    """Both arrays as (rows, width), see `_exact`, some rows at a time, with the flat index of the first element."""
     if a.size == 0:
         return
     width = a.shape[-1] if a.ndim else 1
     rows_a, rows_b = a.reshape(-1, width), b.reshape(-1, width)
     step = max(1, COMPARED_TOGETHER // width)
     for row in range(0, len(rows_a), step):
-        yield row * width, rows_a[row : row + step].astype(np.float64), rows_b[row : row + step].astype(np.float64)
+        yield row * width, *_exact(rows_a[row : row + step], rows_b[row : row + step])
 
 
 def _ulp_distance(a: Array, b: Array, distance: Array) -> Array:

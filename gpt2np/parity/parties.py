@@ -324,7 +324,9 @@ def _module(name: str) -> Any:
     sys.path.insert(0, folder)
     try:
         found = sys.modules.get(name)
-        if found is not None and not str(getattr(found, "__file__", folder)).startswith(folder):
+        own = Path(folder, *name.split("."))
+        there = own.is_dir() or own.with_name(f"{own.name}.py").is_file()
+        if found is not None and there and not str(getattr(found, "__file__", folder)).startswith(folder):
             del sys.modules[name]  # another file of that name was imported before
         return importlib.import_module(name)
     finally:

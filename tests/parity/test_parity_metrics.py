@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -45,6 +46,27 @@ def test_float32_neighbours_are_one_ulp_apart() -> None:
     b = np.array([1.0, -1.0, 0.0], np.float32)
     a = np.nextafter(b, np.float32(np.inf))
     assert measure(a, b, ZOO).max_ulp == 1
+
+
+def test_digits_that_float64_does_not_hold_count() -> None:
+    none = Budget(0, 0)
+    for kind in (np.int64, np.uint64):
+        assert measure(np.array([2**53 + 1], kind), np.array([2**53], kind), none).failing == 1
+    assert measure(np.array([2**53 + 1]), np.array([2.0**53]), none).failing == 1
+    if np.finfo(np.longdouble).eps < np.finfo(np.float64).eps:
+        one = np.ones(1, np.longdouble)
+        assert measure(one + np.finfo(np.longdouble).eps, one, none).failing == 1
+        huge = one * np.longdouble("1e4000")
+        assert measure(huge, 2 * huge, ZOO).failing == 1
+
+
+def test_numbers_whose_squares_are_infinite_have_metrics_without_a_warning() -> None:
+    a, b = np.full(3, 1.1e200), np.full(3, 1e200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        m = measure(a, b, ZOO)
+    assert m.failing == 3
+    assert not any(math.isnan(v) for v in vars(m).values() if isinstance(v, float))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from gpt2np.parity.diff import diff
 from gpt2np.parity.dumps import read_dump
 from gpt2np.parity.forms import as_array, named
 from gpt2np.parity.metrics import Budget
-from gpt2np.parity.parties import Ours
+from gpt2np.parity.parties import Function, Ours
 from gpt2np.parity.report import Report
 from gpt2np.parity.run import parity
 from gpt2np.parity.shapes import fit
@@ -283,12 +284,20 @@ def test_a_budget_that_the_user_names_stays_as_strict_as_it_is(right: tuple[Path
 
 @pytest.mark.parametrize(
     "options",
-    [["--rtol", "outputX:1e-9"], ["--engine", "torch"], ["--seed", "-1"], ["--preset", "lax"], ["--atol", "nan"]],
+    [
+        ["--rtol", "outputX:1e-9"],
+        ["--engine", "torch"],
+        ["--seed", "-1"],
+        ["--preset", "lax"],
+        ["--atol", "nan"],
+        ["--rtol", ":1"],
+        ["--json", "new.json", "--junit", "./new.json"],
+    ],
 )
 def test_options_are_refused_before_any_work(options: list[str], folder: Path) -> None:
     result = CliRunner().invoke(app, ["parity", str(folder / "zoo"), *options])
     assert isinstance(result.exception, InputError)
-    if options[0] == "--rtol":
+    if options[1] == "outputX:1e-9":
         assert "output1" in str(result.exception)
         assert "last_hidden_state" in str(result.exception)
 
@@ -360,6 +369,14 @@ def misspelt(feeds):
     import numpy as np
     return {"last_hiden_state": np.zeros(3)}
 """
+
+
+def test_a_function_of_a_package_that_is_imported_leaves_the_package_as_it_is(
+    right: tuple[Path, Case, Arrays], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Function(Subject(right[0]), "numpy:sin").function is np.sin
+    assert sys.modules["numpy"] is np
 
 
 @pytest.mark.parametrize(
@@ -439,7 +456,16 @@ def test_token_ids_are_given_as_numbers_or_as_a_file(folder: Path, tmp_path: Pat
     for text in ("5,17,30,2,7,7,19,34", *(str(tmp_path / f"ids.{kind}") for kind in ("npy", "npz", "txt"))):
         np.testing.assert_array_equal(given_ids(text, model), IDS)
     assert given_ids(", ".join([f"{17:050}"] * 6), model).tolist() == [[17] * 6]  # no name of a file is so long
-    for text in ("1,x", "99999", "-1", "", str(tmp_path / "nowhere.npy")):
+    (tmp_path / "empty.npy").touch()
+    for text in (
+        "1,x",
+        "1,,2",
+        "99999",
+        "9" * 30,
+        "-1",
+        "",
+        *(str(tmp_path / f"{n}.npy") for n in ("nowhere", "empty")),
+    ):
         with pytest.raises(InputError):
             given_ids(text, model)
     report = parity(Options(model.path, ids=["5,17,30"], engine="numpy"))
