@@ -67,7 +67,7 @@ def wanted_outputs(ports: Sequence[Port], names: Sequence[str] | None) -> list[P
     for name in names or ():
         if name not in outputs:
             raise InputError(f"no output {name!r}; this file's outputs are {', '.join(outputs)}")
-    return [outputs[name] for name in names or outputs]
+    return [outputs[name] for name in names] if names else list(ports)  # a file may list one of them twice
 
 
 class Signature:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from onnx import numpy_helper
 
@@ -75,12 +76,18 @@ def last_by_slice(form: Form, x: str) -> str:
 
 
 @pytest.mark.parametrize("last", [last_by_gather_nd, last_by_slice])
-def test_logits_of_the_last_position(tmp_path, last: Callable[[Form, str], str]):
+@pytest.mark.parametrize("declared", [True, False])
+def test_logits_of_the_last_position(tmp_path, last: Callable[[Form, str], str], declared: bool):
     form = Form()
     x = form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), written_out(causal))
     head = form.op("Transpose", form.weight("wte.weight", V, C))
     form.op("MatMul", last(form, x), head, out=form.output("logits", "B", 1, V))
-    ours = agree(form.save(tmp_path / "model.onnx"))
+    path = form.save(tmp_path / "model.onnx")
+    if not declared:
+        proto = onnx.load(path)
+        proto.graph.output[0].type.tensor_type.ClearField("shape")
+        onnx.save(proto, path)
+    ours = agree(path)
     assert [p.role for p in ours.model.recognised.outputs] == ["last_logits"]
 
 

@@ -49,9 +49,13 @@ def find_outputs(
     return roles
 
 
-def ports(protos: Iterable[onnx.ValueInfoProto], roles: Roles) -> tuple[Port, ...]:
-    """Inputs or outputs with their roles."""
-    return tuple(Port(p.name, element_type(p), declared_shape(p), *roles[p.name]) for p in protos)
+def ports(protos: Iterable[onnx.ValueInfoProto], roles: Roles, probe: Probe) -> tuple[Port, ...]:
+    """Inputs or outputs with their roles; one without a declared shape has the axes that it is found with."""
+
+    def shape(proto: onnx.ValueInfoProto) -> tuple[int | str | None, ...]:
+        return declared_shape(proto) or (None,) * probe.evaluate(proto.name).ndim
+
+    return tuple(Port(p.name, element_type(p), shape(p), *roles[p.name]) for p in protos)
 
 
 def _tapped(probe: Probe, output: str, taps: Mapping[str, TapLocation]) -> tuple[str, None] | None:
