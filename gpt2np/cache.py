@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import whole_number
 from .config import GPT2Config
 from .errors import ContextOverflowError, InputError
 from .weights import Array
@@ -105,7 +106,8 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` positions (a negative length counts from the end, as in a slice)."""
-        kept = length if length >= 0 else self._length + length
+        number = whole_number("the length to crop to", length, -self._length)
+        kept = number if number >= 0 else self._length + number
         if not 0 <= kept <= self._length:
             raise InputError(f"cannot crop a cache of {self._length} positions to {length}")
         self._length = kept

@@ -163,6 +163,8 @@ class GPT2:
             Before any work is done: an input of the wrong type or shape, an id or position out of range, or
             more positions than n_ctx or the cache's max_length.
         """
+        if not isinstance(cache, KVCache | None):
+            raise InputError(f"a cache is what new_cache gives, got {type(cache).__name__}")
         call = checked_call(
             self.config,
             input_ids,
@@ -335,7 +337,11 @@ class GPT2:
         from .prompts import prompt_ids
         from .tokenizer import decode
 
-        tokenizer, given = self._tokenizer(), list(ids)
+        tokenizer = self._tokenizer()
+        try:
+            given = list(ids)
+        except TypeError:
+            raise InputError(f"expected token ids, got {type(ids).__name__}") from None
         return decode(tokenizer, prompt_ids([given], self.config.vocab_size, None)[0]) if given else ""
 
     def _tokenizer(self) -> tokenizers.Tokenizer:

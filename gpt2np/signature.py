@@ -35,9 +35,11 @@ def checked_feeds(ports: Sequence[Port], given: Mapping[str, Any]) -> dict[str, 
     InputError
         An input is missing or unknown, or of another type, rank or size.
     """
+    if not isinstance(given, Mapping):
+        raise InputError(f"expected a dictionary of inputs by name, got {type(given).__name__}")
     names = {port.name for port in ports}
     missing = [port.name for port in ports if port.name not in given]
-    unknown = [name for name in given if name not in names]
+    unknown = [str(name) for name in given if name not in names]
     if missing or unknown:
         parts = [f"{what}: {', '.join(some)}" for what, some in (("missing", missing), ("unknown", unknown)) if some]
         known = ", ".join(port.name for port in ports)

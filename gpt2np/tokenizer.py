@@ -198,10 +198,12 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str, special: bool = False) ->
     Raises
     ------
     InputError
-        If `text` holds half of a surrogate pair, which is not Unicode text.
+        If `text` is no text, or holds half of a surrogate pair, which is not Unicode text.
     TokenizerError
         If the vocabulary has no token for one of the text's bytes (GPT-2's has all 256).
     """
+    if not isinstance(text, str):
+        raise InputError(f"expected a text, got {type(text).__name__}")
     try:
         raw = text.encode()
     except UnicodeEncodeError as error:

@@ -332,3 +332,24 @@ def test_what_is_no_path_is_an_error(read, path):
     """An empty one, as an unset variable leaves it, is not this folder."""
     with pytest.raises(InputError, match="expected a path, got"):
         read(path)
+
+
+def test_arguments_of_another_kind_are_told_for_what_they_are():
+    model = gpt2np.load(engine="numpy")
+    cache, session = model.new_cache(), gpt2np.InferenceSession(model.path, engine="numpy")
+    model([[1, 2, 3]], cache=cache)
+    feeds = {"input1": np.ones((1, 1, 3), np.int64)}
+    wrong = {
+        "crop": lambda: cache.crop(1.5),
+        "a cache is what new_cache gives, got list": lambda: model([[1]], cache=[]),
+        "expected a text, got NoneType": lambda: model.encode(None),
+        "expected a text, got bytes": lambda: model.encode(b"text"),
+        "expected token ids, got NoneType": lambda: model.decode(None),
+        "expected a dictionary of inputs by name, got list": lambda: session.run(None, [feeds["input1"]]),
+        "expected a dictionary of inputs by name, got NoneType": lambda: session.run(None, None),
+        "unknown: 1": lambda: session.run(None, feeds | {1: feeds["input1"]}),
+    }
+    for words, call in wrong.items():
+        with pytest.raises(gpt2np.errors.InputError, match=words):
+            call()
+    assert cache.length == 3
