@@ -227,6 +227,7 @@ def as_trace(
     inputs : arrays by name, optional
         What `value` was computed from, for `assert_parity(function, golden)`.
     """
+    from .parity.forms import as_array
     from .parity.operations import is_tap
     from .parity.trace import Trace, provenance, statistics
 
@@ -242,7 +243,8 @@ def as_trace(
         raise InputError("the trace holds statistics already")
     kept = {name: v for name, v in value.taps.items() if any(fnmatchcase(name, pattern) for pattern in taps)}
     left_out = [name for name in value.taps if name not in kept]
-    given = {**value.inputs, **{name: np.asarray(array) for name, array in (inputs or {}).items()}}
+    more = {name: as_array(array, f"the input {name!r} is given") for name, array in (inputs or {}).items()}
+    given = {**value.inputs, **more}
     outputs = value.outputs if dtype is None else {n: _stored(v, dtype) for n, v in value.outputs.items()}
     if stats_only:
         kept = {name: statistics(array) for name, array in kept.items()}
@@ -276,4 +278,12 @@ def changes(before: Trace | None, after: Trace) -> str:
 
 
 def _stored(array: Array, dtype: str) -> Array:
-    return array.astype(dtype) if array.dtype.kind == "f" else array
+    if array.dtype.kind != "f":
+        return array
+    with np.errstate(over="ignore"):
+        stored = array.astype(dtype)
+    if (np.isinf(stored) & ~np.isinf(array)).any():
+        raise InputError(
+            f"there are numbers beyond {dtype}: the largest is {np.abs(array[np.isfinite(array)]).max():g}"
+        )
+    return stored

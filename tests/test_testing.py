@@ -77,6 +77,18 @@ def test_what_holds_no_numbers_is_no_oracle_and_agrees_with_nothing() -> None:
         assert_parity(np.ones(1), np.zeros(1), oracle=np.array([np.nan]))
 
 
+def test_what_a_golden_trace_cannot_hold_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"beyond float16: the largest is 1e\+06"):
+        as_trace(np.full(2, 1e6), dtype="float16")
+    with pytest.raises(ComparisonError, match="the input 'a' is given as an array of Python objects"):
+        as_trace(np.ones(2), inputs={"a": object()})
+    none = np.zeros((0, 4), np.float32)
+    golden = saved(tmp_path, {"ln_f": none, "embed": np.ones(3)}, stats_only=True)
+    assert_parity({"ln_f": none, "embed": np.ones(3)}, golden)
+    with pytest.raises(ParityError, match="ln_f"):
+        assert_parity({"ln_f": np.zeros((1, 4)), "embed": np.ones(3)}, golden)
+
+
 @pytest.mark.parametrize("how", [{}, {"stats_only": True}, {"dtype": "float16"}, {"taps": ["h.2.*"]}], ids=str)
 def test_one_wrong_tap_is_found(taps: Arrays, tmp_path: Path, how: dict[str, Any]) -> None:
     golden = saved(tmp_path, taps, **how)

@@ -50,10 +50,12 @@ class Trace:
 
 
 def statistics(value: Array, samples: int = 14) -> Array:
-    """rms, largest absolute value, and some elements spread over the array: (2 + samples,) float64."""
-    flat = value.reshape(-1).astype(np.float64)
-    places = np.linspace(0, flat.size - 1, samples).astype(int)
+    """rms, largest absolute value, and some elements spread over the array: (2 + samples,) float64; NaN of none."""
+    if not value.size:
+        return np.full(2 + samples, np.nan)
     with np.errstate(over="ignore"):
+        flat = value.reshape(-1).astype(np.float64)
+        places = np.linspace(0, flat.size - 1, samples).astype(int)
         return np.concatenate([[np.sqrt(np.mean(flat * flat)), np.abs(flat).max()], flat[places]])
 
 
