@@ -56,7 +56,7 @@ def test_statistics_of_all_taps_and_the_outputs_are_small(model: gpt2np.GPT2, ta
 @pytest.mark.parametrize(
     "budget",
     [
-        ("a", 0), (None, 0), (10**400, 0), (0, float("nan")), {"mispelt": "strict"}, {"": {"": "zoo"}}, [1e-3, 1e-5],
+        ("a", 0), (None, 0), (10**400, 0), (0, float("nan")), {"nowhere": "strict"}, {"": {"": "zoo"}}, [1e-3, 1e-5],
         {"x": ("1", "2")},
     ],
     ids=str,
