@@ -99,8 +99,8 @@ def say_not_kept(why: str) -> None:
     if not _said:
         _said.append(why)
         warnings.warn(
-            f"compiled kernels cannot be kept, so every process compiles them anew, which takes half a minute or so: {why}. "
-            "Set NUMBA_CACHE_DIR to a folder that can be written to, and fill it once with: gpt2np warmup",
+            "compiled kernels cannot be kept, so every process compiles them anew, which takes half a minute or so: "
+            f"{why}. Set NUMBA_CACHE_DIR to a folder that can be written to, and fill it once with: gpt2np warmup",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -11,8 +11,9 @@ registers and walks down the depth once. Each step reads PANEL numbers of b and 
 
 numba has no vector type, so this loop is written for LLVM directly (`numba.extending.intrinsic`). LLVM cuts
 the vectors to what the machine has: a row is two 512-bit registers with AVX-512, two of 256 bits with AVX2,
-four of 128 bits on arm64. Of float32 numbers AVX2 has a loop in its own instructions (`avx2.py`). Every element of the result is one chain of multiply-adds in the order of k, for
-any number of rows: the bits do not depend on how rows are grouped.
+four of 128 bits on arm64. For float32 with AVX2 the loop stands in `avx2.py`, instruction by instruction. Every
+element of the result is one chain of multiply-adds in the order of k, for any number of rows: the bits do not
+depend on how rows are grouped.
 
 b may be kept in 16 bits (`arrays.NARROW`). Each form has a tile of its own, which widens b[k] on the way into the
 registers: a shift makes a float32 of a bfloat16, an instruction of the processor one of a float16.
