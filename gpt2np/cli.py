@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import sys
 import traceback
 import warnings
@@ -19,6 +20,8 @@ from typer.core import TyperCommand, TyperGroup
 from .errors import Gpt2npError, InputError
 from .escape import escaped
 
+WRITTEN = {"output", "graph", "html", "json", "junit", "markdown", "save_trace"}  # options that name a file to write
+
 
 class _Flags:
     """Help that shows no type after an option that takes no value."""
@@ -33,7 +36,10 @@ class _Flags:
 
 class _Command(_Flags, TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse an empty path, as a variable of the shell that is not set leaves it: it would mean this folder."""
+        """Refuse an empty path, as a variable of the shell that is not set leaves it: it would mean this folder.
+
+        And a file to write that the command line names twice: it would be written over, or what is read lost.
+        """
         takers = {name: param for param in self.params for name in param.opts if not getattr(param, "is_flag", False)}
         empty = [takers.get(before) for before, arg in pairwise(["", *args]) if not arg]  # None: an argument's
         empty += [takers[arg[:-1]] for arg in args if arg.endswith("=") and arg[:-1] in takers]
@@ -43,7 +49,23 @@ class _Command(_Flags, TyperCommand):
             given = param in empty or (None in empty and param.param_type_name == "argument")
             if given and Path() in (value if isinstance(value, (list, tuple)) else [value]):
                 raise InputError(f"{param.opts[0]} is an empty text; expected a path")
+        named = [(param, path) for param in self.params for path in _files(param.name, ctx.params.get(param.name))]
+        for param, path in named:
+            twice = [other for _, other in named].count(path) > 1
+            if param.name in WRITTEN and twice and (path.is_file() or not path.exists()):
+                raise InputError(f"{param.opts[0]} {path}: another argument names this file, too")
         return rest
+
+
+def _files(option: str | None, value: Any) -> list[Path]:
+    """The files that an option or argument names: those to write, and of all others those that exist.
+
+    A folder stands for the model in it.
+    """
+    names = value if isinstance(value, (list, tuple)) else [value]
+    texts = [name for name in names if isinstance(name, (str, Path)) and str(name) != "-"]
+    paths = [Path(name).resolve() for name in texts if option in WRITTEN or os.path.exists(name)]
+    return [path / "model.onnx" if path.is_dir() else path for path in paths]
 
 
 class _Group(_Flags, TyperGroup):

@@ -137,14 +137,11 @@ def note(message: str) -> None:
 def check_writable(*paths: Path | None, quiet: bool = False) -> None:
     """Raise InputError for a file that cannot be written because of its folder: before the work, not after it.
 
-    So it is for one that two options name. A file that is there already will be replaced; that is said, unless `quiet`.
+    A file that is there already will be replaced; that is said, unless `quiet`.
     """
     from ..errors import InputError
 
-    given = [os.path.realpath(path) for path in paths if path is not None]
     for path in paths:
-        if path is not None and given.count(os.path.realpath(path)) > 1 and (path.is_file() or not path.exists()):
-            raise InputError(f"cannot write {path}: two options name it")
         if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK)):
             why = "it is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
             raise InputError(f"cannot write {path}: {why}")

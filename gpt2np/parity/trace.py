@@ -77,7 +77,8 @@ def save(path: Path, trace: Trace, stats_only: bool = False) -> None:
     with replacing(path) as draft, open(draft, "wb") as file:
         write_arrays(file, {"manifest": text, **arrays}.items(), zipfile.ZIP_DEFLATED)
         file.flush()
-        os.fsync(file.fileno())
+        if draft != path:  # not a device, which keeps nothing
+            os.fsync(file.fileno())
 
 
 def described(trace: Trace, stats_only: bool) -> tuple[dict[str, Any], dict[str, Array]]:

@@ -110,6 +110,11 @@ MISUSES: dict[str, tuple[Callable[[], object], str, tuple[str, ...]]] = {
     "an empty path beside this folder": (nothing, "score . --results ", ("--results", "empty")),
     "an empty path beside a model in this folder": (nothing, "embed x.txt -m . --output=", ("--output", "empty")),
     "an empty argument beside this folder": (nothing, "score . ", ("files", "empty")),
+    "a report over the model": (nothing, "parity small/model.onnx --json small/model.onnx", ("--json", "another")),
+    "a report over the model of a folder": (nothing, "parity small --html small/model.onnx", ("--html", "another")),
+    "a graph over its model": (nothing, "info small --graph ./small/model.onnx", ("--graph", "another")),
+    "vectors over their texts": (lambda: file("x", "hi"), "embed x -m small -o x", ("--output", "another")),
+    "two reports in one file": (nothing, "parity small --json x --junit ./x", ("--json", "another")),
     "this folder for a folder of results": (nothing, "score missing.txt --results .", ("missing.txt", "cannot read")),
     "no workers at all": (nothing, "score x.txt --workers 0", ("--workers", "1")),
     "an empty path of an argument": (nothing, "exercises ", ("folder", "empty")),
@@ -269,3 +274,8 @@ def test_ctrl_c_ends_quietly(here: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert (process.returncode, err) == (130, "")
+
+
+def test_a_trace_is_written_to_a_device(here: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["trace", "small", "--ids", "1,2", "-o", os.devnull])
+    assert result.exit_code == 0, result.output
