@@ -109,11 +109,14 @@ def check_positions(position_ids: Any, config: GPT2Config, B: int, T: int, start
 
 
 def check_attention_mask(attention_mask: Any, B: int, T: int, S: int) -> Array:
-    """The mask as an array of numbers, (B, S) or (B or 1, 1, T or 1, S)."""
+    """The mask as an array of numbers, (B, S) or (B or 1, 1, T or 1, S): 0 and 1, or floats of four axes."""
     given = np.asarray(attention_mask)
     shapes = [(B, S)] + [(b, 1, t, S) for b in (1, B) for t in (1, T)]
     if given.dtype.kind not in "iufb" or given.shape not in shapes:
         raise InputError(
             f"attention_mask must be numbers ({B}, {S}) or ({B}, 1, {T}, {S}), got {given.dtype} {given.shape}"
         )
+    added = given.ndim == 4 and given.dtype.kind == "f"
+    if not added and (other := given[(given != 0) & (given != 1)]).size:
+        raise InputError(f"attention_mask must be 1 for keys that may be attended to and 0 for padding, got {other[0]}")
     return given

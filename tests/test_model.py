@@ -247,6 +247,9 @@ def test_bad_masks_and_positions():
     model = shared_model("numpy")
     with pytest.raises(InputError, match=r"attention_mask.*\(1, 3\)"):
         model([1, 2, 3], attention_mask=np.ones((1, 2)))
+    for mask in ([[1, 2, 1]], [[1, np.nan, 1]], [[0.0, -1e4, 0.0]]):
+        with pytest.raises(InputError, match="attention_mask must be 1 .* got"):
+            model([1, 2, 3], attention_mask=mask)
     with pytest.raises(InputError, match=r"position_ids.*\(1, 3\)"):
         model([1, 2, 3], position_ids=np.zeros((1, 2), int))
     with pytest.raises(ContextOverflowError, match="20"):
