@@ -10,11 +10,12 @@ interpreter with the peers:
     pip install torch transformers openvino nncf ctranslate2
     CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python        # compiles llama.cpp for this machine
 
-Beside gpt2np, ONNX Runtime in 4 bits needs the extra [bench]. Those that are missing are left out, by name. Every party is
-a process of its own with two threads. First each runs alone, to make its files and to have its error measured. Then those of the same number of bits take turns: in a round
-each does every piece of work once, and so do a loop that reads memory and one of multiply-adds. What was measured is
-written to FOLDER/peers.json after every round, so that a later call goes on where an earlier one ended; with --seconds
-a call begins no round that would end later than so many seconds after the first began.
+Beside gpt2np, ONNX Runtime in 4 bits needs the extra [bench]. Those that are missing are left out, by name. Every
+party is a process of its own with two threads. First each runs alone, to make its files and to have its error
+measured. Then those of the same number of bits take turns: in a round each does every piece of work once, and so do a
+loop that reads memory and one of multiply-adds. What was measured is written to FOLDER/peers.json after every round,
+so that a later call goes on where an earlier one ended; with --seconds a call begins no round that would end later
+than so many seconds after the first began.
 
 What is measured, the same for all: the scores of the last of T positions from an empty cache, and then those of one
 token after the other, each the most likely one. No party computes scores of positions that nobody asks for.
