@@ -351,7 +351,7 @@ def test_the_campaign_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise KeyError("k")
 
     def hungry(path: Path) -> None:
-        np.ones(1 << 22).sum()
+        np.ones(1 << 24).sum()  # so much that what the system takes from the process meanwhile does not hide it
 
     for look_at, word in ((untyped, "UNTYPED"), (hungry, "LARGE"), (lambda path: hostile_campaign.os._exit(9), "DIED")):
         monkeypatch.setattr(hostile_campaign, "look", look_at)
