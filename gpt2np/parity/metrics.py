@@ -108,7 +108,7 @@ def measure(actual: Array, expected: Array, budget: Budget, keep: Array | None =
             part = chosen.reshape(-1)[start : start + a.size].reshape(a.shape)
             a, b = np.where(part, a, 0), np.where(part, b, 0)
         distance = difference(a, b)
-        sums.add(start, a, b, distance, budget)
+        sums.add(start, _floats(a), _floats(b), distance, budget)
         with np.errstate(over="ignore"):
             distances[start : start + distance.size] = distance.ravel()
     left_out = actual.size - n
@@ -177,8 +177,8 @@ class _Sums:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             relative = np.where(distance == 0, 0.0, distance / np.where(finite_b, np.abs(b), 1.0))
             row_max = np.where(finite_b, np.abs(b), 0).max(axis=-1, keepdims=True)
-            low = np.finfo(np.float32)
-            ulp = np.spacing(np.clip(row_max, low.tiny, low.max).astype(np.float32)).astype(np.float64)
+            single = np.finfo(np.float32)
+            ulp = np.spacing(np.clip(row_max, single.tiny, single.max).astype(np.float32)).astype(np.float64)
             self.scaled = max(self.scaled, float((distance / ulp).max()))
             self.ulps = max(self.ulps, float(_ulp_distance(a, b, distance).max()))
             self.squares += float((distance * distance).sum())
@@ -206,19 +206,24 @@ class _Sums:
         return -math.inf if never else 10 * math.log10(self.bb / self.squares)
 
 
-def _exact(a: Array, b: Array) -> tuple[Array, Array]:
-    """Both in float64, or in long double where that holds more of their digits: of integers beyond 2**53."""
-    wide = any((x.dtype.kind in "iu" and x.dtype.itemsize > 4) or x.dtype == np.longdouble for x in (a, b))
-    dtype = np.longdouble if wide else np.float64
-    return a.astype(dtype, copy=False), b.astype(dtype, copy=False)
+def _floats(x: Array) -> Array:
+    """In float64; long doubles as they are."""
+    return x if x.dtype == np.longdouble else x.astype(np.float64, copy=False)
+
+
+def _parts(x: Array) -> tuple[Array, Array | float]:
+    """Each number as a sum of two: float64 does not hold all digits of integers beyond 2**53."""
+    if x.dtype.kind in "iu" and x.dtype.itemsize > 4:
+        return (x >> 32) * 2.0**32, (x & 0xFFFFFFFF).astype(np.float64)
+    return _floats(x), 0.0
 
 
 def difference(a: Array, b: Array) -> Array:
     """|a - b| in float64, with the rules for NaN and infinities above."""
-    a, b = _exact(a, b)
+    (a, a_rest), (b, b_rest) = _parts(a), _parts(b)
     with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.abs(a - b).astype(np.float64, copy=False)
-    same = (a == b) | (np.isnan(a) & np.isnan(b))
+        distance = np.abs(a - b + (a_rest - b_rest)).astype(np.float64, copy=False)
+    same = (a == b) & (a_rest == b_rest) | (np.isnan(a) & np.isnan(b))
     distance[np.isnan(distance)] = np.inf
     distance[same] = 0.0
     return np.asarray(distance)
@@ -240,14 +245,14 @@ def rms(a: Array, b: Array) -> float:
 
 
 def _blocks(a: Array, b: Array) -> Iterator[tuple[int, Array, Array]]:
-    """Both arrays as (rows, width), see `_exact`, some rows at a time, with the flat index of the first element."""
+    """Both arrays as (rows, width), some rows at a time, with the flat index of the first element."""
     if a.size == 0:
         return
     width = a.shape[-1] if a.ndim else 1
     rows_a, rows_b = a.reshape(-1, width), b.reshape(-1, width)
     step = max(1, COMPARED_TOGETHER // width)
     for row in range(0, len(rows_a), step):
-        yield row * width, *_exact(rows_a[row : row + step], rows_b[row : row + step])
+        yield row * width, rows_a[row : row + step], rows_b[row : row + step]
 
 
 def _ulp_distance(a: Array, b: Array, distance: Array) -> Array:

@@ -60,6 +60,14 @@ def test_digits_that_float64_does_not_hold_count() -> None:
         assert measure(huge, 2 * huge, ZOO).failing == 1
 
 
+def test_integers_are_compared_exactly_where_a_long_double_is_a_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "longdouble", np.float64)  # as on Windows, and on a Mac with arm64
+    none = Budget(0, 0)
+    assert measure(np.array([2**53 + 1]), np.array([2**53]), none).max_abs == 1
+    assert measure(np.array([2**53 + 1]), np.array([2.0**53]), none).max_abs == 1
+    assert measure(np.array([-(2**63), -1]), np.array([2**63 - 1, -1]), none).max_abs == 2.0**64
+
+
 def test_numbers_whose_squares_are_infinite_have_metrics_without_a_warning() -> None:
     a, b = np.full(3, 1.1e200), np.full(3, 1e200)
     with warnings.catch_warnings():
