@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections import Counter
 from importlib import import_module
 from io import TextIOWrapper
 from itertools import pairwise
@@ -50,9 +51,9 @@ class _Command(_Flags, TyperCommand):
             if given and Path() in (value if isinstance(value, (list, tuple)) else [value]):
                 raise InputError(f"{param.opts[0]} is an empty text; expected a path")
         named = [(param, path) for param in self.params for path in _files(param.name, ctx.params.get(param.name))]
+        times = Counter(path for _, path in named)
         for param, path in named:
-            twice = [other for _, other in named].count(path) > 1
-            if param.name in WRITTEN and twice and (path.is_file() or not path.exists()):
+            if param.name in WRITTEN and times[path] > 1 and (path.is_file() or not path.exists()):
                 raise InputError(f"{param.opts[0]} {path}: another argument names this file, too")
         return rest
 

@@ -19,7 +19,7 @@ def warmup(
     if dtype not in ("float32", "float64"):
         fail(f"--dtype must be float32 or float64, got {dtype}")
     if needs_compilation():
-        note("compiling the kernels, once for this machine: one to three minutes")
+        note("compiling the kernels, once for this machine: up to three minutes")
     begin = time.perf_counter()
     warmup(dtype)
     console().print(f"kernels for {dtype} are ready ({time.perf_counter() - begin:.1f} s)")

@@ -12,7 +12,7 @@ import numpy as np
 from ..call import Call
 from ..errors import Gpt2npError
 from ..weights import Array
-from .capture import around
+from .capture import around, taps_from
 from .cases import Case
 from .checks import past_kept
 from .compare import Comparison
@@ -20,7 +20,6 @@ from .explain.diagnose import Diagnosis, from_outputs, from_taps, misplaced, non
 from .explain.problem import Clock, Guess
 from .localise import TapRow, Taps, agreeing, compare_taps, first_divergence, only_noise
 from .operations import tap_names
-from .parties import Runner
 from .places import interval, interval_words, next_tap
 from .program import Program
 from .report import Check, Pair, Place, Report, Table, add_once, number
@@ -72,7 +71,10 @@ def investigate(
     if report.watch is not None:
         report.watch.begin(a.name, b.name, outputs[0], model, case)
     apart: set[str] = set()
-    taps_a, taps_b = (_watched(model, call, who, case, o, apart) for who, o in zip((a, b), outputs, strict=True))
+    taps_a, taps_b = (
+        _watched(taps_from(runner, case), model.outputs_as_taps(made, call), apart)
+        for runner, made in zip((a, b), outputs, strict=True)
+    )
     try:
         rows = list(compare_taps(
             model.program, call, taps_a, taps_b, model.taps(),
@@ -108,13 +110,12 @@ def investigate(
 
 
 def _watched(
-    model: Subject, call: Call, runner: Runner, case: Case, outputs: Mapping[str, Array], apart: set[str]
+    give: Callable[[Sequence[str]], dict[str, Array]], own: Mapping[str, Array], apart: set[str]
 ) -> Callable[[Sequence[str]], dict[str, Array]]:
-    """A party's taps; `apart` collects those that are not what its own outputs hold of them."""
-    own = model.outputs_as_taps(outputs, call)
+    """A party's taps; `apart` collects those that are not what its outputs hold of them: `own`."""
 
     def taps(names: Sequence[str]) -> dict[str, Array]:
-        given = runner.run(case.feeds, False, names).taps
+        given = give(names)
         apart.update(t for t, v in given.items() if t in own and not np.array_equal(v, own[t], equal_nan=True))
         return given
 

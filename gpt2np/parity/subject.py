@@ -244,11 +244,12 @@ def sort_arrays(
     own_first = sorted(arrays.items(), key=lambda item: (item[0] not in names, item[0] in known))
     for name, array in own_first:
         output = name if name in names else roles.get(name)
-        twin = array if output is None else made.setdefault(output, array)
-        if not (name in known and as_tap(array, name, model.config, call) is not None):
-            _check_twin(who, name, array, str(output), twin)
+        tap = as_tap(array, name, model.config, call) if name in known else None
+        if output is not None:
+            twin = made.setdefault(output, array)
+            if tap is None:
+                _check_twin(who, name, array, output, twin)
         if name in known and name not in names:
-            tap = as_tap(array, name, model.config, call)
             if tap is None and output is None:
                 other = in_another_layout(array, name, model.config, call)
                 if other is None:
