@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,17 +64,25 @@ def checked_call(
 
 def check_ids(input_ids: Any, config: GPT2Config, name: str = "input_ids") -> Array:
     """Token ids of any accepted rank as a checked int64 array (B, T)."""
-    if isinstance(input_ids, str):
+    ids = check_tokens(input_ids, config, name, {1: "(T,)", 2: "(B, T)", 3: "(d1, d2, T)"})
+    if ids.shape[-1] > config.n_ctx:
+        raise ContextOverflowError(f"{ids.shape[-1]} positions exceed the model's n_ctx of {config.n_ctx}")
+    return ids.reshape(-1, ids.shape[-1])
+
+
+def check_tokens(tokens: Any, config: GPT2Config, name: str, ranks: Mapping[int, str]) -> Array:
+    """Token ids of one of these ranks, each with its shape in words, as a checked int64 array, C-contiguous."""
+    if isinstance(tokens, str):
         raise InputError(f"{name} must be integers, got text; model.encode(text) gives its token ids")
     try:
-        ids = np.asarray(input_ids)
+        ids = np.asarray(tokens)
     except ValueError:
         raise InputError(
             f"{name} must be rows of one length, got rows of different lengths; run them one by one, or fill them up "
             "and say in attention_mask which positions are padding"
         ) from None
-    if ids.ndim not in (1, 2, 3):
-        raise InputError(f"{name} must have shape (T,), (B, T) or (d1, d2, T), got {ids.shape}")
+    if ids.ndim not in ranks:
+        raise InputError(f"{name} must have shape {' or '.join(ranks.values())}, got {ids.shape}")
     if ids.size == 0:
         raise InputError(f"{name} must hold at least one token, got shape {ids.shape}")
     if ids.dtype.kind not in "iu":
@@ -86,9 +94,7 @@ def check_ids(input_ids: Any, config: GPT2Config, name: str = "input_ids") -> Ar
             f"token id {int(ids[tuple(where)])} at {tuple(map(int, where))} of {name} is outside "
             f"0..{config.vocab_size - 1}"
         )
-    if ids.shape[-1] > config.n_ctx:
-        raise ContextOverflowError(f"{ids.shape[-1]} positions exceed the model's n_ctx of {config.n_ctx}")
-    return np.ascontiguousarray(ids.reshape(-1, ids.shape[-1]), np.int64)
+    return np.asarray(ids, np.int64, order="C")
 
 
 def check_positions(position_ids: Any, config: GPT2Config, B: int, T: int, start: int) -> Array:

@@ -19,7 +19,7 @@ import numpy as np
 from . import reference
 from .arguments import as_path
 from .cache import KVCache
-from .call import Call, check_ids, check_positions, checked_call
+from .call import Call, check_positions, check_tokens, checked_call
 from .config import GPT2Config
 from .errors import ContextOverflowError, InputError, ModelFileError, TokenizerError, UnsupportedModelError
 from .masks import SafeScores, ScoresReachMask, mask_for
@@ -251,9 +251,7 @@ class GPT2:
         TokenRangeError, InputError, ContextOverflowError
             As a call does.
         """
-        ids = np.array(tokens)[:, None]
-        if ids.dtype.kind not in "iu" or min(tokens) < 0 or max(tokens) >= self.config.vocab_size:
-            check_ids(ids, self.config)
+        ids = check_tokens(tokens, self.config, "tokens", {1: "(B,)"})[:, None]
         scores = self._causal_logits(ids, cache)
         if scores is None:
             scores = self(ids, cache, logits="last").logits
@@ -268,10 +266,11 @@ class GPT2:
 
         Raises
         ------
-        InputError, ContextOverflowError
-            As a call does; the ids are taken as they are.
+        TokenRangeError, InputError, ContextOverflowError
+            As a call does.
         """
-        scores = self._causal_logits(np.array([tokens]), cache)
+        ids = check_tokens(tokens, self.config, "tokens", {1: "(T,)"})
+        scores = self._causal_logits(ids[None], cache)
         return None if scores is None else scores[0]
 
     def _causal_logits(self, ids: Array, cache: KVCache) -> Array | None:

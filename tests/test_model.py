@@ -198,19 +198,26 @@ def test_next_logits_are_those_of_a_call(engine, changes):
         model(ids[:, :4], cache=cache)
     for column in ids[:, 4:].T:
         expected = model(column[:, None], cache=one, logits="last").logits[:, 0]
-        np.testing.assert_array_equal(model.next_logits(column.tolist(), other), expected)
+        np.testing.assert_array_equal(model.next_logits(column.astype(np.uint8), other), expected)
     assert other.length == 6
     np.testing.assert_array_equal(np.array(other.views()), np.array(one.views()))
 
 
 def test_next_logits_check_as_a_call_does():
     model = shared_model("numpy")
-    with pytest.raises(TokenRangeError, match=r"37 at \(1, 0\).*0\.\.36"):
+    with pytest.raises(TokenRangeError, match=r"37 at \(1,\).*0\.\.36"):
         model.next_logits([3, 37], model.new_cache(2))
     with pytest.raises(TokenRangeError, match="-1 at"):
         model.next_logits([-1], model.new_cache())
     with pytest.raises(InputError, match="must be integers, got dtype float64"):
         model.next_logits([1.5], model.new_cache())
+    for tokens in ([[1, 2]], 1):
+        with pytest.raises(InputError, match=r"must have shape \(B,\), got \("):
+            model.next_logits(tokens, model.new_cache())
+    with pytest.raises(InputError, match="rows of different lengths"):
+        model.next_logits([[1], [2, 3]], model.new_cache())
+    with pytest.raises(TokenRangeError, match="37 at"):
+        model.logits_of_each([3, 37], model.new_cache())
     with pytest.raises(InputError, match="made for batch 1.*needed: batch 2"):
         model.next_logits([1, 2], model.new_cache())
     full, all_positions = model.new_cache(max_length=4), model.new_cache()
