@@ -110,13 +110,14 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         for name, rows in found.items()
         for row in rows
     ]
-    base = altair.Chart(altair.Data(values=points)).encode(
-        x=altair.X("ms:Q", title="ms for one token").scale(zero=False),
-        y=altair.Y("error:Q", title="error of the logits beside float64, rms / rms").scale(type="log"),
+    altair.Chart(altair.Data(values=points)).mark_point(filled=True, size=80).encode(
+        x=altair.X("ms:Q", title="ms for one token").scale(zero=True),
+        y=altair.Y("error:Q", title="error of the logits beside float64, rms / rms")
+        .scale(type="log", domain=[1e-7, 1])
+        .axis(values=[10.0**n for n in range(-7, 1)], format=".0e"),
         color=altair.Color("model:N", title="model"),
-    )
-    labels = base.mark_text(align="left", dx=7).encode(text="weights:N")
-    (base.mark_point(filled=True, size=60) + labels).properties(width=420, height=300).save(str(path))
+        shape=altair.Shape("weights:N", title="weights", sort=list(FORMS)),
+    ).properties(width=420, height=300).save(str(path))
 
 
 def main() -> None:
