@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,28 @@ def real_number(name: str, value: Any, meaning: str = "a number") -> float:
     if not math.isfinite(number):
         raise InputError(f"{name} must be {meaning}, got {value!r:.60}")
     return number
+
+
+def one_of(name: str, value: Any, options: Sequence[Any]) -> Any:
+    """`value`, which must be one of the options, else InputError."""
+    try:
+        known = value in options
+    except (ValueError, TypeError):  # an array, which compares element by element
+        known = False
+    if not known:
+        raise InputError(f"{name} must be one of {', '.join(map(str, options))}, got {value!r:.60}")
+    return value
+
+
+def strings(name: str, value: Any) -> tuple[str, ...]:
+    """`value` as a tuple; InputError unless it is several strings: one alone would be taken for its letters."""
+    try:
+        given = (None,) if isinstance(value, str) else tuple(value)
+    except TypeError:
+        given = (None,)
+    if not all(isinstance(one, str) for one in given):
+        raise InputError(f"{name} must be a sequence of strings, got {value!r:.60}")
+    return given
 
 
 def as_path(value: Any) -> Path:

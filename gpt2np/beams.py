@@ -56,6 +56,7 @@ def beam_search(
     """
     length_penalty = check_length_penalty(length_penalty, model.config.n_ctx)
     num_beams = whole_number("num_beams", num_beams, 1)
+    sampling.Sampling(repetition_penalty=repetition_penalty)  # raises if that is out of range
     config = model.config
     (prompt,) = prompt_ids([ids], config.vocab_size, None)
     check_room(len(prompt), max_new_tokens, config.n_ctx, sliding=False)

@@ -27,6 +27,9 @@ class Layers(tuple[Array, ...]):
         return Layers, (tuple(self),)
 
 
+FORM = "{}, {} layers, {} heads of {}"
+
+
 class KVCache:
     """Preallocated keys and values for `batch_size` sequences of up to `max_length` positions.
 
@@ -44,7 +47,7 @@ class KVCache:
     Raises
     ------
     InputError, ContextOverflowError
-        If batch_size or max_length is not positive, or max_length exceeds n_ctx.
+        If batch_size or max_length is no positive whole number, max_length exceeds n_ctx, or there is no memory.
     """
 
     def __init__(
@@ -54,14 +57,16 @@ class KVCache:
         max_length: int | None = None,
         dtype: np.dtype | type = np.float32,
     ) -> None:
-        max_length = config.n_ctx if max_length is None else max_length
-        if batch_size < 1 or max_length < 1:
-            raise InputError(f"a cache needs batch_size >= 1 and max_length >= 1, got {batch_size}, {max_length}")
+        batch_size = whole_number("batch_size", batch_size, 1)
+        max_length = whole_number("max_length", config.n_ctx if max_length is None else max_length, 1)
         if max_length > config.n_ctx:
             raise ContextOverflowError(f"max_length {max_length} exceeds the model's n_ctx of {config.n_ctx}")
         shape = (config.n_layer, 2, batch_size, config.n_head, max_length, config.head_size)
         # zeros, not empty: untouched pages cost nothing, and no garbage can ever reach a kernel
-        self._hold(np.zeros(shape, dtype))
+        try:
+            self._hold(np.zeros(shape, dtype))
+        except (MemoryError, ValueError):  # the latter: more than NumPy can count
+            raise InputError(f"there is no memory for a cache of {batch_size} x {max_length} positions") from None
         self._length = 0
 
     def _hold(self, memory: Array, holders: list[int] | None = None) -> None:
@@ -87,22 +92,39 @@ class KVCache:
         """Number of positions there is room for."""
         return int(self.array.shape[4])
 
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What a model's caches have in common: dtype, L, H, D; for FORM."""
+        L, _, _, H, _, D = self.array.shape
+        return self.array.dtype, L, H, D
+
     def views(self) -> list[Array]:
         """L views (2, B, H, length, D) of what is held: [0] the keys, [1] the values."""
         return list(self.array[:, :, :, :, : self._length])
 
     def check_room(self, new: int) -> None:
         """Raise ContextOverflowError unless `new` further positions fit."""
-        if self._length + new > self.max_length:
+        if self._length + whole_number("the number of new positions", new, 0) > self.max_length:
             raise ContextOverflowError(
                 f"{new} new positions after {self._length} cached ones exceed the cache's max_length "
                 f"of {self.max_length}"
             )
 
-    def advance(self, new: int) -> None:
-        """Count `new` positions, just written by the model, as held."""
+    def advance(self, new: int, start: int | None = None) -> None:
+        """Count `new` positions, just written by the model from `start` on, as held; by default after the last one.
+
+        Raises
+        ------
+        InputError, ContextOverflowError
+            If another call has changed the length since this one began, or there is no room.
+        """
+        if start not in (None, self._length):
+            raise InputError(
+                f"the cache held {start} positions when a call began and {self._length} when it ended: "
+                "two calls used it at once, so that it no longer holds what either has written"
+            )
         self.check_room(new)
-        self._length += new
+        self._length += int(new)
 
     def crop(self, length: int) -> None:
         """Forget all but the first `length` positions (a negative length counts from the end, as in a slice)."""
@@ -130,15 +152,19 @@ class KVCache:
         Raises
         ------
         InputError, ContextOverflowError
-            If the other has more than one row, or more positions than there is room for here.
+            If the other is no cache, has more than one row, or is another model's, or holds more positions than there
+            is room for here.
         """
-        if other.batch_size != 1:
+        if as_cache(other).batch_size != 1:
             raise InputError(f"a cache is filled from one of one row, got {other.batch_size} rows")
-        self.crop(0)
-        self.check_room(other.length)
+        if other.form != self.form:
+            raise InputError(f"a cache for {FORM.format(*self.form)} is filled from one for {FORM.format(*other.form)}")
+        n = other.length
+        if n > self.max_length:
+            raise ContextOverflowError(f"{n} positions exceed the cache's max_length of {self.max_length}")
         self.make_writable()
-        self._length = other.length
-        self.array[:, :, :, :, : self._length] = other.array[:, :, :, :, : self._length]
+        self._length = n
+        self.array[:, :, :, :, :n] = other.array[:, :, :, :, :n]
 
     def make_writable(self) -> None:
         """Take memory of its own if others share it: for whoever writes into `layers`, as a model does."""
@@ -150,3 +176,10 @@ class KVCache:
             memory = np.zeros_like(memory)
             memory[:, :, :, :, : self._length] = self.array[:, :, :, :, : self._length]
         self._hold(memory)
+
+
+def as_cache(value: Any) -> KVCache:
+    """`value`, which must be a KVCache, else InputError."""
+    if not isinstance(value, KVCache):
+        raise InputError(f"a cache is what new_cache gives, got {type(value).__name__}")
+    return value

@@ -74,13 +74,7 @@ def check_tokens(tokens: Any, config: GPT2Config, name: str, ranks: Mapping[int,
     """Token ids of one of these ranks, each with its shape in words, as a checked int64 array, C-contiguous."""
     if isinstance(tokens, str):
         raise InputError(f"{name} must be integers, got text; model.encode(text) gives its token ids")
-    try:
-        ids = np.asarray(tokens)
-    except ValueError:
-        raise InputError(
-            f"{name} must be rows of one length, got rows of different lengths; run them one by one, or fill them up "
-            "and say in attention_mask which positions are padding"
-        ) from None
+    ids = as_rectangle(name, tokens)
     if ids.ndim not in ranks:
         raise InputError(f"{name} must have shape {' or '.join(ranks.values())}, got {ids.shape}")
     if ids.size == 0:
@@ -97,6 +91,17 @@ def check_tokens(tokens: Any, config: GPT2Config, name: str, ranks: Mapping[int,
     return np.asarray(ids, np.int64, order="C")
 
 
+def as_rectangle(name: str, given: Any) -> Array:
+    """An array of what a caller gave; InputError for rows of different lengths."""
+    try:
+        return np.asarray(given)
+    except ValueError:
+        raise InputError(
+            f"{name} must be rows of one length, got rows of different lengths; run them one by one, or fill them up "
+            "and say in attention_mask which positions are padding"
+        ) from None
+
+
 def check_positions(position_ids: Any, config: GPT2Config, B: int, T: int, start: int) -> Array:
     """Rows of wpe for each new position, int64 (B, T); by default those after `start`."""
     if position_ids is None:
@@ -104,11 +109,11 @@ def check_positions(position_ids: Any, config: GPT2Config, B: int, T: int, start
         high = low + T - 1
         rows = np.arange(low, high + 1)[None].repeat(B, axis=0)
     else:
-        rows = np.asarray(position_ids)
-        if rows.dtype.kind not in "iu" or rows.size == 0 or rows.shape[-1] != T or rows.size not in (T, B * T):
+        rows = as_rectangle("position_ids", position_ids)
+        if rows.dtype.kind not in "iu" or rows.size not in (T, B * T) or rows.shape[-1:] != (T,):
             raise InputError(f"position_ids must be integers ({B}, {T}), got {rows.dtype} {rows.shape}")
+        low, high = (int(end) + config.position_offset for end in (rows.min(), rows.max()))
         rows = np.broadcast_to(rows.reshape(-1, T), (B, T)).astype(np.int64) + config.position_offset
-        low, high = int(rows.min()), int(rows.max())
     if low < 0 or high >= config.n_ctx:
         raise ContextOverflowError(f"positions {low}..{high} outside 0..{config.n_ctx - 1}")
     return rows
@@ -116,7 +121,7 @@ def check_positions(position_ids: Any, config: GPT2Config, B: int, T: int, start
 
 def check_attention_mask(attention_mask: Any, B: int, T: int, S: int) -> Array:
     """The mask as an array of numbers, (B, S) or (B or 1, 1, T or 1, S): 0 and 1, or floats of four axes."""
-    given = np.asarray(attention_mask)
+    given = as_rectangle("attention_mask", attention_mask)
     shapes = [(B, S)] + [(b, 1, t, S) for b in (1, B) for t in (1, T)]
     if given.dtype.kind not in "iufb" or given.shape not in shapes:
         raise InputError(

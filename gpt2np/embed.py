@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arguments import one_of, strings, whole_number
 from .errors import ContextOverflowError, InputError
 from .prompts import prompt_ids
+from .tokenizer import chosen_tokenizer
 from .weights import Array
 
 if TYPE_CHECKING:
@@ -63,20 +65,20 @@ def embed(
     >>> states["last_hidden_state"].shape == (len(states["input_ids"]), model.config.n_embd)
     True
     """
+    taps = strings("taps", taps)
     check_taps(model, taps, pool, batch_size)
-    rows = prompt_ids(texts, model.config.vocab_size, model.tokenizer if tokenizer is None else tokenizer)
+    rows = prompt_ids(texts, model.config.vocab_size, chosen_tokenizer(tokenizer, model.tokenizer))
     for i, ids in enumerate(rows, 1):
         if len(ids) > model.config.n_ctx:
             raise ContextOverflowError(f"text {i} of {len(rows)} has {len(ids)} tokens, n_ctx is {model.config.n_ctx}")
-    return _batches(model, rows, tuple(taps), pool, batch_size)
+    return _batches(model, rows, taps, pool, batch_size)
 
 
 def check_taps(model: GPT2, taps: Sequence[str], pool: str | None, batch_size: int) -> None:
     """InputError if the options of `embed` are not what it takes."""
-    if pool not in (None, "last", "mean"):
-        raise InputError(f'pool must be "last", "mean" or None, got {pool!r}')
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if pool is not None:
+        one_of("pool", pool, ("last", "mean"))
+    whole_number("batch_size", batch_size, 1)
     shapes = {name: value.shape for name, value in model.trace([0]).items()}
     shapes[LAST_HIDDEN_STATE] = shapes["ln_f"]
     for tap in taps:

@@ -19,7 +19,7 @@ from .decoding import Decoder, LanguageModel, Row, Step, Stopper
 from .errors import InputError
 from .prompts import check_cache, check_room, end_tokens, prompt_ids, stop_strings, window_length
 from .sampling import Sampling
-from .tokenizer import StreamDecoder
+from .tokenizer import StreamDecoder, chosen_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
@@ -122,8 +122,7 @@ def generate(
     lookup = flag("lookup", lookup)
     if seed is not None:
         seed = whole_number("seed", seed, 0)
-    if tokenizer is None:
-        tokenizer = model.tokenizer
+    tokenizer = chosen_tokenizer(tokenizer, model.tokenizer)
     stops = stop_strings(stop, tokenizer)
     n_ctx, vocab_size = model.config.n_ctx, model.config.vocab_size
     kept = window_length(window, n_ctx)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Unpack
 import numpy as np
 
 from . import reference
-from .arguments import as_path
-from .cache import KVCache
+from .arguments import as_path, one_of
+from .cache import FORM, KVCache, as_cache
 from .call import Call, check_positions, check_tokens, checked_call
 from .config import GPT2Config
 from .errors import ContextOverflowError, InputError, ModelFileError, TokenizerError, UnsupportedModelError
@@ -80,10 +80,8 @@ class GPT2:
         recognised: Recognised | None = None,
         weights: str | None = None,
     ) -> None:
-        if engine not in ("numba", "numpy"):
-            raise InputError(f'engine must be "numba" or "numpy", got {engine!r}')
-        if dtype not in ("float32", "float64"):
-            raise InputError(f'dtype must be "float32" or "float64", got {dtype!r}')
+        one_of("engine", engine, ("numba", "numpy"))
+        one_of("dtype", dtype, ("float32", "float64"))
         check_sources(config, sources)
         if weights is not None:
             sources = rounded(sources, weights)
@@ -146,7 +144,8 @@ class GPT2:
         cache : KVCache, optional
             From `new_cache`; the new keys and values are added to it. Without one, nothing came before.
         tap : callable (name, array), optional
-            Called with every intermediate result in order; the names are listed in docs/taps.md.
+            Called with every intermediate result in order; the names are listed in docs/taps.md. Where scores come
+            near the file's mask value, the numba engine begins anew with the textbook, and with the first name.
         logits : bool or "last"
             Whether to compute the scores over the vocabulary, for all new positions or for the last one.
         attention_mask : integers (B, S), or integers or floats (B, 1, T, S), optional
@@ -161,14 +160,12 @@ class GPT2:
         ------
         InputError, TokenRangeError, ContextOverflowError
             Before any work is done: an input of the wrong type or shape, an id or position out of range, or
-            more positions than n_ctx or the cache's max_length.
+            more positions than n_ctx or the cache's max_length. What `tap` raises is raised, with the cache as it was.
         """
-        if not isinstance(cache, KVCache | None):
-            raise InputError(f"a cache is what new_cache gives, got {type(cache).__name__}")
         call = checked_call(
             self.config,
             input_ids,
-            start=0 if cache is None else cache.length,
+            start=0 if cache is None else as_cache(cache).length,
             attention_mask=attention_mask,
             position_ids=position_ids,
             token_type_ids=token_type_ids,
@@ -187,9 +184,12 @@ class GPT2:
         Raises
         ------
         InputError, ContextOverflowError
-            Before any work is done: the cache is not of this model's form, or has no room.
+            Before any work is done: the cache is not of this model's form, or has no room; tap or logits is none.
         """
         (B, T), start = call.input_ids.shape, call.start
+        if not (tap is None or callable(tap)):
+            raise InputError(f"tap must be a function of a name and an array, got {tap!r:.60}")
+        one_of("logits", logits, (True, False, "last"))
         if cache is None:
             cache = self._filled_cache(call)
         self._check_cache(cache, B, T)
@@ -224,10 +224,10 @@ class GPT2:
                 rows = kernels.embed(call.token_type_ids, positions, w.wte, w.wpe).reshape(B * T, -1)
                 w, positions = w._replace(wpe=rows), np.arange(B * T).reshape(B, T)
             hidden = kernels.transformer(call.input_ids, positions, w, cache.layers, start, *how)
-            cache.advance(T)
             if logits:
                 last = hidden[:, -1:] if logits == "last" else hidden
                 scores = kernels.logits(last, w.lm_head, w.lm_head_bias, how[1])
+        cache.advance(T, start)  # only now: a call that fails leaves the cache as it was
         return Output(hidden, scores, cache.views())
 
     def _filled_cache(self, call: Call) -> KVCache:
@@ -275,8 +275,9 @@ class GPT2:
 
     def _causal_logits(self, ids: Array, cache: KVCache) -> Array | None:
         """Run ids (B, T) by the kernels and the causal mask; the scores (B, T, V), None where that is not enough."""
-        (B, T), start = ids.shape, cache.length
+        B, T = ids.shape
         self._check_cache(cache, B, T)
+        start = cache.length
         positions = check_positions(None, self.config, B, T, start)
         if self.engine == "numba" and self.config.mask.is_causal:
             layers, safe = cache.layers, self._safe_scores
@@ -284,7 +285,7 @@ class GPT2:
                 scores: Array = self._kernels.causal_logits(ids, positions, self._weights, layers, start, safe)
             except ScoresReachMask:
                 return None
-            cache.advance(T)
+            cache.advance(T, start)
             return scores
         return None
 
@@ -295,11 +296,10 @@ class GPT2:
     def _check_cache(self, cache: KVCache, B: int, T: int) -> None:
         """Raise unless the cache is of this model's form and T new positions of B rows fit in; make it writable."""
         config = self.config
-        L, _, held, H, _, D = cache.array.shape
-        made_for = held, cache.array.dtype, L, H, D
+        made_for = as_cache(cache).batch_size, *cache.form
         wanted = B, self.dtype, config.n_layer, config.n_head, config.head_size
         if made_for != wanted:
-            form = "batch {}, {}, {} layers, {} heads of {}"
+            form = f"batch {{}}, {FORM}"
             raise InputError(f"the cache was made for {form.format(*made_for)}; needed: {form.format(*wanted)}")
         if cache.length + T > config.n_ctx:
             raise ContextOverflowError(
@@ -379,6 +379,8 @@ class GPT2:
         """What `generate` runs its texts with, see `decoding.LanguageModel`."""
         from .decoding import SeparateCaches, SharedCache
 
+        if cache is not None:
+            self._check_cache(cache, 1, 1)
         # With the numpy engine a row's last bits depend on how many rows BLAS multiplies at once.
         if lookup and self.engine != "numba":
             raise InputError('lookup needs engine="numba": with numpy, drafts would change the last bits of the scores')

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arguments import whole_number
-from .cache import KVCache
+from .cache import KVCache, as_cache
 from .errors import ContextOverflowError, InputError, TokenizerError, TokenRangeError
 from .tokenizer import HOW_TO_GET_ONE, encode_for
 
@@ -22,7 +22,7 @@ def prompt_ids(prompt: Any, vocab_size: int, tokenizer: tokenizers.Tokenizer | N
         prompt = [prompt]
     elif not isinstance(prompt, Sequence) and np.ndim(prompt) == 0:
         raise InputError(f"prompt must be text, token ids, or a sequence of either, got {prompt!r}")
-    elif len(prompt) and not isinstance(prompt[0], str) and np.ndim(prompt[0]) == 0:
+    elif len(prompt) and not isinstance(prompt[0], Sequence) and np.ndim(prompt[0]) == 0:
         prompt = [prompt]
     if len(prompt) == 0:
         raise InputError("there is no prompt")
@@ -95,7 +95,7 @@ def check_cache(cache: KVCache, prompts: list[list[int]], new: int | None, num_b
     """Raise unless the cache can hold the first tokens of the one prompt, and the new ones."""
     if len(prompts) > 1 or num_beams > 1 or window is not None:
         raise InputError("a cache can be given for one prompt only, without num_beams or window")
-    if cache.batch_size != 1:
+    if as_cache(cache).batch_size != 1:
         raise InputError(f"the cache must have batch_size 1, got {cache.batch_size}")
     if cache.length >= len(prompts[0]):
         raise InputError(

@@ -26,8 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .arguments import one_of
 from .arrays import NARROW, Array, narrowed, widened
-from .errors import InputError, WeightError
+from .errors import WeightError
 from .weights import TABLES, WeightSource, WeightSources, is_matrix
 
 GROUP = 32
@@ -196,6 +197,5 @@ def rounded(sources: WeightSources, form: str) -> Mapping[str, WeightSource]:
     InputError
         If there is no such form.
     """
-    if form not in FORMS:
-        raise InputError(f"weights must be one of {', '.join(FORMS)}, or None for the file's numbers; got {form!r}")
+    one_of("weights", form, FORMS)
     return {name: Rounded(name, source, form) if is_matrix(name) else source for name, source in sources.items()}

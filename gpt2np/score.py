@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arguments import as_path, strings, whole_number
 from .errors import InputError, TokenizerError
-from .tokenizer import HOW_TO_GET_ONE, decode, encode_for
+from .tokenizer import HOW_TO_GET_ONE, chosen_tokenizer, decode, encode_for
 from .weights import Array
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Progress:
         self._runs: dict[str, list[Any]] = {}
         if path is None:
             return
+        path = self._path = as_path(path)
         try:
             if path.exists():
                 self._runs = {key: list(done) for key, done in json.loads(path.read_text("utf-8"))[HEADING].items()}
@@ -146,6 +148,13 @@ class Progress:
         return self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
 
 
+def _progress(given: Progress | None) -> Progress:
+    """The progress that a caller gave, by default one that nothing keeps; InputError if it is none."""
+    if not isinstance(given, Progress | None):
+        raise InputError(f"progress must be a Progress, got {type(given).__name__}")
+    return given or Progress(None)
+
+
 def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]:
     """(begin, first, end) of each window: tokens first..end-1 are scored, given begin..first-1.
 
@@ -165,10 +174,10 @@ def windows(tokens: int, window: int, stride: int) -> list[tuple[int, int, int]]
 
 def check_cut(n_ctx: int, window: int | None, stride: int | None) -> tuple[int, int]:
     """Window and stride in tokens, as `TextScoring` takes them; InputError if they are out of range."""
-    window = n_ctx if window is None else window
+    window = n_ctx if window is None else whole_number("window", window, 0)
     if not 2 <= window <= n_ctx:
         raise InputError(f"window must be in 2..{n_ctx} (n_ctx), got {window}")
-    stride = window // 2 if stride is None else stride
+    stride = window // 2 if stride is None else whole_number("stride", stride, 0)
     if not 1 <= stride <= window:
         raise InputError(f"stride must be in 1..{window} (window), got {stride}")
     return window, stride
@@ -231,12 +240,12 @@ class TextScoring:
     ) -> None:
         self.window, self.stride = check_cut(model.config.n_ctx, window, stride)
         self._model = model
-        self._batch_size = check_batch_size(batch_size)
+        self._batch_size = whole_number("batch_size", batch_size, 1)
         self._tokenizer = _tokenizer(model, tokenizer)
         self._ids = encode_for(model.config.vocab_size, self._tokenizer, text)
         check_text(self._ids)
         self._windows = windows(len(self._ids), self.window, self.stride)
-        self._progress = progress or Progress(None)
+        self._progress = _progress(progress)
         self._key = self._progress.key(model, self._ids[: self.window], text, self.window, self.stride)
         self._done: list[float] = self._progress.get(self._key)  # log-likelihood of each finished window
 
@@ -306,8 +315,9 @@ class LastWordScoring:
         progress: Progress | None = None,
     ) -> None:
         self._model = model
-        self._batch_size = check_batch_size(batch_size)
+        self._batch_size = whole_number("batch_size", batch_size, 1)
         tokenizer = _tokenizer(model, tokenizer)
+        passages = strings("passages", passages)
         if not passages:
             raise InputError("there is no passage")
         self._rows = []
@@ -321,7 +331,7 @@ class LastWordScoring:
             ids = [*encode_for(V, tokenizer, given), *target][-model.config.n_ctx :]
             self._rows.append((ids, len(ids) - len(target)))
         self._rows.sort(key=lambda row: len(row[0]))  # little padding
-        self._progress = progress or Progress(None)
+        self._progress = _progress(progress)
         self._key = self._progress.key(model, self._rows[-1][0], *passages)
         self._done: list[tuple[float, bool]] = self._progress.get(self._key)
 
@@ -450,15 +460,8 @@ def _read_beginning(model: GPT2, ids: Array, cache: KVCache) -> None:
         model(ids[:, cache.length :], cache=cache, logits=False)
 
 
-def check_batch_size(batch_size: int) -> int:
-    """The same; InputError if it is not at least 1."""
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    return batch_size
-
-
 def _tokenizer(model: GPT2, given: tokenizers.Tokenizer | None) -> tokenizers.Tokenizer:
-    found = model.tokenizer if given is None else given
+    found = chosen_tokenizer(given, model.tokenizer)
     if found is None:
         raise TokenizerError(f"a text needs a tokenizer; {HOW_TO_GET_ONE}")
     return found

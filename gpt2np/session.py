@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arguments import one_of
 from .errors import InputError
 from .model import GPT2
 from .signature import LOGITS, USUAL_OUTPUTS, Signature, checked_feeds, wanted_outputs
@@ -75,7 +76,7 @@ class InferenceSession:
     ModelFileError, UnsupportedModelError, WeightError
         As `gpt2np.load` does; and where a file searches for a continuation in a way that is not known.
     InputError
-        If `providers` are no names of providers.
+        If `providers` are no names of providers, or engine, dtype, weights or emulate_rounding is none of those above.
 
     Examples
     --------
@@ -105,7 +106,8 @@ class InferenceSession:
         from .onnx.read.reader import open_model
         from .onnx.recognise import recognise
 
-        for provider in providers or ():
+        one_of("emulate_rounding", emulate_rounding, (True, False, "saturating", "optimised", "unrounded"))
+        for provider in () if providers is None else providers if isinstance(providers, list | tuple) else [providers]:
             name = provider[0] if isinstance(provider, tuple) and provider else provider
             if not isinstance(name, str) or not name.endswith("ExecutionProvider"):
                 raise InputError(f"providers must be names such as {_CPU!r}, got {provider!r}")
@@ -124,7 +126,7 @@ class InferenceSession:
             self._ports = recognised.search.inputs, recognised.search.outputs
             file = recognised.search.decoder
         wide = any(port.dtype == np.float64 for port in recognised.outputs)
-        dtype = dtype or ("float64" if wide else "float32")
+        dtype = ("float64" if wide else "float32") if dtype is None else dtype
         self.model = GPT2(recognised.config, recognised.sources, engine, dtype, file.path, recognised, weights)
         self._literally = partial(Emulation, file, way=emulate_rounding) if emulate_rounding else None
         self._emulations: dict[str, Emulation] = {}  # by the branch that is taken

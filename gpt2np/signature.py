@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .call import Call, check_ids, checked_call
+from .arguments import strings
+from .call import Call, as_rectangle, check_ids, checked_call
 from .errors import InputError
 from .onnx.recognise.masks import per_query
 from .weights import Array
@@ -46,7 +47,7 @@ def checked_feeds(ports: Sequence[Port], given: Mapping[str, Any]) -> dict[str, 
         raise InputError(f"wrong input names ({'; '.join(parts)}); this file's inputs are {known}")
     feeds = {}
     for port in ports:
-        array = np.asarray(given[port.name])
+        array = as_rectangle(f"input {port.name!r}", given[port.name])
         expected = f"{port.dtype} [{', '.join('?' if s is None else str(s) for s in port.shape)}]"
         told = f"{array.dtype} {list(array.shape)}"
         if array.dtype != port.dtype or array.ndim != len(port.shape):
@@ -63,10 +64,11 @@ def wanted_outputs(ports: Sequence[Port], names: Sequence[str] | None) -> list[P
     Raises
     ------
     InputError
-        There is no output of a name.
+        There is no output of a name; or these are no names.
     """
+    names = () if names is None else strings("output_names", names)
     outputs = {port.name: port for port in ports}
-    for name in names or ():
+    for name in names:
         if name not in outputs:
             raise InputError(f"no output {name!r}; this file's outputs are {', '.join(outputs)}")
     return [outputs[name] for name in names] if names else list(ports)  # a file may list one of them twice

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arguments import one_of, strings
 from .errors import ComparisonError, Gpt2npError, InputError
 
 if TYPE_CHECKING:
@@ -231,8 +232,11 @@ def as_trace(
     from .parity.operations import is_tap
     from .parity.trace import Trace, provenance, statistics
 
-    if dtype is not None and dtype not in ("float16", "float32", "float64"):
-        raise InputError(f"dtype must be float16, float32 or float64, got {dtype!r}")
+    if dtype is not None:
+        one_of("dtype", dtype, ("float16", "float32", "float64"))
+    taps = strings("taps", taps)
+    if not isinstance(inputs, Mapping | None):
+        raise InputError(f"inputs must be arrays by name, got {type(inputs).__name__}")
     if not isinstance(value, Trace):
         arrays = _arrays(value)
         outputs = {name: array for name, array in arrays.items() if not is_tap(name)}

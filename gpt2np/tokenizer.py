@@ -240,6 +240,15 @@ def encode_for(vocab_size: int, tokenizer: tokenizers.Tokenizer, text: str, spec
     return ids
 
 
+def chosen_tokenizer(
+    given: tokenizers.Tokenizer | None, beside: tokenizers.Tokenizer | None
+) -> tokenizers.Tokenizer | None:
+    """The tokenizer that a caller gave, by default the one beside the model; InputError if it is none."""
+    if given is not None and not hasattr(given, "encode_special_tokens"):
+        raise InputError(f"a tokenizer is what gpt2np.tokenizer.load gives, got {type(given).__name__}")
+    return beside if given is None else given
+
+
 def end_of_text_id(tokenizer: tokenizers.Tokenizer | None) -> int | None:
     """The id of "<|endoftext|>", or None."""
     found: int | None = None if tokenizer is None else tokenizer.token_to_id(END_OF_TEXT)
@@ -293,6 +302,9 @@ class StreamDecoder:
 
 
 def decode(tokenizer: tokenizers.Tokenizer, ids: Iterable[int]) -> str:
-    """Token ids to text, special tokens included."""
-    text: str = tokenizer.decode(list(ids), skip_special_tokens=False)
+    """Token ids to text, special tokens included; InputError for what can be no token id."""
+    try:
+        text: str = tokenizer.decode(list(ids), skip_special_tokens=False)
+    except (TypeError, OverflowError) as error:
+        raise InputError(f"expected token ids, got {ids!r:.60}: {error}") from None
     return text

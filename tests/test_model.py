@@ -250,6 +250,39 @@ def test_a_cache_of_another_model_is_an_error(changes, words):
     assert cache.length == 0
 
 
+@pytest.mark.parametrize("engine", ["numba", "numpy"])
+def test_a_call_that_fails_leaves_the_cache_as_it_was(engine):
+    model = tiny_model(engine)
+    ids = random_ids(model.config, 2, 6)
+    expected = model(ids)
+    for name in model.trace(ids):
+
+        def fail(tap, _, name=name):
+            if tap == name:
+                raise KeyError(name)
+
+        cache = model.new_cache(2)
+        model(ids[:, :2], cache=cache)
+        with pytest.raises(KeyError):
+            model(ids[:, 2:], cache=cache, tap=fail)
+        assert cache.length == 2
+        np.testing.assert_allclose(model(ids[:, 2:], cache=cache).logits, expected.logits[:, 2:], atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["numba", "numpy"])
+def test_two_calls_cannot_use_a_cache_at_once(engine):
+    model = tiny_model(engine)
+    cache, other = model.new_cache(), model.new_cache()
+
+    def again(name, _):
+        if name == "h.0.ln_2":
+            model([1, 2], cache=cache)
+
+    model([1, 2], cache=other, tap=again)
+    with pytest.raises(InputError, match="held 2 positions when a call began and 4 when it ended"):
+        model([3], cache=cache, tap=again)
+
+
 def test_bad_masks_and_positions():
     model = shared_model("numpy")
     with pytest.raises(InputError, match=r"attention_mask.*\(1, 3\)"):
@@ -352,6 +385,30 @@ def test_arguments_of_another_kind_are_told_for_what_they_are():
     wrong = {
         "crop": lambda: cache.crop(1.5),
         "a cache is what new_cache gives, got list": lambda: model([[1]], cache=[]),
+        "a cache is what new_cache gives, got NoneType": lambda: model.next_logits([1], None),
+        "a cache is what new_cache gives, got dict": lambda: model.logits_of_each([1], {}),
+        "a cache is what new_cache gives, got str": lambda: cache.fill("cache"),
+        "a cache is what new_cache gives, got int": lambda: model.generate([1], 1, cache=3),
+        "number of new positions must be a whole number": lambda: cache.advance(-1),
+        "batch_size must be a whole number": lambda: model.new_cache(1.5),
+        "max_length must be a whole number": lambda: model.new_cache(1, "8"),
+        "no memory for a cache": lambda: model.new_cache(2**62),
+        "tap must be a function": lambda: model([1], cache=cache, tap=[]),
+        "logits must be one of True, False, last, got 'Last'": lambda: model([1], cache=cache, logits="Last"),
+        "logits must be one of": lambda: model([1], cache=cache, logits=np.ones(2)),
+        "engine must be one of numba, numpy": lambda: gpt2np.load(engine=np.array(["numpy", "numba"])),
+        "emulate_rounding must be one of.*got 'optimized'": lambda: gpt2np.InferenceSession(
+            model.path, emulate_rounding="optimized"
+        ),
+        "attention_mask must be rows of one length": lambda: model([[1, 2]] * 2, attention_mask=[[1, 1], [1]]),
+        "position_ids must be integers": lambda: model([1], position_ids=0),
+        "position_ids must be rows of one length": lambda: model([[1, 2]] * 2, position_ids=[[0, 1], [0]]),
+        "input 'input1' must be rows of one length": lambda: session.run(None, {"input1": [[[1], [1, 2]]]}),
+        "output_names must be a sequence of strings, got 'output1'": lambda: session.run("output1", feeds),
+        "providers must be names": lambda: gpt2np.InferenceSession(model.path, providers=1),
+        "expected token ids, got": lambda: gpt2np.tokenizer.decode(model.tokenizer, [-1]),
+        "a tokenizer is what gpt2np.tokenizer.load gives, got str": lambda: model.generate("a", tokenizer="a.json"),
+        "the number of threads must be a whole number": lambda: gpt2np.set_num_threads(1.5),
         "expected a text, got NoneType": lambda: model.encode(None),
         "expected a text, got bytes": lambda: model.encode(b"text"),
         "expected token ids, got NoneType": lambda: model.decode(None),

@@ -297,6 +297,11 @@ def test_reading_passages():
         ({"window": 10, "stride": 11}, r"stride must be in 1\.\.10"),
         ({"stride": 0}, "stride"),
         ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number"),
+        ({"window": "a"}, "window must be a whole number"),
+        ({"stride": 1.0}, "stride must be a whole number"),
+        ({"progress": "progress.json"}, "progress must be a Progress, got str"),
+        ({"tokenizer": "tokenizer.json"}, "a tokenizer is what"),
         ({"text": "a"}, "two tokens"),
         ({"text": ""}, "two tokens"),
     ],
@@ -311,6 +316,8 @@ def test_bad_arguments(options, message):
 def test_bad_passages():
     for passages, message in (
         ([], "there is no passage"),
+        ("a word", "passages must be a sequence of strings"),
+        ([b"a word"], "passages must be a sequence of strings"),
         (["word"], "passage 1 of 1"),
         (["a b", " "], "passage 2 of 2"),
     ):

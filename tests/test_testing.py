@@ -126,8 +126,12 @@ def test_traces_of_the_first_schema_stay_readable(tmp_path: Path) -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(InputError, match="float16, float32 or float64"):
+    with pytest.raises(InputError, match="float16, float32, float64"):
         as_trace({"ln_f": np.zeros(2)}, dtype="int8")
+    with pytest.raises(InputError, match="taps must be a sequence of strings"):
+        as_trace({"ln_f": np.zeros(2)}, taps="h.*")
+    with pytest.raises(InputError, match="inputs must be arrays by name"):
+        as_trace({"ln_f": np.zeros(2)}, inputs=[1])
 
 
 def test_what_changed_is_said() -> None:

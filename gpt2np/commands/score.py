@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..arguments import whole_number
 from ..errors import InputError
 from ..files import located
 from ..score import (
@@ -17,7 +18,6 @@ from ..score import (
     Progress,
     Score,
     TextScoring,
-    check_batch_size,
     check_cut,
     read_passages,
 )
@@ -75,7 +75,7 @@ def score(
         if resume is not None:
             raise InputError("--resume is for one process; --results keeps what --workers and --cluster compute")
         gpt2 = load_model(model, tokenizer, engine, dtype, weights)
-        how = *check_cut(gpt2.config.n_ctx, window, stride), check_batch_size(batch_size)
+        how = *check_cut(gpt2.config.n_ctx, window, stride), whole_number("batch_size", batch_size, 1)
         _score_shards(gpt2, tokenizer, files, how, (workers, cluster, results), json)
         return
     kept = Progress(resume)

@@ -18,6 +18,7 @@ from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 from numba.np.ufunc.parallel import threading_layer
 
+from ..arguments import whole_number
 from ..arrays import Array
 from ..errors import InputError
 from .jit import config, jit
@@ -40,9 +41,10 @@ def set_num_threads(n: int) -> None:
         If n is not in 1..NUMBA_NUM_THREADS.
     """
     global _threads
-    if not 1 <= n <= config.NUMBA_NUM_THREADS:
+    n = whole_number("the number of threads", n, 1)
+    if n > config.NUMBA_NUM_THREADS:
         raise InputError(f"the number of threads must be in 1..{config.NUMBA_NUM_THREADS}, got {n}")
-    _threads = int(n)
+    _threads = n
 
 
 def get_num_threads() -> int:

@@ -67,6 +67,8 @@ def test_ids_need_no_tokenizer():
         ({"taps": ["h.9.ln_1"]}, InputError, "no tap 'h.9.ln_1'; there are embed, h.0"),
         ({"taps": ["h.0.attn.q"], "pool": "mean"}, InputError, "cannot be pooled"),
         ({"pool": "max"}, InputError, "pool"),
+        ({"taps": "ln_f"}, InputError, "taps must be a sequence of strings, got 'ln_f'"),
+        ({"batch_size": 1.5}, InputError, "batch_size must be a whole number"),
         ({"batch_size": 0}, InputError, "batch_size"),
         ({"texts": ["a", "b" * 500]}, ContextOverflowError, "text 2 of 2"),
         ({"texts": ["a", ""]}, InputError, "empty"),

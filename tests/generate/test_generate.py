@@ -200,6 +200,10 @@ def test_a_cache_that_does_not_fit_is_an_error(model):
         generate(model, [1], 2, cache=model.new_cache(2))
     with pytest.raises(ContextOverflowError):
         generate(model, [1, 2], 4, cache=model.new_cache(1, 4))
+    with pytest.raises(InputError, match="made for batch 1, float.*needed"):
+        generate(
+            model, [1, 2], 4, cache=tiny_model(dtype="float64" if model.dtype == np.float32 else "float32").new_cache()
+        )
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -312,6 +316,7 @@ def test_stop_and_text_need_a_tokenizer(model):
         (5, {}, InputError),
         ([1.5, 2.0], {}, InputError),
         ([[[1, 2]]], {}, InputError),
+        ([[[1], [1, 2]]], {}, InputError),
         ([1, 37], {}, TokenRangeError),
         ([[1], [-1]], {}, TokenRangeError),
         ([1], {"max_new_tokens": 0}, InputError),
@@ -377,6 +382,12 @@ def test_a_wide_beam_search_is_exhaustive(length_penalty):
     expected = sorted(all_hypotheses((), 0.0), key=lambda pair: -pair[1])
     assert [beam.ids for beam in found] == [ids for ids, _ in expected]
     np.testing.assert_allclose([beam.score for beam in found], [score for _, score in expected], rtol=1e-12)
+
+
+@pytest.mark.parametrize("penalty", [0, -1, math.nan, "2", [2.0]])
+def test_beam_search_refuses_a_penalty_as_generate_does(model, penalty):
+    with pytest.raises(InputError, match="repetition_penalty must be"):
+        beam_search(model, [1, 2], 3, repetition_penalty=penalty)
 
 
 def test_one_beam_is_greedy_and_more_are_no_worse(model):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gpt2np.errors import InputError
+from gpt2np.errors import ContextOverflowError, InputError
 from gpt2np.generate import generate
 from gpt2np.score import predictions
 from tiny import random_ids, shapes_run, tiny_model
@@ -88,3 +88,10 @@ def test_only_a_cache_of_one_row_fills_others(model):
             np.testing.assert_array_equal(ours[:, row], theirs[:, 0])
     with pytest.raises(InputError, match="one row"):
         one.fill(three)
+    with pytest.raises(InputError, match="float32.* is filled from one for float64"):
+        three.fill(tiny_model(model.engine, "float64").new_cache())
+    short = model.new_cache(1, 4)
+    model([1, 2, 3], cache=short)
+    with pytest.raises(ContextOverflowError, match="5 positions exceed the cache's max_length of 4"):
+        short.fill(one)
+    assert (three.length, short.length) == (5, 3)
