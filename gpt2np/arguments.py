@@ -65,6 +65,6 @@ def as_path(value: Any) -> Path:
         text = os.fspath(value)
     except TypeError:
         text = ""
-    if not text or not isinstance(text, str):
+    if not text or not isinstance(text, str) or "\0" in text:  # no system has names with a NUL
         raise InputError(f"expected a path, got {value!r:.60}")
     return Path(text)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import reference, tokenizer
+from .arguments import one_of
 from .errors import InputError, TokenizerError
 from .html import Picture
 from .optional import needs
@@ -78,6 +79,7 @@ def flow(reading: Reading, layer: int = 0) -> Picture:
     """One sentence's way through the machine: every tap of one layer with its shape and size."""
     B, T, C = reading.taps["embed"].shape
     L = reading.model.config.n_layer
+    one_of("layer", layer, range(L))
     parts = {
         "embed": ("a vector for each token, plus one for its position", 0),
         "ln_1": ("a normalised copy of the stream", 1),

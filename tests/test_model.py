@@ -20,6 +20,7 @@ from gpt2np.errors import (
 from gpt2np.masks import MaskRule
 from gpt2np.model import GPT2
 from gpt2np.onnx.read.reader import open_model
+from gpt2np.parity import trace
 from tiny import ArraySource, random_ids, tiny_config, tiny_model, tiny_sources
 
 ENGINES = ["numpy", "numba"]
@@ -369,8 +370,8 @@ def test_dir_lists_the_public_names():
     assert not {"Any", "TYPE_CHECKING", "annotations", "import_module"} & set(dir(gpt2np))
 
 
-@pytest.mark.parametrize("path", ["", b"", b"model.onnx", 5, 1.5, []])
-@pytest.mark.parametrize("read", [gpt2np.load, gpt2np.tokenizer.load, open_model])
+@pytest.mark.parametrize("path", ["", b"", b"model.onnx", 5, 1.5, [], "a\0b"])
+@pytest.mark.parametrize("read", [gpt2np.load, gpt2np.tokenizer.load, open_model, trace.load])
 def test_what_is_no_path_is_an_error(read, path):
     """An empty one, as an unset variable leaves it, is not this folder."""
     with pytest.raises(InputError, match="expected a path, got"):
@@ -408,6 +409,7 @@ def test_arguments_of_another_kind_are_told_for_what_they_are():
         "providers must be names": lambda: gpt2np.InferenceSession(model.path, providers=1),
         "expected token ids, got": lambda: gpt2np.tokenizer.decode(model.tokenizer, [-1]),
         "a tokenizer is what gpt2np.tokenizer.load gives, got str": lambda: model.generate("a", tokenizer="a.json"),
+        "expected a path, got 5": lambda: gpt2np.zoo.find(5),
         "the number of threads must be a whole number": lambda: gpt2np.set_num_threads(1.5),
         "expected a text, got NoneType": lambda: model.encode(None),
         "expected a text, got bytes": lambda: model.encode(b"text"),

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from .. import __version__
+from ..arguments import as_path, whole_number
 from ..config import GPT2Config
 from ..errors import InputError, UnsupportedModelError
 from ..onnx.read.wire import encode_varint
@@ -79,7 +80,7 @@ def write_model(
     UnsupportedModelError
         If the graph of that opset cannot say what the configuration asks for.
     """
-    path = Path(path)
+    path = as_path(path)
     graph = build_graph(config, weights, opset=opset, lm_head=lm_head, with_past=with_past)
     if not external_data and graph_nbytes(graph) > MAX_SINGLE_FILE:
         raise InputError(
@@ -115,7 +116,7 @@ def build_graph(
     from onnx import defs
 
     newest = defs.onnx_opset_version()
-    if not 10 <= opset <= newest:
+    if not 10 <= whole_number("opset", opset, 1) <= newest:
         raise InputError(f"opset {opset} is not between 10 and {newest}, the newest that the installed onnx knows")
     if with_past and (opset < FIRST_MODERN_OPSET or not lm_head):
         raise InputError(f"past inputs need opset {FIRST_MODERN_OPSET} or newer, and the LM head")

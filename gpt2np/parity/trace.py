@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import as_path
 from ..errors import TraceError
 from ..files import json_object, replacing, write_arrays
 from ..weights import Array
@@ -68,8 +69,9 @@ def alike(x: Trace, y: Trace) -> None:
             other.outputs = {n: v for n, v in other.outputs.items() if n not in other.taps}
 
 
-def save(path: Path, trace: Trace, stats_only: bool = False) -> None:
+def save(path: str | Path, trace: Trace, stats_only: bool = False) -> None:
     """Write a trace whole or not at all; with `stats_only`, statistics of its taps in place of them."""
+    path = as_path(path)
     done = bool(trace.manifest.get("stats_only"))
     taps = {n: statistics(v) for n, v in trace.taps.items()} if stats_only and not done else trace.taps
     manifest, arrays = described(Trace(trace.inputs, trace.outputs, taps, trace.manifest), stats_only or done)
@@ -104,7 +106,7 @@ def embedded(trace: Trace) -> dict[str, Any]:
     }
 
 
-def load(path: Path, sha256: str | None = None) -> Trace:
+def load(path: str | Path, sha256: str | None = None) -> Trace:
     """Read a trace.
 
     Raises
@@ -113,6 +115,7 @@ def load(path: Path, sha256: str | None = None) -> Trace:
         If the file is missing, truncated, no trace, of a newer schema, or its arrays do not match the manifest;
         with `sha256`, also if it was recorded from another model file.
     """
+    path = as_path(path)
     arrays = read_dump(path)
     text = arrays.pop("manifest", None)
     if text is None and sha256 is None and not any("/" in name for name in arrays):

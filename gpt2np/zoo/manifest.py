@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+from ..arguments import as_path
 from ..errors import ModelFileError
 from ..paths import embedded_model_path, weights_folder
 from .facts import KnownFile
@@ -92,7 +93,11 @@ def find(model: str | Path) -> Path:
     ------
     ModelFileError
         If there is neither; the message says how to fetch it.
+    InputError
+        If it is no path.
     """
+    if not isinstance(model, str):
+        as_path(model)
     if model and Path(model).exists():  # an empty text would be this folder
         return Path(model)
     if str(model) not in entries():

@@ -209,6 +209,7 @@ def test_weights_are_checked_before_any_work(tmp_path: Path) -> None:
     [
         ({"opset": 9}, "opset 9 is not between 10 and"),
         ({"opset": 1000}, "opset 1000"),
+        ({"opset": "10"}, "opset must be a whole number"),
         ({"opset": 10, "lm_head": True, "with_past": True}, "past inputs need opset 17"),
         ({"opset": 17, "with_past": True}, "and the LM head"),
     ],

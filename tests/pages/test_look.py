@@ -105,6 +105,11 @@ def test_a_text_that_cannot_be_read_is_a_clear_error(model):
         pictures.read(mute, "one")
 
 
+def test_the_flow_of_a_layer_that_is_not_there_is_an_error(reading):
+    with pytest.raises(InputError, match="layer must be one of 0, 1, 2, 3, 4, 5, got 6"):
+        pictures.flow(reading, layer=6)
+
+
 def test_a_picture_is_written_alone(made, tmp_path: Path):
     for suffix in ("svg", "png"):
         made["residual"].save(tmp_path / f"r.{suffix}")
