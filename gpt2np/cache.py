@@ -23,9 +23,6 @@ class Layers(tuple[Array, ...]):
     def __init__(self, views: Iterable[Array]) -> None:
         self.programs: dict[Any, Any] = {}
 
-    def __reduce__(self) -> Any:
-        return Layers, (tuple(self),)
-
 
 FORM = "{}, {} layers, {} heads of {}"
 
@@ -69,10 +66,10 @@ class KVCache:
             raise InputError(f"there is no memory for a cache of {batch_size} x {max_length} positions") from None
         self._length = 0
 
-    def _hold(self, memory: Array, holders: list[int] | None = None) -> None:
-        """Use this memory; holders: a list of one number, how many caches share it."""
+    def _hold(self, memory: Array, holders: set[int] | None = None) -> None:
+        """Use this memory; holders: the ids of the caches that share it, by default this one alone."""
         self._memory = memory
-        self._holders = [1] if holders is None else holders
+        self._holders = {id(self)} if holders is None else holders
         self.array = memory.view()  # (L, 2, B, H, max_length, D)
         self.array.flags.writeable = holders is None  # what others share is written by nobody
         self.layers = Layers(self.array)  # L views (2, B, H, max_length, D)
@@ -139,12 +136,22 @@ class KVCache:
 
         Both share their memory until a model runs on one of them, which then takes a copy of the positions it holds.
         """
-        self._holders[0] += 1
         twin = object.__new__(KVCache)
         twin._length = self._length
+        self._holders.add(id(twin))  # one step, as is discarding: threads may copy one cache at once
         for cache in (self, twin):
             cache._hold(self._memory, self._holders)
         return twin
+
+    __copy__ = copy
+
+    def __getstate__(self) -> tuple[Array, int]:
+        """For pickle and deepcopy: the memory alone, of which the views are made anew."""
+        return self._memory, self._length
+
+    def __setstate__(self, state: tuple[Array, int]) -> None:
+        memory, self._length = state
+        self._hold(memory)
 
     def fill(self, other: KVCache) -> None:
         """Hold what a cache of one row holds, in every row.
@@ -171,10 +178,10 @@ class KVCache:
         if self.array.flags.writeable:
             return
         memory = self._memory
-        if self._holders[0] > 1:  # else the others have taken theirs
-            self._holders[0] -= 1
+        if len(self._holders) > 1:  # else the others have taken theirs
             memory = np.zeros_like(memory)
             memory[:, :, :, :, : self._length] = self.array[:, :, :, :, : self._length]
+            self._holders.discard(id(self))  # only now: the last one writes into the memory that was read here
         self._hold(memory)
 
 

@@ -1,5 +1,8 @@
 """What texts have in common is computed once, with the same bits."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 
@@ -63,6 +66,21 @@ def test_a_prompts_endings_are_scored_by_running_it_once(model, monkeypatch):
     different = [([i, *ids[1:]], first) for i, (ids, first) in enumerate(rows)]
     for got, row in zip(predictions(model, different), different, strict=True):
         np.testing.assert_allclose(got[0], predictions(model, [row])[0][0], rtol=0 if model.engine == "numba" else 1e-5)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_whatever_copies_a_cache_makes_one_of_its_own(model, duplicate):
+    cache, expected = model.new_cache(), model.new_cache()
+    model([1, 2], cache=cache)
+    model([1, 2, 3], cache=expected)
+    kept = cache.copy()
+    for original in (cache, kept):
+        twin = duplicate(original)
+        past = model([3], cache=twin).past
+        model([4], cache=original)
+        for held, ours, theirs in zip(past, twin.views(), expected.views(), strict=True):
+            np.testing.assert_array_equal(held, ours)
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.jit
