@@ -113,8 +113,9 @@ def flow(reading: Reading, layer: int = 0) -> Picture:
     words = base.mark_text(align="left", dx=270).encode(text=alt.Text("what it is:N"))
     chart = (stream.mark_line(strokeWidth=2) + dots + name + shape + words).properties(width=620, height=alt.Step(24))
     caption = (
-        f"B = {B} text, T = {T} tokens, width C = {C}. Round marks lie on the residual stream, square ones beside "
-        "it: they read a copy and add what they found. rms is the root of the mean square of all numbers."
+        f"B = {B} text, T = {T} tokens, width C = {C}. Round marks: the residual stream and what is made of its end. "
+        "Square ones lie beside the stream: they read a copy and add what they found. rms, among the numbers, is the "
+        "root of the mean square."
     )
     return Picture("flow", "One sentence's way through the machine", caption, rows, chart)
 
