@@ -294,10 +294,12 @@ def similar_tokens(reading: Reading) -> Picture:
 def similar_positions(reading: Reading, every: int = 0) -> Picture:
     """How alike the position vectors are: the cosine of the angle between rows of wpe, `every` so many of them."""
     N = reading.model.config.n_ctx
-    rows = list(range(0, N, every or max(1, N // 24)))
+    step = every or max(1, N // 24)
+    rows = list(range(0, N, step))
     caption = (
-        "Neighbouring positions have vectors that point nearly the same way; nobody told the model so, it learned "
-        "that from text. The larger the mark, the further from 0; round ones are negative."
+        f"One position in {step}. Near positions mostly have vectors that point the same way, those far apart "
+        "do not; nobody told the model so, it learned that from text. The larger the mark, the further from 0; round "
+        "ones are negative."
     )
     labels = [str(row) for row in rows]
     return _cosines("similar_positions", "Similarity of positions", caption, reading.model.weights.wpe[rows], labels)
@@ -353,7 +355,7 @@ def squares(name: str, title: str, caption: str, rows: list[dict[str, Any]], x: 
     """A mark for each row at (x, y): its size says how large `value` is, shape and colour whether it is negative."""
     signs = ["positive", "negative"]
     rows = [{**row, "sign": signs[row[value] < 0]} for row in rows]
-    legend = alt.Legend() if any(row["sign"] == "negative" for row in rows) else None
+    legend = alt.Legend(orient="top") if any(row["sign"] == "negative" for row in rows) else None
     columns, lines = (list(dict.fromkeys(str(row[key]) for row in rows)) for key in (x, y))
     chart = (
         alt.Chart(ROWS)
