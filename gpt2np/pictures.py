@@ -297,9 +297,9 @@ def similar_positions(reading: Reading, every: int = 0) -> Picture:
     step = every or max(1, N // 24)
     rows = list(range(0, N, step))
     caption = (
-        f"One position in {step}. Near positions mostly have vectors that point the same way, those far apart "
-        "do not; nobody told the model so, it learned that from text. The larger the mark, the further from 0; round "
-        "ones are negative."
+        f"One position in {step}. Positions near each other mostly have vectors that point the same way, those far "
+        "apart do not; nobody told the model so, it learned that from text. The larger the mark, the further from 0; "
+        "round ones are negative."
     )
     labels = [str(row) for row in rows]
     return _cosines("similar_positions", "Similarity of positions", caption, reading.model.weights.wpe[rows], labels)
