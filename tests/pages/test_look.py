@@ -107,7 +107,7 @@ def test_a_text_that_cannot_be_read_is_a_clear_error(model):
 
 def test_a_picture_is_written_alone(made, tmp_path: Path):
     for suffix in ("svg", "png"):
-        made["residual"].save(tmp_path / f"r.{suffix}")
+        made["residual"].save(str(tmp_path / f"r.{suffix}"))
     assert "<svg" in (tmp_path / "r.svg").read_text("utf-8")
     assert "currentColor" not in (tmp_path / "r.svg").read_text("utf-8")
     with pytest.raises(InputError, match=r"\.svg or \.png"):
