@@ -67,10 +67,11 @@ def reference_page() -> str:
     def listed(names: Any) -> str:
         return ", ".join(f"`{name}`" for name in sorted(names)) + "\n"
 
+    bar = r"\|"  # in a cell of a table
     parts = [
         "# Reference\n\nMade by `python docs/refresh.py` from the code; [taps.md](taps.md) has the names of taps.\n",
         "\n## Exit codes\n\n| code | meaning |\n|---|---|\n",
-        *(f"| {code} | {meaning} |\n" for code, meaning in EXIT_CODES.items()),
+        *(f"| {code} | {meaning.replace('|', bar)} |\n" for code, meaning in EXIT_CODES.items()),
         "\n## Mistakes\n\nWhat `gpt2np diff` and `parity` try at the first divergence; the names are stable.\n\n",
         listed(mistakes()),
         "\n## Operators\n\nA graph may hold these, and what an optimiser or a quantiser makes of them:\n\n",

@@ -76,7 +76,7 @@ def generate(
     max_new_tokens : int or None
         How many tokens to add to each prompt at most. None: until the context is full.
     temperature, top_k, top_p, min_p, repetition_penalty
-        See `sampling.Sampling`. The default is greedy: always the most probable token.
+        See `sampling.Sampling`. The default, without a filter, is greedy: always the most probable token.
     seed : int, optional
         The same seed gives the same tokens, whatever else is in the batch; equal prompts in one batch get
         different ones. None: other tokens every time.

@@ -69,7 +69,7 @@ class Picture:
         made["description"] = f"{self.title}. {self.caption}"
         return made
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the picture alone, as .svg or .png.
 
         Raises
@@ -77,6 +77,7 @@ class Picture:
         InputError
             If the name ends with anything else.
         """
+        path = Path(path)
         if path.suffix not in (".svg", ".png"):
             raise InputError(f"a picture is written as .svg or .png, not as {path.name}")
         with needs("vl-convert-python", "writing a picture"):

@@ -58,7 +58,7 @@ class GPT2:
     path : Path, optional
         The file that the weights come from; a tokenizer is looked for beside it.
     recognised : optional
-        What the graph said, see `onnx/recognise.py`.
+        What the graph said, see `onnx/recognise/`.
     weights : one of `quantised.FORMS`, optional
         See `load`.
 

@@ -115,8 +115,9 @@ def flow(reading: Reading, layer: int = 0) -> Picture:
     words = base.mark_text(align="left", dx=270).encode(text=alt.Text("what it is:N"))
     chart = (stream.mark_line(strokeWidth=2) + dots + name + shape + words).properties(width=620, height=alt.Step(24))
     caption = (
-        f"B = {B} text, T = {T} tokens, width C = {C}. Round marks lie on the residual stream, square ones beside "
-        "it: they read a copy and add what they found. rms is the root of the mean square of all numbers."
+        f"B = {B} text, T = {T} tokens, width C = {C}. Round marks: the residual stream and what is made of its end. "
+        "Square ones lie beside the stream: they read a copy and add what they found. rms, among the numbers, is the "
+        "root of the mean square."
     )
     return Picture("flow", "One sentence's way through the machine", caption, rows, chart)
 
@@ -295,10 +296,12 @@ def similar_tokens(reading: Reading) -> Picture:
 def similar_positions(reading: Reading, every: int = 0) -> Picture:
     """How alike the position vectors are: the cosine of the angle between rows of wpe, `every` so many of them."""
     N = reading.model.config.n_ctx
-    rows = list(range(0, N, every or max(1, N // 24)))
+    step = every or max(1, N // 24)
+    rows = list(range(0, N, step))
     caption = (
-        "Neighbouring positions have vectors that point nearly the same way; nobody told the model so, it learned "
-        "that from text. The larger the mark, the further from 0; round ones are negative."
+        f"One position in {step}. Positions near each other mostly have vectors that point the same way, those far "
+        "apart do not; nobody told the model so, it learned that from text. The larger the mark, the further from 0; "
+        "round ones are negative."
     )
     labels = [str(row) for row in rows]
     return _cosines("similar_positions", "Similarity of positions", caption, reading.model.weights.wpe[rows], labels)
@@ -354,7 +357,7 @@ def squares(name: str, title: str, caption: str, rows: list[dict[str, Any]], x: 
     """A mark for each row at (x, y): its size says how large `value` is, shape and colour whether it is negative."""
     signs = ["positive", "negative"]
     rows = [{**row, "sign": signs[row[value] < 0]} for row in rows]
-    legend = alt.Legend() if any(row["sign"] == "negative" for row in rows) else None
+    legend = alt.Legend(orient="top") if any(row["sign"] == "negative" for row in rows) else None
     columns, lines = (list(dict.fromkeys(str(row[key]) for row in rows)) for key in (x, y))
     chart = (
         alt.Chart(ROWS)

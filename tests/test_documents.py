@@ -47,17 +47,26 @@ def test_python_in_the_documents(path: Path, number: int, block: str, monkeypatc
 @pytest.mark.parametrize("path", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda p: p.name)
 def test_links_between_files_lead_somewhere(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:|mailto:|#)([^)#]+)", text):
-        assert (path.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#]*)#?([^)]*)\)", text):
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        if anchor and file.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M)
+            assert anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], (target, anchor)
 
 
-def test_files_and_functions_that_contributing_names_exist() -> None:
+def test_files_and_functions_that_contributing_and_architecture_name_exist() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for name in re.findall(r"`((?:gpt2np|tests|docs)/[\w/.]+)`", text):
         assert (ROOT / name).exists(), name
-    tests = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "tests").rglob("test_*.py"))
-    for name in re.findall(r"`(test_\w+)`", text):
-        assert f"def {name}(" in tests, name
+    code = "".join(p.read_text(encoding="utf-8") for room in ("tests", "gpt2np") for p in (ROOT / room).rglob("*.py"))
+    rooms = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    ways_in = [
+        name for cell in re.findall(r"\| ([^|]+) \|$", rooms, re.M) for name in re.findall(r"`(?:\w+\.)?(\w+)`", cell)
+    ]
+    assert len(ways_in) > 10
+    for name in (*ways_in, *re.findall(r"`([A-Za-z]+_\w+|[A-Z]\w+)`", text)):
+        assert re.search(rf"^(?:def|class) {name}\b|^{name}\b.*=", code, re.M), name
 
 
 def the_refresher() -> ModuleType:

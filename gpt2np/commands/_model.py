@@ -49,7 +49,7 @@ def named_model(given: str | None) -> Path:
 
 
 def named_party(given: str) -> str:
-    """A party of a comparison, a name of a model replaced by its path."""
+    """A party of a comparison, or a source of weights; a name of a model is replaced by its path."""
     from ..zoo.manifest import entries
 
     return str(named_model(given)) if given == "mini" or given in entries() or Path(given).exists() else given

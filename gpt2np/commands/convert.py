@@ -12,7 +12,10 @@ from ..errors import InputError
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A Hugging Face folder, a .safetensors file beside its config.json, or an ONNX file.")
+        str,
+        typer.Argument(
+            help="A Hugging Face folder, a .safetensors file beside its config.json, an ONNX file, or its name: mini."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not hold a model yet.")],
     to: Annotated[
@@ -40,6 +43,7 @@ def convert(
     graph: they differ there.
     """
     from ..convert.folder import check_output, choose, open_source, tokenizer_files, write_folder, write_for_others
+    from ._model import named_party
     from ._terminal import note
 
     given = {
@@ -54,7 +58,7 @@ def convert(
         raise InputError(f"{names}: only model.onnx is written in several forms, not --to {to}")
     options = choose(opset, lm_head, with_past, external_data, max_file_size)
     check_output(output, to)
-    config, weights, folder = open_source(source)
+    config, weights, folder = open_source(Path(named_party(source)))
     if to == "onnx":
         written = write_folder(output, config, weights, options, tokenizer_files(folder), note)
     else:

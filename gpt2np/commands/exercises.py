@@ -9,7 +9,7 @@ import typer
 
 
 def exercises(folder: Annotated[Path, typer.Argument(help="the folder to write to; is made if need be")]) -> None:
-    """Write the exercises of the book as notebooks, with empty functions and the cells that check them.
+    """Write the book's exercises that ask for a function as notebooks: empty functions, and the cells that check them.
 
     A check compares your function with the textbook's on several inputs, and says where it differs, by how much, and
     which mistake it looks like.

@@ -39,7 +39,7 @@ def fetch(
     from .convert import convert
 
     def make_model(folder: Path) -> None:
-        convert(folder, folder)
+        convert(str(folder), folder)
 
     for name in names:
         try:

@@ -43,7 +43,12 @@ def generate(
         typer.Option("--max-new-tokens", "-n", help=f"Tokens to add to each. [default: {NEW_TOKENS}, or what fits]"),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", "-t", help="0: always the most probable token. [default: 0]")
+        float | None,
+        typer.Option(
+            "--temperature",
+            "-t",
+            help="0: always the most probable token. [default: 0; with --top-k, --top-p or --min-p: 1]",
+        ),
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from the k most probable tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from the fewest tokens of probability p.")] = None,

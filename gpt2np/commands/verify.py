@@ -30,9 +30,10 @@ def verify(
     from ..zoo.facts import load_facts
     from ..zoo.verify import verdict
     from ..zoo.verify import verify as run_checks
+    from ._model import named_model
     from ._terminal import console, print_json, print_table, progress
 
-    path = zoo.find(model)
+    path = named_model(model)
     known = load_facts(facts)
     published = [file for one in known for file in one.files] + ([] if facts else list(zoo.known_files()))
     checkpoint = zoo.verified_checkpoint(path) if facts is None else None

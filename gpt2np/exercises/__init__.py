@@ -1,4 +1,4 @@
-"""Exercises of the book, which cannot be passed wrongly.
+"""The exercises of the book that ask for a function, each with a check that says what is wrong with an answer.
 
     from gpt2np import exercises
     exercises.check("layer_norm", my_layer_norm)

@@ -240,7 +240,7 @@ def log_probabilities(scores, targets, lanes, sums, logs, best):
 
 @jit()
 def activate_in_place(v, activation):
-    """Apply an activation to a vector in place; the formulas are those of `reference.py`.
+    """Apply an activation to a vector in place; the formulas are those of `activations.py`.
 
     0.5 (1 + tanh u) is written as 1 / (1 + exp(-2u)), and 1 + erf(z) as erfc(-z): the same numbers without the
     cancellation for negative x.

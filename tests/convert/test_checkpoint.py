@@ -119,7 +119,7 @@ def test_misuse_and_what_is_there_already(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="written as one of onnx, huggingface, gguf, got 'torch'"):
         convert(MINI, tmp_path / "out", to="torch")
     assert not (tmp_path / "out").exists()
-    convert(MINI, tmp_path / "out", to="huggingface")
+    convert("mini", tmp_path / "out", to="huggingface")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["n_layer"] == 6
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     with pytest.raises(InputError, match="already holds"):

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The published hashes of the embedded model on an emulated arm64 machine: tests/machines/arm64.sh [FOLDER]
 # FOLDER (default: a new one in /tmp) keeps an arm64 Python from Debian's packages, and its wheels. Needs a Debian
-# with root for apt-get and dpkg, and some minutes; the kernels alone take one to compile under emulation.
+# with root for apt-get and dpkg, and half an hour, since the kernels are compiled under emulation.
 set -eu
 project=$(CDPATH= cd -- "$(dirname -- "$0")/../.." && pwd)
 folder=${1:-$(mktemp -d)}

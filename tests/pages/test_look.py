@@ -112,7 +112,7 @@ def test_the_flow_of_a_layer_that_is_not_there_is_an_error(reading):
 
 def test_a_picture_is_written_alone(made, tmp_path: Path):
     for suffix in ("svg", "png"):
-        made["residual"].save(tmp_path / f"r.{suffix}")
+        made["residual"].save(str(tmp_path / f"r.{suffix}"))
     assert "<svg" in (tmp_path / "r.svg").read_text("utf-8")
     assert "currentColor" not in (tmp_path / "r.svg").read_text("utf-8")
     with pytest.raises(InputError, match=r"\.svg or \.png"):

@@ -523,6 +523,10 @@ def test_the_verify_command(model: Path, tmp_path: Path) -> None:
     groups = [validate(line, "verify_check")["group"] for line in result.stdout.splitlines()]
     assert groups.count("facts") == 6
 
+    result = CliRunner().invoke(APP, ["mini", "--facts", str(facts)])
+    assert result.exit_code == 1
+    assert "This is not the tiny GPT-2" in result.output
+
     changed_by_one_bit(model, initializers(model)[3])
     result = CliRunner().invoke(APP, [str(model), "--facts", str(facts)])
     assert result.exit_code == 1

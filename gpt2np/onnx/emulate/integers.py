@@ -1,7 +1,7 @@
 """Operators that round activations to integers, as ONNX Runtime runs them on the CPU.
 
-They are used to run a quantised file literally, rounding included; to read its weights they are not needed (see
-dequantize.py). Meaning: https://onnx.ai/onnx/operators/ and, for com.microsoft,
+They are used to run a quantised file literally, rounding included; to read its weights they are not needed
+(see normalise/quantised.py). Meaning: https://onnx.ai/onnx/operators/ and, for com.microsoft,
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 """
 
