@@ -1,8 +1,9 @@
 """Drafts: the next tokens guessed from the text so far, and checked by the model in one pass.
 
-A pass over a few tokens takes hardly longer than a pass over one, since both read all weights once. So where the last
-words of a text stood in it before, what followed them there is run along with the newest token. As long as the tokens
-that are then chosen are those of the draft, their scores are there already; the rest of the draft is forgotten.
+A pass over a few tokens takes hardly longer than a pass over one if the time is that of reading the weights, which both
+do once. So where the last words of a text stood in it before, what followed them there is run along with the newest
+token. As long as the tokens that are then chosen are those of the draft, their scores are there already; the rest of
+the draft is forgotten.
 
 The kernels compute the scores of a position by the same operations in either case, so whoever chooses tokens by them,
 greedily or by chance, chooses the same ones: drafts change how long a text takes, never the text. The idea is that of
@@ -11,7 +12,8 @@ Saxena 2023, "Prompt Lookup Decoding".
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 from .cache import KVCache
 from .decoding import SeparateCaches
@@ -21,11 +23,11 @@ if TYPE_CHECKING:
     from .model import GPT2
 
 LONGEST = 3  # tokens that a text must end with as it did before, at most; longer matches are found by their ends
-# Drafts are paid for: each costs a part of a pass, each token of it that is chosen saves a pass, and who has nothing
-# left drafts no more than the allowance pays for. So a text that never repeats takes hardly longer than without.
-COST = 0.2  # passes that a draft takes longer than a single token; measured: 0.1 to 0.2
-START, MOST = 1.0, 3.0  # passes that each text begins with, and that can be saved up
-ALLOWANCE = 0.01  # passes, added for each pass without a draft
+# Passes over one position that each further one adds, where the weights are read once; measured on a Zen 3 with AVX2:
+LARGE = 0.1  # where the time is that of the memory; 0.06 to 0.1
+SMALL = 0.4  # where the caches hold the weights, and multiply-adds and Python set it; 0.2 to 0.4
+LEVELS = 0.5  # where numbers are made of levels, for all positions but two; 0.4 to 0.5
+CACHES = 1 << 25  # bytes of weights
 
 
 class Phrases:
@@ -35,8 +37,8 @@ class Phrases:
         self._ends: dict[tuple[int, ...], int] = {}  # up to LONGEST tokens -> the index after their last occurrence
         self._known = 0  # tokens of the text at whose ends phrases have been noted
 
-    def after(self, text: list[int], count: int) -> list[int]:
-        """`count` tokens that may follow the text: what followed where it last ended so; [] if it never did.
+    def after(self, text: list[int]) -> tuple[int, int]:
+        """Where in the text its last tokens were followed by another one, and how many of them; or 0, 0.
 
         What was asked about before must be the beginning of this text.
         """
@@ -46,39 +48,86 @@ class Phrases:
         self._known = max(self._known, len(text) - 1)
         for length in range(min(LONGEST, len(text)), 0, -1):
             start = self._ends.get(tuple(text[-length:]))
-            if start is not None:  # where the copy reaches the end of the text, it goes on with itself
-                return [text[start + i % (len(text) - start)] for i in range(count)]
-        return []
+            if start is not None:
+                return start, length
+        return 0, 0
+
+
+class Drafter:
+    """Drafts for a growing text, as long as they are worth their time.
+
+    Every guess is compared with the token that came, also where it was not run. So it is known how often those were
+    right that a phrase of so many tokens led to, and a text that never repeats costs no passes.
+
+    Parameters
+    ----------
+    more : float
+        Passes over one position that each further one adds.
+    lengths : sequence of int
+        Tokens that a draft may have.
+    """
+
+    def __init__(self, more: float, lengths: Sequence[int]) -> None:
+        self._more = more
+        self._lengths = lengths
+        self._phrases = Phrases()
+        self._guess: tuple[int, int] | None = None  # what may come after the text so far, and its phrase's length
+        # Guesses by phrases of each length that were right, and all of them, as if one of three had been: half of each
+        self._right, self._made = [0.5] * (LONGEST + 1), [1.5] * (LONGEST + 1)
+
+    def draft(self, text: list[int], most: int) -> list[int]:
+        """Up to `most` tokens to run after the text, which is the one of the last call and one token more.
+
+        The number of them for which a token is expected to take the least time.
+        """
+        if self._guess is not None:
+            token, length = self._guess
+            self._made[length] += 1
+            self._right[length] += token == text[-1]
+        start, length = self._phrases.after(text)
+        self._guess = (text[start], length) if length else None
+        if not length or self._right[length] <= self._more * self._made[length]:  # not even the first one is worth it
+            return []
+        worth, best, expected, chance = 0, 1.0, 1.0, 1.0
+        for count in range(1, 1 + min(most, max(self._lengths))):
+            chance *= self._right[length] / self._made[length]
+            expected += chance
+            length = min(length + 1, LONGEST)  # a token that was right makes its phrase longer
+            if count in self._lengths and (value := expected / (1 + self._more * count)) > best:
+                worth, best = count, value
+        # where the copy reaches the end of the text, it goes on with itself
+        return [text[start + i % (len(text) - start)] for i in range(worth)]
+
+
+def drafter_for(model: GPT2) -> Drafter:
+    """A Drafter whose drafts fill a tile of the kernels, for the times of this model's passes."""
+    from .kernels import ROWS, Panels
+
+    matrices = [cast(Panels, part.weight) for b in model._weights.h for part in (*b.attn[:2], *b.mlp[:2])]
+    size = sum(matrix.data.nbytes for matrix in matrices)
+    more = SMALL if size <= CACHES else LARGE
+    return Drafter(max(more, LEVELS) if matrices[0].form in ("int8", "int4") else more, (1, 3, ROWS - 1))
 
 
 class DraftingCache(SeparateCaches):
-    """A Decoder of one row that runs drafts of up to `most` tokens, from `phrases`, along with the newest one."""
+    """A Decoder of one row that runs drafts along with the newest token."""
 
-    def __init__(
-        self, model: GPT2, window: int | None, cache: KVCache | None, most: int, phrases: Phrases | None = None
-    ) -> None:
+    def __init__(self, model: GPT2, window: int | None, cache: KVCache | None, drafter: Drafter) -> None:
         super().__init__(model, window, cache)
-        self._most = most
-        self._phrases = phrases or Phrases()
+        self._drafter = drafter
         self._draft: list[int] = []  # tokens that have been run after those that the cache counts
         self._scores: list[Array] = []  # (V,) after each of them
-        self._credit = START
 
     def _next(self, cache: KVCache, ids: list[int]) -> Array:
-        if self._draft and ids[-1] == self._draft.pop(0):
+        run = bool(self._draft) and ids[-1] == self._draft.pop(0)
+        draft = self._drafter.draft(ids, 0 if run else cache.max_length - cache.length - 1)
+        if run:
             cache.advance(1)
-            self._credit = min(self._credit + 1, MOST)
             return self._scores.pop(0)
         self._draft = []
-        room = min(self._most, cache.max_length - cache.length - 1)
-        if self._credit < 0 or room < 1:
-            self._credit += ALLOWANCE
-        elif draft := self._phrases.after(ids, room):
-            scores = self._model.logits_of_each([ids[-1], *draft], cache)
-            if scores is not None:
-                cache.crop(cache.length - len(draft))
-                self._draft, self._scores = draft, list(scores[1:])
-                self._credit -= COST
-                first: Array = scores[0]
-                return first
+        if draft and (scores := self._model.logits_of_each([ids[-1], *draft], cache)) is not None:
+            cache.crop(cache.length - len(draft))
+            self._draft, self._scores = draft, list(scores[1:])
+            first: Array = scores[0]
+            return first
         return super()._next(cache, ids)

@@ -19,7 +19,7 @@ import numpy as np
 
 from .arrays import Array, narrow_form
 from .cache import KVCache
-from .drafts import DraftingCache, Phrases
+from .drafts import Drafter, DraftingCache
 from .model import GPT2
 from .score import log_probabilities
 
@@ -133,15 +133,17 @@ def _prefix(model: GPT2, given: list[Array]) -> list[Result]:
     return found
 
 
-class _Guesses(Phrases):
+class _Guesses(Drafter):
     """The next tokens of a known text, of which the last ones are wrong: none right, one, two ..., all but one."""
 
-    def __init__(self, ids: Array) -> None:
-        super().__init__()
+    def __init__(self, ids: Array, count: int) -> None:
+        super().__init__(0.0, (count,))
         self._ids = ids
+        self._count = count
 
-    def after(self, text: list[int], count: int) -> list[int]:
-        right = len(text) % count
+    def draft(self, text: list[int], most: int) -> list[int]:
+        count = min(most, self._count)
+        right = len(text) % max(count, 1)
         guessed = self._ids[len(text) :][:count].tolist()
         return guessed[:right] + [token - 1 if token else 1 for token in guessed[right:]]
 
@@ -153,7 +155,7 @@ def _drafts(model: GPT2, given: list[Array]) -> list[Result]:
     found = []
     for ids, whole in zip(given, _whole(model, given), strict=True):
         cache, text = model.new_cache(), ids.tolist()
-        decoder = DraftingCache(model, None, cache, ROWS - 1, _Guesses(ids))
+        decoder = DraftingCache(model, None, cache, _Guesses(ids, ROWS - 1))
         scores = decoder.prefill([text[:1]])
         for end in range(2, len(text) + 1):
             scores += decoder.feed([0], [text[:end]])

@@ -387,9 +387,9 @@ class GPT2:
         if rows > 1 and cache is None and self.engine == "numba":
             return SharedCache(self, window)
         if lookup:
-            from .drafts import DraftingCache
+            from .drafts import DraftingCache, drafter_for
 
-            return DraftingCache(self, window, cache, most=self._kernels.ROWS - 1)
+            return DraftingCache(self, window, cache, drafter_for(self))
         return SeparateCaches(self, window, cache)
 
     def generate(
