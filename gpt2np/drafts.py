@@ -28,14 +28,17 @@ LARGE = 0.1  # where the time is that of the memory; 0.06 to 0.1
 SMALL = 0.4  # where the caches hold the weights, and multiply-adds and Python set it; 0.2 to 0.4
 LEVELS = 0.5  # where numbers are made of levels, for all positions but two; 0.4 to 0.5
 CACHES = 1 << 25  # bytes of weights
+GAIN = 1.1  # tokens in the time of one that a draft must promise: guessing, and preparing longer passes, take time, too
 
 
 class Phrases:
-    """Where the last tokens of a growing text stood in it before."""
+    """Where the last tokens of a growing text stood in it before, and how often what followed them came again."""
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}  # up to LONGEST tokens -> the index after their last occurrence
         self._known = 0  # tokens of the text at whose ends phrases have been noted
+        # Guesses by phrases of each length that were right, and all of them, as if one of three had been: half of each
+        self._right, self._made = [0.5] * (LONGEST + 1), [1.5] * (LONGEST + 1)
 
     def after(self, text: list[int]) -> tuple[int, int]:
         """Where in the text its last tokens were followed by another one, and how many of them; or 0, 0.
@@ -43,8 +46,15 @@ class Phrases:
         What was asked about before must be the beginning of this text.
         """
         for end in range(self._known + 1, len(text)):  # all but the end of the text itself
-            for length in range(1, min(LONGEST, end) + 1):
-                self._ends[tuple(text[end - length : end])] = end
+            guessed = False
+            for length in range(min(LONGEST, end), 0, -1):
+                phrase = tuple(text[end - length : end])
+                start = self._ends.get(phrase)
+                if start is not None and not guessed:
+                    guessed = True
+                    self._made[length] += 1
+                    self._right[length] += text[start] == text[end]
+                self._ends[phrase] = end
         self._known = max(self._known, len(text) - 1)
         for length in range(min(LONGEST, len(text)), 0, -1):
             start = self._ends.get(tuple(text[-length:]))
@@ -52,12 +62,16 @@ class Phrases:
                 return start, length
         return 0, 0
 
+    def chance(self, length: int) -> float:
+        """The share of right ones among the tokens that phrases of this length led to."""
+        return self._right[length] / self._made[length]
+
 
 class Drafter:
     """Drafts for a growing text, as long as they are worth their time.
 
-    Every guess is compared with the token that came, also where it was not run. So it is known how often those were
-    right that a phrase of so many tokens led to, and a text that never repeats costs no passes.
+    What followed a phrase is compared with what follows now all along the text, also where no draft was run. So it is
+    known how often such guesses are right, and a text that never repeats costs no passes.
 
     Parameters
     ----------
@@ -71,26 +85,18 @@ class Drafter:
         self._more = more
         self._lengths = lengths
         self._phrases = Phrases()
-        self._guess: tuple[int, int] | None = None  # what may come after the text so far, and its phrase's length
-        # Guesses by phrases of each length that were right, and all of them, as if one of three had been: half of each
-        self._right, self._made = [0.5] * (LONGEST + 1), [1.5] * (LONGEST + 1)
 
     def draft(self, text: list[int], most: int) -> list[int]:
-        """Up to `most` tokens to run after the text, which is the one of the last call and one token more.
+        """Up to `most` tokens to run after the text, of which the text of the last call is the beginning.
 
         The number of them for which a token is expected to take the least time.
         """
-        if self._guess is not None:
-            token, length = self._guess
-            self._made[length] += 1
-            self._right[length] += token == text[-1]
         start, length = self._phrases.after(text)
-        self._guess = (text[start], length) if length else None
-        if not length or self._right[length] <= self._more * self._made[length]:  # not even the first one is worth it
+        if not length or self._phrases.chance(length) <= self._more:  # not even the first one is worth it
             return []
-        worth, best, expected, chance = 0, 1.0, 1.0, 1.0
+        worth, best, expected, chance = 0, GAIN, 1.0, 1.0
         for count in range(1, 1 + min(most, max(self._lengths))):
-            chance *= self._right[length] / self._made[length]
+            chance *= self._phrases.chance(length)
             expected += chance
             length = min(length + 1, LONGEST)  # a token that was right makes its phrase longer
             if count in self._lengths and (value := expected / (1 + self._more * count)) > best:
@@ -119,12 +125,10 @@ class DraftingCache(SeparateCaches):
         self._scores: list[Array] = []  # (V,) after each of them
 
     def _next(self, cache: KVCache, ids: list[int]) -> Array:
-        run = bool(self._draft) and ids[-1] == self._draft.pop(0)
-        draft = self._drafter.draft(ids, 0 if run else cache.max_length - cache.length - 1)
-        if run:
+        if self._draft and ids[-1] == self._draft.pop(0):
             cache.advance(1)
             return self._scores.pop(0)
-        self._draft = []
+        draft, self._draft = self._drafter.draft(ids, cache.max_length - cache.length - 1), []
         if draft and (scores := self._model.logits_of_each([ids[-1], *draft], cache)) is not None:
             cache.crop(cache.length - len(draft))
             self._draft, self._scores = draft, list(scores[1:])
