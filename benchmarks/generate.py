@@ -2,8 +2,8 @@
 
     python benchmarks/generate.py [MODEL] [--tokenizer PATH] [--tokens N]
 
-Each line is one way of choosing tokens. "kernels" is the time inside transformer() and logits(); "model" is the
-rest of the model's part (checks of its input, the cache); "loop" is what is left of a step: sampling,
+Each line is one way of choosing tokens. "kernels" is the time inside transformer(), logits() and causal_logits();
+"model" is the rest of the model's part (checks of its input, the cache); "loop" is what is left of a step: sampling,
 log-probabilities, detokenising, the generator itself. Lower quartiles over all tokens of interleaved runs, which
 other work on the machine disturbs least.
 """
@@ -67,7 +67,8 @@ def main() -> None:
     tokenizer = gpt2np.tokenizer.load(arguments.tokenizer) if arguments.tokenizer else model.tokenizer
     kernels, call = Clock(), Clock()
     real = model._kernels
-    model._kernels = SimpleNamespace(transformer=kernels(real.transformer), logits=kernels(real.logits))  # type: ignore
+    wrapped = {name: kernels(getattr(real, name)) for name in ("transformer", "logits", "causal_logits")}
+    model._kernels = SimpleNamespace(**wrapped)  # type: ignore[assignment]
     type(model).__call__ = call(type(model).__call__)  # type: ignore
     type(model).next_logits = call(type(model).next_logits)  # type: ignore
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 LONGEST = 3  # tokens that a text must end with as it did before, at most; longer matches are found by their ends
 # Passes over one position that each further one adds, where the weights are read once; measured on a Zen 3 with AVX2:
-LARGE = 0.1  # where the time is that of the memory; 0.06 to 0.1
-SMALL = 0.4  # where the caches hold the weights, and multiply-adds and Python set it; 0.2 to 0.4
-LEVELS = 0.5  # where numbers are made of levels, for all positions but two; 0.4 to 0.5
+LARGE = 0.1  # where the time is that of the memory; 0.05 to 0.1, and 0.2 for the second one in 16 bits
+SMALL = 0.4  # where the caches hold the weights, and multiply-adds and Python set it; 0.1 to 0.4
+LEVELS = 0.5  # where numbers are made of levels; 0.4 to 0.6, and 0.1 to 0.4 for the second one
 CACHES = 1 << 25  # bytes of weights
 GAIN = 1.1  # tokens in the time of one that a draft must promise: guessing, and preparing longer passes, take time, too
 
@@ -109,7 +109,7 @@ def drafter_for(model: GPT2) -> Drafter:
     """A Drafter whose drafts fill a tile of the kernels, for the times of this model's passes."""
     from .kernels import ROWS, Panels
 
-    matrices = [cast(Panels, part.weight) for b in model._weights.h for part in (*b.attn[:2], *b.mlp[:2])]
+    matrices = cast(list[Panels], model._weights.block_matrices)
     size = sum(matrix.data.nbytes for matrix in matrices)
     more = SMALL if size <= CACHES else LARGE
     return Drafter(max(more, LEVELS) if matrices[0].form in ("int8", "int4") else more, (1, 3, ROWS - 1))

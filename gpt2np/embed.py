@@ -76,8 +76,7 @@ def embed(
 
 def check_taps(model: GPT2, taps: Sequence[str], pool: str | None, batch_size: int) -> None:
     """InputError if the options of `embed` are not what it takes."""
-    if pool is not None:
-        one_of("pool", pool, ("last", "mean"))
+    one_of("pool", pool, (None, "last", "mean"))
     whole_number("batch_size", batch_size, 1)
     shapes = {name: value.shape for name, value in model.trace([0]).items()}
     shapes[LAST_HIDDEN_STATE] = shapes["ln_f"]

@@ -139,10 +139,9 @@ class _Guesses(Drafter):
     def __init__(self, ids: Array, count: int) -> None:
         super().__init__(0.0, (count,))
         self._ids = ids
-        self._count = count
 
     def draft(self, text: list[int], most: int) -> list[int]:
-        count = min(most, self._count)
+        count = min(most, *self._lengths)
         right = len(text) % max(count, 1)
         guessed = self._ids[len(text) :][:count].tolist()
         return guessed[:right] + [token - 1 if token else 1 for token in guessed[right:]]

@@ -412,8 +412,7 @@ class GPT2:
         if self.rounded_to is not None:
             return f", weights rounded to {self.rounded_to}"
         w = self._weights
-        matrices = [w.wte, *(m.weight for b in w.h for m in (*b.attn[:2], *b.mlp[:2]))]
-        matrices += [] if self.config.tied else [w.lm_head]
+        matrices = [w.wte, *w.block_matrices, *([] if self.config.tied else [w.lm_head])]
         forms = [getattr(matrix, "form", "") for matrix in matrices]
         counts = {form: forms.count(form) for form in ("bfloat16", "float16", "int8", "int4") if form in forms}
         return "".join(

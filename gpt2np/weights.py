@@ -65,6 +65,11 @@ class GPT2Weights(NamedTuple):
     lm_head: Array  # (V, C); the same object as wte when the head is tied
     lm_head_bias: Array  # (V,), or (0,) where the head has no bias (GPT-2 has none)
 
+    @property
+    def block_matrices(self) -> list[Array]:
+        """The four matrices of each block, in the order in which they are used."""
+        return [linear.weight for b in self.h for linear in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+
 
 class WeightSource(Protocol):
     """One weight that has been found but not yet read."""
