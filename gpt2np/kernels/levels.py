@@ -168,6 +168,8 @@ def _widen(_, b, b_start, scales, s_start, k, steps, target):
         builder.position_at_end(loop)
         step = builder.phi(index)
         start = builder.mul(step, index(STEP))
+        later = builder.add(builder.add(k, start), builder.mul(steps, index(STEP)))
+        _ask_for_weights(builder, b.dtype, has_offsets(scales), levels, scale, later)
         row = _weights(builder, b.dtype, has_offsets(scales), levels, scale, builder.add(k, start))
         for j in range(STEP):
             place = builder.gep(base, [builder.mul(builder.add(start, index(j)), index(PANEL))])

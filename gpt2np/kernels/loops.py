@@ -35,8 +35,7 @@ PIECE_QUERIES = 96  # queries that share one transposition of the keys; likewise
 def linear_range(first, last, scratch, x, weight, scales, bias, activation, added, terms, group, out):
     """out (R, N) = activation(x (R, K) @ weight + bias), or with `added` out += that; weight: see `Panels`.
 
-    A piece is `group` panels of columns for PIECE_ROWS rows. terms: of one chain, see TERMS; no more than these where
-    weights are kept in 16 bits.
+    A piece is `group` panels of columns for PIECE_ROWS rows. terms: of one chain, see TERMS.
     """
     R, N = len(x), out.shape[1]
     row_pieces = -(-R // PIECE_ROWS)

@@ -12,12 +12,14 @@ from numba.extending import overload
 from . import levels, tile
 from .jit import jit
 from .levels import STEP
-from .tile import PANEL, ROWS, STREAMS, is_narrow, wide, widen_row
+from .tile import PANEL, ROWS, STREAMS, wide
 
 TERMS = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
 
-tile_1, tile_2, tile_4, tile_full = (tile.make_tile(rows, ask=True) for rows in (1, 2, 4, ROWS))
-tile_again = tile.make_tile(ROWS)
+tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7 = (
+    tile.make_tile(min(rows, ROWS), ask=True) for rows in range(1, 8)
+)  # those of ROWS or more are never called
+tile_full, tile_again = tile.make_tile(ROWS, ask=True), tile.make_tile(ROWS)
 levels_1_1, levels_1_2, levels_2_1, levels_2_2 = (levels.make_tile(*n) for n in ((1, 1), (1, 2), (2, 1), (2, 2)))
 WIDE = 64  # columns of a tile of one row that makes use of all of a row of values
 tile_wide = tile.make_tile(1, WIDE // PANEL)
@@ -30,22 +32,29 @@ def multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, terms, out
     r = 0
     while r < rows:
         left = rows - r
+        # A tile of a few rows waits for its own sums; of the last ones two like tiles take less time than a full one
+        # and what is left
+        n = left if left <= ROWS else ROWS if left >= 2 * ROWS else -(-left // 2)
         a_row, out_row = a_start + r * a_stride, out_start + r * out_stride
-        if left >= ROWS and r > 0:
+        if n == ROWS and r > 0:
             tile_again(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-            r += ROWS
-        elif left >= ROWS:
+        elif n == ROWS:
             tile_full(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-            r += ROWS
-        elif left >= 4:
+        elif n == 4:
             tile_4(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-            r += 4
-        elif left >= 2:
+        elif n == 5:
+            tile_5(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
+        elif n == 3:
+            tile_3(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
+        elif n == 2:
             tile_2(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-            r += 2
-        else:
+        elif n == 1:
             tile_1(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-            r += 1
+        elif n == 6:
+            tile_6(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
+        else:
+            tile_7(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
+        r += n
 
 
 @jit()
@@ -61,25 +70,18 @@ def multiply_few(rows, a, a_start, a_stride, b, b_start, b_stride, b_next, depth
 
 @jit()
 def add_floats(rows, x, row, weight, scales, panel, panels, terms, totals, block):
-    """totals (rows, panels * PANEL) += rows of x @ panels of weight, in chains of so many terms.
-
-    Weights in 16 bits are widened by the tile if it is one, else block by block for all tiles, into `block`.
-    """
+    """totals (rows, panels * PANEL) += rows of x @ panels of weight, in chains of so many terms."""
     K, width = x.shape[1], panels * PANEL
-    if rows < len(STREAMS) and panels == STREAMS[rows]:
+    few = rows < len(STREAMS) and panels == STREAMS[rows]
+    if few and (rows < 3 or weight.itemsize == x.itemsize):  # LLVM has too few registers to widen two panels for three
         multiply_few(rows, x, row * K, K, weight, panel * PANEL * K, PANEL, PANEL * K, K, terms, totals, 0, width)
         return
-    step = K if rows <= ROWS else terms
+    step = K if rows <= ROWS else terms  # so that what all tiles of a panel read stays in the caches
     for k in range(0, K, step):
         depth = min(step, K - k)
         for p in range(panels):
             place = ((panel + p) * K + k) * PANEL
-            if is_narrow(weight) and rows > ROWS:
-                for d in range(depth):
-                    widen_row(weight, place + d * PANEL, depth * PANEL, block, d * PANEL)
-                multiply(rows, x, row * K + k, K, block, 0, PANEL, depth, depth, totals, p * PANEL, width)
-            else:
-                multiply(rows, x, row * K + k, K, weight, place, PANEL, depth, terms, totals, p * PANEL, width)
+            multiply(rows, x, row * K + k, K, weight, place, PANEL, depth, terms, totals, p * PANEL, width)
 
 
 @jit()

@@ -426,49 +426,6 @@ def _wide_in_python(x: Any) -> Any:
 wide: Callable[..., Any] = _wide_in_python if config.DISABLE_JIT else _wide
 
 
-@intrinsic
-def _is_narrow(_, array):
-    bit = ir.Constant(ir.IntType(1), int(array.dtype in (types.int16, types.uint16)))
-    return types.boolean(array), lambda context, builder, signature, values: bit
-
-
-def _is_narrow_in_python(array: Any) -> bool:
-    return widened(array) is not array
-
-
-# is_narrow(array): whether it holds NARROW bits; a constant for LLVM, which leaves out the branch that is not taken
-is_narrow: Callable[..., Any] = _is_narrow_in_python if config.DISABLE_JIT else _is_narrow
-
-
-@intrinsic
-def _widen_row(_, source, s_start, ahead, target, t_start):
-    size = types.intp
-
-    def generate(context, builder, _, values):
-        source_array, s_start, ahead, target_array, t_start = values
-        places = []
-        for kind, array, start in ((source, source_array, s_start), (target, target_array, t_start)):
-            place = builder.gep(context.make_array(kind)(context, builder, array).data, [start])
-            vector = ir.VectorType(context.get_value_type(kind.dtype), PANEL)
-            places.append(builder.bitcast(place, vector.as_pointer()))
-        data = context.make_array(source)(context, builder, source_array).data
-        prefetch(builder, builder.gep(data, [builder.add(s_start, ahead)]))  # the next block, as in a tile
-        bits = builder.load(places[0], align=source.dtype.bitwidth // 8)
-        builder.store(_widen(builder, bits, source.dtype), places[1], align=target.dtype.bitwidth // 8)
-        return context.get_dummy_value()
-
-    return types.void(source, size, size, target, size), generate
-
-
-def _widen_row_in_python(source: Any, s_start: int, ahead: int, target: Any, t_start: int) -> None:
-    target.reshape(-1)[t_start : t_start + PANEL] = widened(source.reshape(-1)[s_start : s_start + PANEL])
-
-
-# widen_row(source, s_start, ahead, target, t_start): PANEL elements of a matrix, as floats, addressed as for a tile;
-# those `ahead` further on are asked for
-widen_row: Callable[..., None] = _widen_row_in_python if config.DISABLE_JIT else _widen_row
-
-
 def ask_for(builder: ir.IRBuilder, base: ir.Value, first: ir.Value, count: int, size: int) -> None:
     """Prefetch `count` elements of so many bytes, from element `first` on."""
     for place in range(0, count, 64 // size):
