@@ -12,8 +12,9 @@ Saxena 2023, "Prompt Lookup Decoding".
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from .cache import KVCache
 from .decoding import SeparateCaches
@@ -23,11 +24,8 @@ if TYPE_CHECKING:
     from .model import GPT2
 
 LONGEST = 3  # tokens that a text must end with as it did before, at most; longer matches are found by their ends
-# Passes over one position that each further one adds, where the weights are read once; measured on a Zen 3 with AVX2:
-LARGE = 0.1  # where the time is that of the memory; 0.05 to 0.1, and 0.2 for the second one in 16 bits
-SMALL = 0.4  # where the caches hold the weights, and multiply-adds and Python set it; 0.1 to 0.4
-LEVELS = 0.5  # where numbers are made of levels; 0.4 to 0.6, and 0.1 to 0.4 for the second one
-CACHES = 1 << 25  # bytes of weights
+FURTHER = 0.25  # passes over one position that each further one is taken to add until that is measured
+SHARE = 0.2  # of a new measurement in the mean
 GAIN = 1.1  # tokens in the time of one that a draft must promise: guessing, and preparing longer passes, take time, too
 
 
@@ -67,6 +65,35 @@ class Phrases:
         return self._right[length] / self._made[length]
 
 
+class Costs:
+    """How long passes over further positions take, in passes over one; measured while a text is written.
+
+    It depends on the model, on how its weights are kept, and on the machine: a further position adds from 0.1 passes,
+    where the memory sets the time, to 0.6.
+    """
+
+    def __init__(self) -> None:
+        self._seconds = 0.0  # of a pass over one position
+        self._costs: dict[int, float] = {}
+
+    def of(self, further: int) -> float:
+        """What a pass over one position and so many further ones is taken to cost."""
+        return self._costs.get(further) or 1 + FURTHER * further
+
+    def took(self, further: int, seconds: float) -> None:
+        """Count a pass over one position and so many further ones.
+
+        The first one of a size prepares memory and is left out; one that was held up counts as twice the mean.
+        """
+        if further not in self._costs:
+            self._costs[further] = self.of(further)
+        elif not further:
+            self._seconds += SHARE * (min(seconds, 2 * self._seconds) - self._seconds) if self._seconds else seconds
+        elif self._seconds:
+            cost = self._costs[further]
+            self._costs[further] += SHARE * (min(seconds / self._seconds, 2 * cost) - cost)
+
+
 class Drafter:
     """Drafts for a growing text, as long as they are worth their time.
 
@@ -75,14 +102,12 @@ class Drafter:
 
     Parameters
     ----------
-    more : float
-        Passes over one position that each further one adds.
     lengths : sequence of int
         Tokens that a draft may have.
     """
 
-    def __init__(self, more: float, lengths: Sequence[int]) -> None:
-        self._more = more
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.costs = Costs()
         self._lengths = lengths
         self._phrases = Phrases()
 
@@ -92,27 +117,17 @@ class Drafter:
         The number of them for which a token is expected to take the least time.
         """
         start, length = self._phrases.after(text)
-        if not length or self._phrases.chance(length) <= self._more:  # not even the first one is worth it
+        if not length:
             return []
         worth, best, expected, chance = 0, GAIN, 1.0, 1.0
         for count in range(1, 1 + min(most, max(self._lengths))):
             chance *= self._phrases.chance(length)
             expected += chance
             length = min(length + 1, LONGEST)  # a token that was right makes its phrase longer
-            if count in self._lengths and (value := expected / (1 + self._more * count)) > best:
+            if count in self._lengths and (value := expected / self.costs.of(count)) > best:
                 worth, best = count, value
         # where the copy reaches the end of the text, it goes on with itself
         return [text[start + i % (len(text) - start)] for i in range(worth)]
-
-
-def drafter_for(model: GPT2) -> Drafter:
-    """A Drafter whose drafts fill a tile of the kernels, for the times of this model's passes."""
-    from .kernels import ROWS, Panels
-
-    matrices = cast(list[Panels], model._weights.block_matrices)
-    size = sum(matrix.data.nbytes for matrix in matrices)
-    more = SMALL if size <= CACHES else LARGE
-    return Drafter(max(more, LEVELS) if matrices[0].form in ("int8", "int4") else more, (1, 3, ROWS - 1))
 
 
 class DraftingCache(SeparateCaches):
@@ -129,9 +144,12 @@ class DraftingCache(SeparateCaches):
             cache.advance(1)
             return self._scores.pop(0)
         draft, self._draft = self._drafter.draft(ids, cache.max_length - cache.length - 1), []
+        began = time.perf_counter()
         if draft and (scores := self._model.logits_of_each([ids[-1], *draft], cache)) is not None:
             cache.crop(cache.length - len(draft))
             self._draft, self._scores = draft, list(scores[1:])
             first: Array = scores[0]
-            return first
-        return super()._next(cache, ids)
+        else:
+            first = super()._next(cache, ids)
+        self._drafter.costs.took(len(self._draft), time.perf_counter() - began)
+        return first

@@ -137,7 +137,7 @@ class _Guesses(Drafter):
     """The next tokens of a known text, of which the last ones are wrong: none right, one, two ..., all but one."""
 
     def __init__(self, ids: Array, count: int) -> None:
-        super().__init__(0.0, (count,))
+        super().__init__((count,))
         self._ids = ids
 
     def draft(self, text: list[int], most: int) -> list[int]:

@@ -387,9 +387,10 @@ class GPT2:
         if rows > 1 and cache is None and self.engine == "numba":
             return SharedCache(self, window)
         if lookup:
-            from .drafts import DraftingCache, drafter_for
+            from .drafts import Drafter, DraftingCache
 
-            return DraftingCache(self, window, cache, drafter_for(self))
+            lengths = 1, 3, self._kernels.ROWS - 1  # the last one fills a tile
+            return DraftingCache(self, window, cache, Drafter(lengths))
         return SeparateCaches(self, window, cache)
 
     def generate(

@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpt2np
-from gpt2np import drafts
-from gpt2np.drafts import Drafter, DraftingCache, Phrases
+from gpt2np.drafts import FURTHER, Costs, Drafter, DraftingCache, Phrases
 from gpt2np.errors import InputError
 from gpt2np.generate import generate
 from gpt2np.kernels import ROWS
@@ -20,6 +19,12 @@ STORY = "Once upon a time, there was a little girl named Lily. Once upon a time"
 @pytest.fixture(scope="module")
 def mini():
     return gpt2np.load()
+
+
+@pytest.fixture
+def set_cost(monkeypatch):
+    """Let a further position cost so much, instead of what is measured."""
+    return lambda more: monkeypatch.setattr(Costs, "of", lambda costs, further: 1 + more * further)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
@@ -73,9 +78,9 @@ def test_several_prompts_run_as_without(mini):
 
 
 @pytest.mark.jit
-def test_text_that_repeats_takes_few_passes(mini, monkeypatch):
+def test_text_that_repeats_takes_few_passes(mini, monkeypatch, set_cost):
     passes = shapes_run(mini, monkeypatch)
-    monkeypatch.setattr(drafts, "SMALL", drafts.LARGE)
+    set_cost(0.1)
     list(mini.generate("The dog ran. " * 30, 120, lookup=True))
     assert len(passes) < 1 + 120 / 2
     assert max(T for _, T in passes[1:]) == ROWS
@@ -83,18 +88,19 @@ def test_text_that_repeats_takes_few_passes(mini, monkeypatch):
 
 @pytest.mark.jit
 @pytest.mark.parametrize("temperature", [0.8, 100.0])
-@pytest.mark.parametrize("more", [drafts.LARGE, drafts.SMALL, drafts.LEVELS, 1.0])
-def test_drafts_never_cost_much(mini, monkeypatch, temperature, more):
+@pytest.mark.parametrize("more", [0.1, 0.3, 0.5, 1.0])
+def test_drafts_never_cost_much(mini, monkeypatch, set_cost, temperature, more):
     """A hot text is as good as uniform, so no guess is right; where positions cost much, few guesses are worth it."""
-    monkeypatch.setattr(drafts, "SMALL", more)
+    set_cost(more)
     passes = shapes_run(mini, monkeypatch)
     list(mini.generate(STORY, 200, temperature=temperature, seed=0, lookup=True))
     assert sum(1 + more * (T - 1) for _, T in passes[1:]) < 1.03 * 200
 
 
 @pytest.mark.parametrize("more", [0.0, 0.3, 0.6, 1.0])
-def test_a_draft_is_as_long_as_its_time_is_worth(more):
-    text, drafter, made = [1, 2, 3, 4] * 30, Drafter(more, (1, 3, 5)), []
+def test_a_draft_is_as_long_as_its_time_is_worth(set_cost, more):
+    set_cost(more)
+    text, drafter, made = [1, 2, 3, 4] * 30, Drafter((1, 3, 5)), []
     for end in range(1, len(text) - 5):
         tokens = drafter.draft(text[:end], 5)
         assert tokens == text[end : end + len(tokens)]
@@ -102,6 +108,32 @@ def test_a_draft_is_as_long_as_its_time_is_worth(more):
     assert sum(made[:4]) == 0
     assert made[-1] == (0 if more == 1 else 5)
     assert set(made) <= {0, 1, 3, 5}
+
+
+def test_costs_are_those_of_the_passes_so_far():
+    costs = Costs()
+    assert costs.of(5) == 1 + 5 * FURTHER
+    for further, seconds in [(5, 80.0), (0, 40.0)]:  # the first ones prepare memory
+        costs.took(further, seconds)
+    assert costs.of(5) == 1 + 5 * FURTHER
+    for _ in range(60):
+        costs.took(0, 2.0)
+        costs.took(5, 6.0)
+    assert costs.of(5) == pytest.approx(3)
+    costs.took(5, 1e9)  # it was held up
+    assert 3 < costs.of(5) < 4
+    assert costs.of(3) == 1 + 3 * FURTHER  # nothing is known of other lengths
+    assert costs.of(0) == 1
+
+
+@pytest.mark.jit
+def test_the_times_of_all_passes_are_counted(mini, monkeypatch):
+    counted = []
+    monkeypatch.setattr(Costs, "took", lambda costs, further, seconds: counted.append((further, seconds > 0)))
+    passes = shapes_run(mini, monkeypatch)
+    list(mini.generate("The dog ran. " * 30, 60, lookup=True))
+    assert counted == [(T - 1, True) for _, T in passes[1:]]
+    assert any(further for further, _ in counted)
 
 
 @pytest.mark.jit
