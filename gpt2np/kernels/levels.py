@@ -10,8 +10,8 @@ here make that number in registers and do with it what `tile` does, in the same 
 those of the float32 kernels on these weights. Levels of 4 bits are moved to the top of a word, where their sign is, and
 count there as 2 ** 28 times what they are; so do their offsets.
 
-For one or two rows the weights go from the registers into the sums, of two panels at once; for more, a block of them
-is written out once for all rows. K is filled up to whole steps of STEP levels.
+For up to six rows the weights go from the registers into the sums, for one or two those of two panels at once; for
+more, a block of them is written out once for all rows. K is filled up to whole steps of STEP levels.
 """
 # mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
 # (numba infers the types of compiled functions from their arguments)

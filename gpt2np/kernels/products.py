@@ -21,6 +21,7 @@ tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7 = (
 )  # those of ROWS or more are never called
 tile_full, tile_again = tile.make_tile(ROWS, ask=True), tile.make_tile(ROWS)
 levels_1_1, levels_1_2, levels_2_1, levels_2_2 = (levels.make_tile(*n) for n in ((1, 1), (1, 2), (2, 1), (2, 2)))
+levels_3, levels_4, levels_5, levels_6 = (levels.make_tile(rows, 1) for rows in range(3, 7))
 WIDE = 64  # columns of a tile of one row that makes use of all of a row of values
 tile_wide = tile.make_tile(1, WIDE // PANEL)
 streams_1, streams_2, streams_3 = (tile.make_tile(rows, (*STREAMS, 1, 1, 1)[rows]) for rows in (1, 2, 3))
@@ -85,6 +86,19 @@ def add_floats(rows, x, row, weight, scales, panel, panels, terms, totals, block
 
 
 @jit()
+def multiply_levels(rows, x, start, K, weight, b, scales, s, out, column, width):
+    """One panel for 3 to 6 rows: out[r] += x[r] @ weight, see `levels.make_tile`."""
+    if rows == 3:
+        levels_3(x, start, K, weight, b, 0, scales, s, 0, K, TERMS, out, column, width)
+    elif rows == 4:
+        levels_4(x, start, K, weight, b, 0, scales, s, 0, K, TERMS, out, column, width)
+    elif rows == 5:
+        levels_5(x, start, K, weight, b, 0, scales, s, 0, K, TERMS, out, column, width)
+    else:
+        levels_6(x, start, K, weight, b, 0, scales, s, 0, K, TERMS, out, column, width)
+
+
+@jit()
 def add_levels(rows, x, row, weight, scales, panel, panels, terms, totals, block):
     """The same for weights that are kept as levels; terms is TERMS."""
     K, width, r = x.shape[1], panels * PANEL, row * x.shape[1]
@@ -102,6 +116,11 @@ def add_levels(rows, x, row, weight, scales, panel, panels, terms, totals, block
             else:
                 levels_2_1(x, r, K, weight, b, b_next, scales, s, s_next, K, TERMS, totals, p * PANEL, width)
             p += 2 if two else 1
+        return
+    if rows <= 6 and K % STEP == 0:  # of more, each tile would make floats of the same levels
+        for p in range(panels):
+            b, s = (panel + p) * b_next, (panel + p) * s_next
+            multiply_levels(rows, x, r, K, weight, b, scales, s, totals, p * PANEL, width)
         return
     for k in range(0, K, TERMS):
         depth = min(TERMS, K - k)

@@ -32,7 +32,11 @@ def every_level(form, K, N, offsets=False):
 @pytest.mark.parametrize("offsets", [False, True], ids=["", "offsets"])
 @pytest.mark.parametrize("form", LEVELS)
 @pytest.mark.parametrize(
-    ("R", "K", "N"), [(1, 1, 1), (1, 304, 40), (2, 128, 32), (1, 96, 70), (2, 300, 40), (3, 129, 33), (13, 264, 65)]
+    ("R", "K", "N"),
+    [
+        *[(1, 1, 1), (1, 304, 40), (2, 128, 32), (1, 96, 70), (2, 300, 40), (3, 129, 33), (13, 264, 65)],
+        *[(3, 136, 33), (4, 304, 40), (5, 264, 65), (6, 128, 16), (8, 264, 40)],
+    ],
 )
 def test_a_matrix_of_levels_gives_the_bits_of_its_floats(form, R, K, N, offsets):
     matrix, x, bias = every_level(form, K, N, offsets), draw(R, K), draw(N)

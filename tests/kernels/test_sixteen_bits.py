@@ -45,7 +45,18 @@ def test_sixteen_bits_hold_what_they_are_said_to_hold(form):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
-    ("R", "K", "N"), [(1, 1, 1), (1, 300, 140), (2, 128, 32), (3, 129, 33), (13, 257, 65), (55, 17, 130)]
+    ("R", "K", "N"),
+    [
+        (1, 1, 1),
+        (1, 300, 140),
+        (2, 128, 32),
+        (3, 129, 33),
+        (4, 130, 40),
+        (5, 9, 48),
+        (8, 300, 17),
+        (13, 257, 65),
+        (55, 17, 130),
+    ],
 )
 def test_a_matrix_in_sixteen_bits_gives_the_same_bits(form, R, K, N):
     x, weight, bias = draw(R, K), sixteen_bit(form, K, N), draw(N)
