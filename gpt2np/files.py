@@ -142,6 +142,18 @@ class File:
             list(pool.map(lambda start, view: self.read_into(view, [(offset + start, len(view))]), starts, parts))
 
 
+def read_all(path: Path) -> bytes:
+    """All bytes of a file, of a pipe, or of what is typed; InputError for another device, which may never end."""
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or file.isatty()):
+                raise InputError(f"{path} is neither a file nor a pipe")
+            return file.read()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A draft to write, beside `path`, that takes its place when all is written: never half of a file is there.

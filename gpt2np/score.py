@@ -23,6 +23,7 @@ import numpy as np
 
 from .arguments import as_path, strings, whole_number
 from .errors import InputError, TokenizerError
+from .files import read_all
 from .tokenizer import HOW_TO_GET_ONE, chosen_tokenizer, decode, encode_for
 from .weights import Array
 
@@ -112,7 +113,7 @@ class Progress:
         path = self._path = as_path(path)
         try:
             if path.exists():
-                self._runs = {key: list(done) for key, done in json.loads(path.read_text("utf-8"))[HEADING].items()}
+                self._runs = {key: list(done) for key, done in json.loads(read_all(path))[HEADING].items()}
             self._draft().touch()  # an error now, not after the first batch
             self._draft().unlink()
         except OSError as error:

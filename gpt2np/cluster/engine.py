@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from warnings import catch_warnings, simplefilter
 
 from .. import __version__
+from ..arguments import whole_number
 from ..errors import InputError
 from ..optional import needs
 from .store import Shard, Store
@@ -67,14 +68,20 @@ def open_engine(workers: int | None = None, address: str | None = None) -> Itera
     Raises
     ------
     InputError
-        If no scheduler answers at the address, or it or a worker has another version of gpt2np.
+        If both are given or one is none, no scheduler answers at the address, or it or a worker has another version
+        of gpt2np.
     MissingPackageError
         If Dask is not installed.
     """
     if workers is None and address is None:
         yield THIS_PROCESS
         return
-    with needs("'gpt2np[cluster]'", "work by several processes", "or leave out --workers and --cluster"):
+    if workers is not None and address is not None:
+        raise InputError("give workers for this machine or the address of a scheduler, not both")
+    if not isinstance(address, str | None):
+        raise InputError(f"a scheduler's address is a text such as tcp://host:8786, got {address!r:.60}")
+    workers = None if workers is None else whole_number("workers", workers, 1)
+    with needs("distributed", "work by several processes", "or leave out --workers and --cluster"):
         import dask
         import distributed
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("distributed")]:
@@ -239,7 +246,7 @@ def _client(address: str) -> Iterator[Any]:
     try:
         asyncio.run(tried())
         client = Client(address, timeout=WAIT, set_as_default=False)
-    except (OSError, ValueError) as error:  # ValueError: no address
+    except (OSError, ValueError, TypeError) as error:  # ValueError: no address; TypeError: tls:// without a certificate
         why = str(error) or "it does not talk as Dask does"
         raise _Lost(f"no Dask scheduler answers at {address}: {why}") from None
     with client:

@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import __version__
 from .. import tokenizer as tokenizers
+from ..arguments import as_path, whole_number
 from ..errors import InputError
 from ..files import File
 from ..fingerprint import WAYS, digest, texts
@@ -43,6 +44,8 @@ def describe(model: GPT2, tokenizer: Path | None, batch_size: int) -> Described:
     than the machine that cut the work, because its program is another one or it cannot fuse, is refused.
     """
     assert model.path is not None
+    whole_number("batch_size", batch_size, 1)
+    tokenizer = None if tokenizer is None else as_path(tokenizer)
     with alone(model):
         computed = digest(WAYS["prompt"](model, texts(model)))
     what = {

@@ -48,7 +48,8 @@ def tokenize(shard: Shard, store: Store) -> bytes:
 
 
 def window_shards(text: Shard, store: Store, window: int, stride: int) -> list[Shard]:
-    """The windows of a text, once it is tokenized."""
+    """The windows of a text, once it is tokenized; `window` and `stride` as `score.check_cut` gives them."""
+    score.check_cut(window, window, stride)
     cut = score.windows(len(_tokens(store, text.name)) - 2, window, stride)
     where = text.where | {"tokens": text.name}
     shards = []

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError, TokenizerError
-from ..files import located
+from ..errors import TokenizerError
+from ..files import located, read_all
 from ._terminal import note
 
 if TYPE_CHECKING:
@@ -84,9 +84,6 @@ def load_model(
 
 def read_text(path: Path) -> str:
     """A file's text, or standard input's for "-"; line ends stay as they are."""
-    try:
-        raw = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    raw = sys.stdin.buffer.read() if str(path) == "-" else read_all(path)
     with located(path):
         return raw.decode()

@@ -424,6 +424,36 @@ def test_no_scheduler_at_the_address(monkeypatch):
                 pass
 
 
+@pytest.mark.parametrize(
+    ("workers", "address", "message"),
+    [
+        (0, None, "workers must be a whole number of at least 1"),
+        (-1, None, "workers must be"),
+        (1.5, None, "workers must be"),
+        (float("nan"), None, "workers must be"),
+        ("2", None, "workers must be"),
+        (True, None, "workers must be"),
+        (1, "tcp://127.0.0.1:1", "not both"),
+        (None, 3, "address is a text such as"),
+        (None, "tls://127.0.0.1:1", "no Dask scheduler answers at tls"),
+    ],
+)
+def test_an_engine_that_cannot_be_had(monkeypatch, workers, address, message):
+    monkeypatch.setattr(engine, "WAIT", 0.1)
+    with pytest.raises(InputError, match=message), engine.open_engine(workers, address):
+        pass
+
+
+def test_windows_and_batches_that_cannot_be_cut(cut, tmp_path, toy):
+    tokens, _, store, _ = cut
+    for window, stride in ((0, 1), (1, 1), (40, 0), (40, 41), (40.0, 10), ("40", 10)):
+        with pytest.raises(InputError, match="window|stride"):
+            text.window_shards(tokens, store, window, stride)
+    for batch_size in (0, "8", 1.5):
+        with pytest.raises(InputError, match="batch_size must be"):
+            describe(load(toy / "model.onnx", "numpy"), None, batch_size)
+
+
 def test_nothing_of_local_workers_is_open_to_other_machines():
     with engine.open_engine(1):
         here = psutil.Process()

@@ -18,6 +18,7 @@ from conftest import ROOT
 from typer.testing import CliRunner
 
 from gpt2np import cli
+from gpt2np.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +280,11 @@ def test_ctrl_c_ends_quietly(here: Path) -> None:
 def test_a_trace_is_written_to_a_device(here: Path) -> None:
     result = CliRunner().invoke(cli.app, ["trace", "small", "--ids", "1,2", "-o", os.devnull])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.parametrize("arguments", [["score"], ["embed", "-o", "x.npy"], ["generate", "-f"]], ids=str)
+def test_a_device_that_never_ends_is_no_text(here: Path, arguments: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [*arguments, "/dev/full"])
+    assert isinstance(result.exception, InputError)
+    assert str(result.exception) == "/dev/full is neither a file nor a pipe"
