@@ -4,7 +4,7 @@
     reading = pictures.read(gpt2np.load(), "Once upon a time")
     pictures.attention(reading)  # a notebook shows it; .save("attention.svg") writes it
 
-A picture needs Vega-Altair: pip install 'gpt2np[html]'.
+A picture needs Vega-Altair: pip install altair vl-convert-python.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .weights import Array
 if TYPE_CHECKING:
     from .model import GPT2
 
-with needs("altair", "gpt2np.pictures", "pip install 'gpt2np[html]' brings all that pages need"):
+with needs("altair", "gpt2np.pictures", "pip install altair vl-convert-python brings all that pages need"):
     import altair as alt
 
 BLUE, ORANGE = "#2a7ae2", "#d1690a"

@@ -52,7 +52,7 @@ def golden_trace(request: pytest.FixtureRequest) -> Callable[..., Trace]:
             made = as_trace(make(), taps, stats_only, dtype, inputs)
             text = changes(trace.load(path) if path.is_file() else None, made)
             if text:
-                path.parent.mkdir(exist_ok=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
                 trace.save(path, made)
             request.node.stash.setdefault(WRITTEN, []).append((str(shown(path)), text))
         elif not path.is_file():

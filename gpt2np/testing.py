@@ -23,6 +23,7 @@ from .errors import ComparisonError, Gpt2npError, InputError
 
 if TYPE_CHECKING:
     from .arrays import Array
+    from .parity.compare import Comparison
     from .parity.metrics import Budget
     from .parity.trace import Trace
 
@@ -63,7 +64,8 @@ def assert_parity(
     ParityError
         An AssertionError, with a table of what is out of budget: how far, where, and who is closer to the oracle.
     ComparisonError
-        If there is nothing to compare.
+        If nothing is compared: there are no numbers, all of them are NaN or infinite on both sides, or noise of their
+        own size would pass the budget.
     InputError
         If an argument is none of the above.
     """
@@ -82,18 +84,20 @@ def _compare(actual: Any, expected: Any, oracle: Any, budget: Any) -> ParityErro
     from .parity.metrics import measure, rms
     from .parity.report import number
     from .parity.text import comparison_table, table_lines
+    from .parity.trace import shapes_apart
 
-    a, b = _pair(actual, expected)
+    mine, its = _pair(actual, expected)
+    a, b = ({**side.outputs, **side.taps} for side in (mine, its))
     c = {} if oracle is None else _arrays(oracle)
     if not any(array.size for array in (*a.values(), *b.values())):
         raise ComparisonError("nothing to compare: both sides are empty")
-    _check_names(budget, {**b, **a})
+    _check_oracle(c, a)
     results: list[Comparison] = []
-    for name in [*b, *(n for n in a if n not in b)]:
-        result = Comparison("", name, "actual", "expected", _budget(budget, name))
+    for name, allowed in _budgets(budget, {**b, **a}).items():
+        result = Comparison("", name, "actual", "expected", allowed, problem=shapes_apart(mine, its, name))
         if name not in a or name not in b:
             result.problem = f"missing in {'actual' if name not in a else 'expected'}"
-        else:
+        elif not result.problem:
             try:
                 result.metrics = measure(a[name], b[name], result.budget)
             except ComparisonError as error:
@@ -101,6 +105,7 @@ def _compare(actual: Any, expected: Any, oracle: Any, budget: Any) -> ParityErro
         results.append(result)
     failed = [r for r in results if not r.ok]
     if not failed:
+        _check_compared(results)
         return None
     lines = [f"parity: {len(failed)} of {len(results)} arrays out of budget; the first is {failed[0].output}"]
     table = comparison_table(failed[:12])
@@ -123,17 +128,23 @@ def _compare(actual: Any, expected: Any, oracle: Any, budget: Any) -> ParityErro
     return ParityError("\n".join(lines), failed[0].output)
 
 
-def _check_names(budget: Any, arrays: Mapping[str, Array]) -> None:
-    """Raise InputError where a budget is for an array that is not there: it may be misspelt."""
-    for name in budget if isinstance(budget, Mapping) else ():
-        if name and name not in arrays:
-            raise InputError(
-                f"a budget is given for {name!r}, and there is no such array: there is {', '.join(arrays)}"
-            )
+def _check_oracle(oracle: Mapping[str, Array], arrays: Mapping[str, Array]) -> None:
+    """Raise InputError where an oracle says nothing of any array: a name may be misspelt."""
+    if oracle and not any(name in arrays and v.shape == arrays[name].shape for name, v in oracle.items()):
+        held, wanted = (", ".join(f"{n} {v.shape}" for n, v in some.items()) for some in (oracle, arrays))
+        raise InputError(f"the oracle holds {held}: none of {wanted}")
 
 
-def _pair(actual: Any, expected: Any) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Both sides' arrays by name; of what one trace holds as statistics, the other side's statistics."""
+def _check_compared(results: Sequence[Comparison]) -> None:
+    """Raise ComparisonError where no array would have shown a wrong number; what is equal has no need of a budget."""
+    said = {"empty": "there are no numbers", "not finite": "all numbers are NaN or infinite on both sides"}
+    if all(r.idle and not (r.idle == "too wide" and r.metrics and r.metrics.max_abs == 0) for r in results):
+        wide = f"noise of its own size would pass {results[0].budget}"
+        raise ComparisonError(f"nothing is compared: {results[0].output}: {said.get(results[0].idle, wide)}")
+
+
+def _pair(actual: Any, expected: Any) -> tuple[Trace, Trace]:
+    """Both sides as traces; of what one trace holds as statistics, the other side's statistics."""
     from .parity.trace import Trace, alike, load
 
     sides = [load(Path(side)) if isinstance(side, (str, Path)) else side for side in (actual, expected)]
@@ -145,15 +156,19 @@ def _pair(actual: Any, expected: Any) -> tuple[dict[str, Array], dict[str, Array
             other.taps.pop(name, None)
             other.outputs.pop(name, None)
     alike(a, b)
-    return {**a.outputs, **a.taps}, {**b.outputs, **b.taps}
+    return a, b
 
 
 def _as_parts(side: Any, other: Any) -> Trace:
     """One side as a trace of its own; what are taps in the other one are taps in it."""
+    from .parity.forms import as_array
     from .parity.trace import Trace
 
     if isinstance(side, Trace):
-        return Trace({}, dict(side.outputs), dict(side.taps), side.manifest)
+        made, held = (
+            {n: as_array(v, f"{n!r} is given") for n, v in some.items()} for some in (side.outputs, side.taps)
+        )
+        return Trace({}, made, held, side.manifest)
     arrays = _arrays(side)
     taps = {name: v for name, v in arrays.items() if isinstance(other, Trace) and name in other.taps}
     return Trace({}, {name: v for name, v in arrays.items() if name not in taps}, taps)
@@ -182,7 +197,7 @@ def _arrays(value: Any) -> dict[str, np.ndarray]:
     if isinstance(value, Mapping) or hasattr(value, "_fields") or (several and len(value)):
         given = named(value, [f"output{i + 1}" for i in range(len(value))], "the arrays")
         return {name: as_array(array, f"{name!r} is given") for name, array in given.items()}
-    if hasattr(value, "detach"):  # a torch tensor
+    if hasattr(value, "detach") or hasattr(value, "harden_mask"):  # a torch tensor, or a masked array
         value = as_array(value, "the array is given")
     try:
         array = np.asarray(value)
@@ -193,11 +208,22 @@ def _arrays(value: Any) -> dict[str, np.ndarray]:
     return {"array": array}
 
 
-def _budget(given: Any, name: str, nested: bool = False) -> Budget:
+def _budgets(given: Any, arrays: Mapping[str, Array]) -> dict[str, Budget]:
+    """The budget of each array; InputError for what is none, or is for an array that is not there: a misspelt name."""
+    if not isinstance(given, Mapping):
+        return dict.fromkeys(arrays, _budget(given))
+    found = {str(name): _budget(one) for name, one in given.items()}
+    for name in found:
+        if name and name not in arrays:
+            raise InputError(
+                f"a budget is given for {name!r}, and there is no such array: there is {', '.join(arrays)}"
+            )
+    return {name: found.get(name) or found.get("") or _budget("zoo") for name in arrays}
+
+
+def _budget(given: Any) -> Budget:
     from .parity.metrics import PRESETS, Budget
 
-    if isinstance(given, Mapping) and not nested:
-        return _budget(given.get(name, given.get("", "zoo")), name, nested=True)
     if isinstance(given, Budget):
         return given
     if isinstance(given, str) and given in PRESETS:
@@ -230,7 +256,7 @@ def as_trace(
     """
     from .parity.forms import as_array
     from .parity.operations import is_tap
-    from .parity.trace import Trace, provenance, statistics
+    from .parity.trace import Trace, provenance, summed_up
 
     if dtype is not None:
         one_of("dtype", dtype, ("float16", "float32", "float64"))
@@ -250,12 +276,10 @@ def as_trace(
     more = {name: as_array(array, f"the input {name!r} is given") for name, array in (inputs or {}).items()}
     given = {**value.inputs, **more}
     outputs = value.outputs if dtype is None else {n: _stored(v, dtype) for n, v in value.outputs.items()}
-    if stats_only:
-        kept = {name: statistics(array) for name, array in kept.items()}
-    elif dtype is not None:
+    if dtype is not None and not stats_only:
         kept = {name: _stored(array, dtype) for name, array in kept.items()}
-    manifest = {**value.manifest, "stats_only": stats_only or bool(value.manifest.get("stats_only"))}
-    return Trace(given, outputs, kept, {**manifest, "taps": list(taps), "taps_left_out": left_out})
+    made = Trace(given, outputs, kept, {**value.manifest, "taps": list(taps), "taps_left_out": left_out})
+    return summed_up(made) if stats_only else made
 
 
 def changes(before: Trace | None, after: Trace) -> str:
@@ -276,6 +300,8 @@ def changes(before: Trace | None, after: Trace) -> str:
     if apart:
         worst = max(apart, key=lambda name: apart[name])
         words.append(f"{len(apart)} of {len(new)} arrays changed, the most {worst}, by {number(apart[worst])}")
+    if not words and before.manifest.get("shapes_of_taps") != after.manifest.get("shapes_of_taps"):
+        words.append("shapes of taps")
     if not words and before.manifest.get("taps") != after.manifest.get("taps"):
         words.append("other patterns of taps")
     return "; ".join(words[:6]) + (f" and {len(words) - 6} more" if len(words) > 6 else "")

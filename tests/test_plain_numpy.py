@@ -52,7 +52,7 @@ print(gpt2np.InferenceSession(model.path, engine="numpy").run(None, {"input1": [
         ("gpt2np.InferenceSession(gpt2np.load(engine='numpy').path)", ["numba", 'engine="numpy"']),
         ("gpt2np.set_num_threads(2)", ["numba"]),
         ("gpt2np.kernels", ["numba"]),
-        ("import gpt2np.pictures", ["altair", "gpt2np[html]"]),
+        ("import gpt2np.pictures", ["pip install altair vl-convert-python"]),
         ("sys.modules.update(onnx=None); gpt2np.load(engine='numpy')", ["onnx", "pip install onnx"]),
     ],
 )

@@ -89,6 +89,61 @@ def test_what_a_golden_trace_cannot_hold_is_told(tmp_path: Path) -> None:
         assert_parity({"ln_f": np.zeros((1, 4)), "embed": np.ones(3)}, golden)
 
 
+def test_what_compares_nothing_is_no_pass() -> None:
+    nan, x = np.full(4, np.nan), np.arange(1.0, 5.0)
+    with pytest.raises(ComparisonError, match="nothing is compared: array: all numbers are NaN or infinite on both"):
+        assert_parity(nan, nan)
+    with pytest.raises(ComparisonError, match="nothing is compared: array: noise of its own size would pass rtol 0"):
+        assert_parity(x, np.zeros(4) + 1, budget=(0, 100))
+    with pytest.raises(ComparisonError, match="noise of its own size"):
+        assert_parity(1e-7 * x, 1e-6 * x)
+    assert_parity(1e-7 * x, 1e-7 * x)  # equal numbers need no budget
+    assert_parity({"a": nan, "b": x}, {"a": nan, "b": x})
+    assert_parity(np.full(1000, 1.1), np.full(1000, 1.1) + 1e-5)  # of no spread but what rounding makes
+
+
+def test_two_arrays_of_one_name_and_hidden_numbers_are_told() -> None:
+    x = np.ones(3)
+    with pytest.raises(ComparisonError, match="'1' is there twice"):
+        assert_parity({1: x + 1, "1": x}, {"1": x})
+    with pytest.raises(ComparisonError, match=r"'present\.0\.key' is there twice"):
+        assert_parity({"past_key_values": [(x + 1, x)], "present.0.key": x}, {"present.0.key": x})
+    for masked in (np.ma.masked_array(x, x > 0), {"a": np.ma.masked_array(x, x > 0)}):
+        with pytest.raises(ComparisonError, match="masked array"):
+            assert_parity(masked, masked)
+    assert_parity(np.ma.masked_array(x), x)
+
+
+def test_every_budget_and_the_oracle_are_looked_at() -> None:
+    x = {"a": np.ones(2)}
+    with pytest.raises(InputError, match="budget must be one of"):
+        assert_parity(x, x, budget={"a": "zoo", "": "nonsense"})
+    assert_parity({1: np.ones(2)}, {1: np.ones(2)}, budget={1: "strict"})
+    for oracle in ({"misspelt": np.ones(2)}, {"a": np.ones(3)}):
+        with pytest.raises(InputError, match=r"none of a \(2,\)"):
+            assert_parity(x, x, oracle=oracle)
+
+
+def test_a_trace_made_by_hand_may_hold_lists() -> None:
+    statistics = as_trace({"ln_f": np.ones((2, 3))}, stats_only=True)
+    assert_parity(Trace({}, {"a": [1.0, 2.0]}, {}), {"a": np.array([1.0, 2.0])})  # type: ignore[dict-item]
+    assert_parity(Trace({}, {}, {"ln_f": [[1.0] * 3] * 2}), statistics)  # type: ignore[dict-item]
+
+
+def test_statistics_know_the_shapes_of_what_they_are_of(tmp_path: Path) -> None:
+    x = np.ones((2, 3, 4))
+    golden = saved(tmp_path, {"ln_f": x}, stats_only=True)
+    assert_parity({"ln_f": x}, golden)
+    for other in ({"ln_f": x.reshape(2, 4, 3)}, as_trace({"ln_f": x.reshape(2, 4, 3)}, stats_only=True)):
+        with pytest.raises(ParityError, match=r"shape \(2, 4, 3\), expected \(2, 3, 4\)"):
+            assert_parity(other, golden)
+        with pytest.raises(ParityError, match=r"shape \(2, 3, 4\), expected \(2, 4, 3\)"):
+            assert_parity(golden, other)
+    del golden.manifest["shapes_of_taps"]  # as an older version wrote it
+    assert_parity({"ln_f": x.reshape(2, 4, 3)}, golden)
+    assert changes(golden, as_trace({"ln_f": x}, stats_only=True)) == "shapes of taps"
+
+
 @pytest.mark.parametrize("how", [{}, {"stats_only": True}, {"dtype": "float16"}, {"taps": ["h.2.*"]}], ids=str)
 def test_one_wrong_tap_is_found(taps: Arrays, tmp_path: Path, how: dict[str, Any]) -> None:
     golden = saved(tmp_path, taps, **how)

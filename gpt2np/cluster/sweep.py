@@ -18,7 +18,7 @@ from ..parity.capture import Options
 from ..parity.explain.problem import Clock
 from ..parity.report import VERDICTS as VERDICTS_OF_ONE
 from ..parity.report import plain
-from ..parity.run import check_options, parity
+from ..parity.run import parity
 from ..parity.text import lines_of
 from ..parity.trace import versions
 from .models import check_same, hash_of_files, program
@@ -45,7 +45,6 @@ def report_shards(options: Options, models: Sequence[Path], search_time: float) 
         If an option is wrong or a file is missing.
     """
     parse_budgets(options.preset, options.rtol, options.atol)
-    check_options(options)
     shards = []
     for model in models:
         whole = replace(options, model=model)

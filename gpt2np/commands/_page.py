@@ -20,7 +20,9 @@ def evidence_for(html: Path | None) -> Evidence | None:
         return None
     from ..optional import needs
 
-    with needs("vl-convert-python", "a page with pictures", "pip install 'gpt2np[html]' brings all that pages need"):
+    with needs(
+        "vl-convert-python", "a page with pictures", "pip install altair vl-convert-python brings all that pages need"
+    ):
         import vl_convert  # noqa: F401
     from ..pages import drawings  # noqa: F401
     from ..pages.evidence import Evidence

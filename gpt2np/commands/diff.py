@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import InputError
 from ._report import (
     IdsOption,
     JsonOption,
@@ -75,6 +76,7 @@ def diff(
     """
     from ..parity import cases
     from ..parity import diff as parity_diff
+    from ..parity.parties import model_of
     from ..parity.subject import Subject
     from ._model import named_party
     from ._page import evidence_for, write_page
@@ -85,14 +87,19 @@ def diff(
     if dump_repro is not None:
         check_folder(dump_repro, "replay.py")
 
+    given = data or prompt or random or ids
+    a, b = named_party(a), named_party(b)
+    if given and not any(model_of(party) for party in (a, b, oracle or "")):
+        raise InputError("--data, --prompt, --ids and --random are inputs for a model.onnx: traces hold their own")
+
     def inputs(model: Subject) -> list[cases.Case]:
-        return cases.gather_cases(model, data or [], prompt or [], random, seed, ids or [])
+        return cases.gather_cases(model, data or [], prompt or [], random, seed, ids or []) if given else []
 
     evidence = evidence_for(html)
     with search_clock(search_time) as clock:
         report = parity_diff.diff(
-            named_party(a), named_party(b), inputs, oracle, preset,
-            rtol or [], atol or [], local, dump_repro, padding, replace or [], digits, clock, evidence,
+            a, b, inputs, oracle, preset, rtol or [], atol or [], local, dump_repro, padding, replace or [], digits,
+            clock, evidence,
         )  # fmt: skip
     write_page(html, report, evidence)
     deliver(report, json, junit, markdown, quiet)

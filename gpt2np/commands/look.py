@@ -25,7 +25,7 @@ def look(
 
     Attention of every head, what each layer would say next, the residual stream, the next token with the knobs of
     sampling, similarity of tokens and positions, and the way through the machine with its shapes. Needs
-    `pip install 'gpt2np[html]'`.
+    `pip install altair vl-convert-python`.
 
     Examples:
 

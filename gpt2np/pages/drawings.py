@@ -17,7 +17,7 @@ from ..parity.metrics import Budget
 from ..parity.report import Check
 from .evidence import Token
 
-with needs("altair", "a report with pictures", "pip install 'gpt2np[html]' brings all that pages need"):
+with needs("altair", "a report with pictures", "pip install altair vl-convert-python brings all that pages need"):
     import altair as alt
 
 ROWS = alt.NamedData(name="rows")

@@ -77,12 +77,6 @@ class Summary:
         return spans(names, starts), cells
 
 
-def sampled(value: Array) -> Array:
-    """What the page keeps of an array to be judged again."""
-    with np.errstate(over="ignore"):
-        return statistics(value, SAMPLES).astype(np.float32)
-
-
 def cuts(n: int, at_most: int) -> list[int]:
     """Where blocks of about the same size begin."""
     count = min(n, at_most)
@@ -125,8 +119,9 @@ class Evidence:
         self, a: str, b: str, given: Mapping[str, Array], model: Subject | None = None, case: Case | None = None
     ) -> None:
         """The taps of these two parties follow; `given` are A's outputs."""
-        samples = {name: sampled(value) for name, value in given.items() if value.size}
-        self.pairs.append(Witness(a, b, model, case, samples=samples))
+        self.pairs.append(Witness(a, b, model, case))
+        for name, value in given.items():
+            self.pairs[-1].sample(name, value)
 
     def see(self, seen: Seen) -> None:
         """One tap, or some positions of it."""
@@ -144,11 +139,19 @@ class Witness:
     taps: dict[str, Summary] = field(default_factory=dict)
     tokens: list[Token] = field(default_factory=list)
     samples: dict[str, Array] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)  # of the arrays that they are of
     last: Seen | None = None  # ln_f of both parties, for a file without a head
 
     @property
     def config(self) -> GPT2Config | None:
         return self.model.config if self.model is not None and self.model.found is not None else None
+
+    def sample(self, name: str, value: Array) -> None:
+        """Keep of an array what the page can be judged again by."""
+        if value.size:
+            with np.errstate(over="ignore"):
+                self.samples[name] = statistics(value, SAMPLES).astype(np.float32)
+            self.shapes[name] = list(value.shape)
 
     def see(self, seen: Seen) -> None:
         """Sum one tap up; `logits` come some positions at a time."""
@@ -170,7 +173,7 @@ class Witness:
         if total is not None:
             rank(found, seen, total)
         if seen.a is not None and seen.keep is None and part != "logits":
-            self.samples[seen.tap] = sampled(seen.a)
+            self.sample(seen.tap, seen.a)
         if seen.a is not None and seen.b is not None:
             if part == "logits":
                 self.tokens += tokens(seen.a, seen.b, seen.exact, seen.start)

@@ -250,6 +250,7 @@ def provenance(report: Report, witness: Witness | None, command: str, repro: str
         taps = witness.taps
         trace.taps = dict(sorted(witness.samples.items(), key=lambda item: item[0] not in taps))  # these before outputs
         trace.manifest |= {"runner": witness.a, "versions": report.versions}
+        trace.manifest |= {"stats_only": True, "shapes_of_taps": witness.shapes}
     said = "".join(f"<dt>{what}</dt><dd><code>{escape(text)}</code></dd>" for what, text in commands)
     judged = (
         "The page holds the report as JSON (gpt2np-report), and the rms, the largest and "

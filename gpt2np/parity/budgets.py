@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..arguments import one_of, strings
 from ..errors import ComparisonError, Gpt2npError, InputError
 from ..weights import Array
 from .cases import Case, case_from_ids
@@ -71,12 +72,11 @@ class Budgets:
 
 def parse_budgets(preset: str, rtol: Sequence[str], atol: Sequence[str]) -> Budgets:
     """--preset, and --rtol / --atol as V (for everything) or NAME:V (for one output)."""
-    if preset not in (AUTO, *PRESETS):
-        raise InputError(f"preset {preset!r} is none of {', '.join((AUTO, *PRESETS))}")
+    one_of("preset", preset, (AUTO, *PRESETS))
     base = AUTO_BUDGET if preset == AUTO else PRESETS[preset]
     values: dict[str, dict[str, float]] = {"rtol": {}, "atol": {}}
     for kind, texts in (("rtol", rtol), ("atol", atol)):
-        for text in texts:
+        for text in strings(kind, texts):
             name, colon, digits = text.rpartition(":")
             try:
                 value = float(digits)

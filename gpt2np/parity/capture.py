@@ -4,40 +4,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..arguments import as_path, flag, one_of, strings, whole_number
 from ..call import Call
 from ..errors import Gpt2npError, InputError
 from ..weights import Array
 from . import trace as traces
 from .cases import Case
+from .checks import ALL_CHECKS
 from .operations import split_tap, tap_names, tap_shape
-from .parties import Ort, Runner
+from .parties import ENGINES, Ort, Runner
 from .report import Report, add_once
 from .subject import Subject
 
 
 @dataclass
 class Options:
-    """What `gpt2np parity` was asked for."""
+    """What `gpt2np parity` was asked for.
+
+    Raises
+    ------
+    InputError
+        If a field is of another type or has a value that cannot be meant.
+    """
 
     model: Path
-    against: list[str] = field(default_factory=list)
-    data: list[Path] = field(default_factory=list)
-    prompts: list[str] = field(default_factory=list)
+    against: Sequence[str] = ()
+    data: Sequence[Path] = ()
+    prompts: Sequence[str] = ()
     random: int = 0
-    ids: list[str] = field(default_factory=list)
+    ids: Sequence[str] = ()
     seed: int = 0
     engine: str = "numba"
     preset: str = "auto"
-    rtol: list[str] = field(default_factory=list)
-    atol: list[str] = field(default_factory=list)
-    checks: tuple[str, ...] = ("outputs",)
+    rtol: Sequence[str] = ()
+    atol: Sequence[str] = ()
+    checks: Sequence[str] = ("outputs",)
     noise_floor: bool = False
     padding: bool = False  # whether rows of padding are compared, too
     skip: int = 0  # random prompts at the beginning that others compare
+
+    def __post_init__(self) -> None:
+        self.model = as_path(self.model)
+        for name in ("against", "prompts", "ids", "rtol", "atol", "checks"):
+            setattr(self, name, strings(name, getattr(self, name)))
+        if isinstance(self.data, (str, Path)) or not isinstance(self.data, Sequence):
+            raise InputError(f"data must be a sequence of paths, got {self.data!r:.60}")
+        self.data = tuple(map(as_path, self.data))
+        for name in ("random", "seed", "skip"):
+            whole_number(name, getattr(self, name), 0)
+        one_of("engine", self.engine, ENGINES)
+        for name in ("noise_floor", "padding"):
+            flag(name, getattr(self, name))
+        for check in self.checks:
+            one_of("a check", check, ALL_CHECKS)
 
 
 def run_case(

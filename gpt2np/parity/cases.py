@@ -41,7 +41,10 @@ class Case(NamedTuple):
 
 
 def cases_from_data(sets: Sequence[DataSet]) -> list[Case]:
-    return [Case(s.name, s.inputs, s) for s in sets]
+    """Data sets as cases; folders of one name, in two places, are told apart by a number: results are kept by name."""
+    names = [s.name for s in sets]
+    times = [names[:i].count(name) for i, name in enumerate(names)]
+    return [Case(f"{s.name} ({n + 1})" if n else s.name, s.inputs, s) for s, n in zip(sets, times, strict=True)]
 
 
 def case_from_ids(model: Subject, name: str, ids: Array, past: Feeds | None = None) -> Case:

@@ -29,6 +29,7 @@ from .report import Check, Table, number
 from .subject import Subject
 
 CHECKS = ("cache", "chunk", "prefix", "batch", "order", "causal", "determinism", "finite")
+ALL_CHECKS = ("outputs", "taps", *CHECKS)
 
 
 def run_checks(

@@ -52,13 +52,19 @@ class Comparison:
     @property
     def wide(self) -> bool:
         """Whether the budget lets noise of the signal's own size pass: nothing is compared then."""
-        m = self.metrics
-        return m is not None and 0 < m.spread <= self.budget.atol + self.budget.rtol * m.rms_expected
+        m, budget = self.metrics, self.budget
+        return m is not None and 0 < (m.spread or m.rms_expected) <= budget.atol + budget.rtol * m.rms_expected
 
     @property
-    def counts(self) -> bool:
-        """Whether it compared anything: some numbers, under a budget that wrong ones would not pass."""
-        return self.metrics is not None and self.metrics.elements > 0 and not self.wide
+    def idle(self) -> str:
+        """Why it compares nothing, as tables say it; "" where wrong numbers would be seen.
+
+        NaN is what many mistakes give, so that NaN in both parties says nothing.
+        """
+        m = self.metrics
+        if m is None or not m.elements:
+            return "empty"
+        return "not finite" if m.elements == max(m.nonfinite) else "too wide" if self.wide else ""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -174,7 +180,7 @@ def _compare_arrays(
             return
         result.metrics = measure(a, b, result.budget, keep)
         rows = seen_rows(call) if call is not None and keep is not None else None
-        if role == "logits" and (rows is None or a.size == rows.size * a.shape[-1]):
+        if role == "logits" and a.ndim and a.size and (rows is None or a.size == rows.size * a.shape[-1]):
             seen = slice(None) if rows is None else rows.reshape(-1)
             result.top = top_k(a.reshape(-1, a.shape[-1])[seen], b.reshape(-1, b.shape[-1])[seen], result.budget)
     except ComparisonError as error:

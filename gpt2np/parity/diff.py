@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from ..arguments import as_path, flag, strings
 from ..call import Call
 from ..errors import Gpt2npError, InputError, TraceError
 from ..weights import Array
 from . import trace as traces
 from .budgets import Arbiter, Budgets, parse_budgets
 from .capture import run_case, taps_from
-from .cases import Case, case_from_ids, default_cases, pick
+from .cases import Case, case_from_ids, gather_cases, pick
 from .compare import Comparison, by_one_alone, compare_arrays, parties
 from .digits import show_digits, significant_digits
 from .explain.problem import Clock
@@ -37,11 +40,28 @@ def diff(
     atol: Sequence[str] = (), local: bool = False, repro: Path | None = None, padding: bool = False,
     replace: Sequence[str] = (), digits: bool = False, clock: Clock | None = None, watch: Watch | None = None,
 ) -> Report:  # fmt: skip
-    """Two parties against each other on every case; where they differ, which operation and why."""
-    budgets = parse_budgets(preset, rtol, atol)
+    """Two parties against each other on every case; where they differ, which operation and why.
+
+    Raises
+    ------
+    InputError
+        Before any work, if an argument is of another type.
+    """
+    budgets, replace = parse_budgets(preset, rtol, atol), strings("replace", replace)
+    a, b, oracle, repro = texts_and_path(a, b, oracle, repro)
+    check_kinds(cases, local=local, padding=padding, digits=digits)
     files = [path for text in (a, b) if (path := model_of(text)) is not None]
     judge = model_of(oracle) if oracle else None
     if not files and judge is None:
+        needy = {
+            "--local": local,
+            "--dump-repro": repro,
+            "--padding": padding,
+            "--replace": replace,
+            "--digits": digits,
+        }
+        for option in [option for option, value in needy.items() if value]:
+            raise InputError(f"{option} needs a model.onnx as a party; {a} and {b} are compared as they are")
         return diff_traces(a, b, budgets, watch)
     subjects = {path: Subject(path) for path in dict.fromkeys([*files, *([judge] if judge is not None else [])])}
     model = next((s for s in subjects.values() if s.found is not None), next(iter(subjects.values())))
@@ -55,9 +75,9 @@ def diff(
     check_replace(replace, model, runners[1])
     report = Report(f"A {a}, B {b}", parties(runners, []), str(budgets.default), versions=versions(), watch=watch)
     report.port = port_of(runners)
-    chosen = case_of_trace(model, runners) or cases(model)
-    if not chosen:
-        chosen = default_cases(model)
+    asked = distinct(cases(model))
+    chosen = case_of_trace(model, runners, asked, report) or asked or gather_cases(model, (), (), 0, 0)
+    if not asked and all(case.name.startswith("random_") for case in chosen):
         add_once(report.findings, "no input was given: compared on random prompts")
     results = compare_cases(report, model, runners, chosen, budgets, padding)
     other = next((s for s in subjects.values() if s is not model and s.path in files), None)
@@ -83,6 +103,31 @@ def diff(
     what_else(report, model, pair, row, replace, digits)
     save_repro(report, model, call, row, given, repro)
     return report
+
+
+def texts_and_path(a: Any, b: Any, oracle: Any, repro: Any) -> tuple[str, str, str | None, Path | None]:
+    """Names of parties as texts, which may be given as paths, and the folder as a path; InputError for others."""
+    for given in (a, b):
+        as_path(given)
+    return str(a), str(b), None if oracle is None else str(as_path(oracle)), None if repro is None else as_path(repro)
+
+
+def check_kinds(cases: Any, **flags: Any) -> None:
+    """InputError unless the cases are a function, and the flags True or False."""
+    if not callable(cases):
+        raise InputError(f"cases must be a function of the model that gives a list of cases, got {cases!r:.60}")
+    for name, value in flags.items():
+        flag(name, value)
+
+
+def distinct(cases: Iterable[Case]) -> list[Case]:
+    """Cases as a list; InputError where two have one name, under which one result alone would be kept."""
+    found = list(cases)
+    names = [case.name for case in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two cases are called {name!r}: names of cases must differ")
+    return found
 
 
 def what_else(
@@ -125,18 +170,38 @@ def two_runners(model: Subject, subjects: dict[Path, Subject], a: str, b: str) -
     return runners
 
 
-def case_of_trace(model: Subject, runners: Sequence[Runner]) -> list[Case]:
-    """The call that a trace, or arrays with their inputs (or token ids alone) among them, were recorded on."""
+def case_of_trace(model: Subject, runners: Sequence[Runner], asked: Sequence[Case], report: Report) -> list[Case]:
+    """The call that a trace, or arrays with their inputs (or token ids alone) among them, were recorded on.
+
+    Raises
+    ------
+    InputError
+        If inputs are asked for, and the trace was recorded on none of them.
+    """
     for runner in runners:
-        if isinstance(runner, TraceRunner) and runner.trace.inputs:
-            inputs = runner.trace.inputs
-            ids = next(port.name for port in model.recognised.inputs if port.role == "input_ids")
-            if set(model.input_names) <= set(inputs):
-                return [Case("trace", {n: inputs[n] for n in model.input_names}, None)]
-            if runner.trace.plain and ids in inputs:
-                case = case_from_ids(model, "trace", inputs[ids].reshape(-1, inputs[ids].shape[-1]))
-                return [case._replace(feeds=case.feeds | inputs)]
+        if not isinstance(runner, TraceRunner) or (held := recorded_call(model, runner)) is None:
+            continue
+        fed = held.feeds
+        same = [c for c in asked if all(n in fed and np.array_equal(v, fed[n]) for n, v in c.feeds.items())]
+        others = ", ".join(case.name for case in asked if case.name not in {one.name for one in same})
+        if asked and not same:
+            raise InputError(f"{runner.path} was recorded on other inputs than {others}: give its own, or none")
+        if others:
+            report.not_compared.append(f"{others}: {runner.path} was recorded on other inputs")
+        return same or [held]
     return []
+
+
+def recorded_call(model: Subject, runner: TraceRunner) -> Case | None:
+    """The call that a trace holds the inputs of; None where it does not hold enough of them."""
+    inputs = runner.trace.inputs
+    ids = next(port.name for port in model.recognised.inputs if port.role == "input_ids")
+    if set(model.input_names) <= set(inputs):
+        return Case("trace", {n: inputs[n] for n in model.input_names}, None)
+    if runner.trace.plain and ids in inputs:
+        case = case_from_ids(model, "trace", inputs[ids].reshape(-1, inputs[ids].shape[-1]))
+        return case._replace(feeds=case.feeds | inputs)
+    return None
 
 
 def compare_cases(
@@ -211,6 +276,7 @@ def diff_traces(a: str, b: str, budgets: Budgets, watch: Watch | None = None) ->
             arrays = {n: as_array(v, f"{b if one is y else a} holds {n!r}") for n, v in one.taps.items()}
             forms = [f"{n} is {form}" for n, v in one.taps.items() if (form := form_of(v))]
             add_once(report.findings, *forms)
+            one.inputs = inputs_among(arrays, other)
             one.outputs = {n: v for n, v in arrays.items() if n in other.outputs}
             one.taps = {n: v for n, v in arrays.items() if n not in other.outputs}
     if bool(x.manifest.get("stats_only")) != bool(y.manifest.get("stats_only")):
@@ -226,6 +292,7 @@ def diff_traces(a: str, b: str, budgets: Budgets, watch: Watch | None = None) ->
         for name in [n for n in left if n in right]:
             result = Comparison("trace", name, names[1], names[0], budgets(name))
             compare_arrays(result, right[name], left[name], None, None, budgets)
+            result.problem = result.problem or traces.shapes_apart(y, x, name)
             report.comparisons.append(result)
             if watch is not None and left[name].shape == right[name].shape:
                 watch.see(Seen(name, 0, left[name], right[name]))
@@ -237,9 +304,19 @@ def diff_traces(a: str, b: str, budgets: Budgets, watch: Watch | None = None) ->
     return report
 
 
+def inputs_among(arrays: dict[str, Array], golden: traces.Trace) -> dict[str, Array]:
+    """The inputs of a trace out of plain arrays, in its shapes: under their own names, or a single one as input_ids."""
+    names = {name: name for name in golden.inputs if name in arrays}
+    if not names and len(golden.inputs) == 1 and "input_ids" in arrays:
+        names = {"input_ids": next(iter(golden.inputs))}
+    found = {its: arrays.pop(name) for name, its in names.items()}
+    shapes = {name: golden.inputs[name].shape for name in found}
+    return {n: v.reshape(shapes[n]) if v.size == math.prod(shapes[n]) else v for n, v in found.items()}
+
+
 def check_same_inputs(x: traces.Trace, y: traces.Trace, a: str, b: str, report: Report) -> None:
     """Refuse traces of different inputs; say what plain arrays, and traces of two files, leave open."""
-    if x.plain or y.plain:
+    if (x.plain or y.plain) and not x.inputs.keys() & y.inputs.keys():
         report.not_compared.append(f"the inputs: {b if y.plain else a} does not say what it was recorded on")
         return
     for name in sorted({*x.inputs, *y.inputs}):

@@ -27,6 +27,8 @@ def as_array(value: Any, who: str) -> Array:
         value = (value.float() if str(value.dtype) in NARROW_TORCH else value).resolve_conj().numpy()
     if value is None:
         raise ComparisonError(f"{who} as None, which is no array")
+    if hasattr(value, "harden_mask") and np.any(value.mask):  # known without importing NumPy's masked arrays
+        raise ComparisonError(f"{who} as a masked array: what its mask hides is no number; fill it before")
     try:
         array = np.asarray(value)
     except (ValueError, TypeError) as error:
@@ -58,7 +60,7 @@ def named(given: Any, outputs: Sequence[str], who: str) -> dict[str, Any]:
     Raises
     ------
     ComparisonError
-        If it is none of these, or holds another number of arrays than there are outputs.
+        If it is none of these, holds another number of arrays than there are outputs, or two under one name.
     """
     if given is None:
         raise ComparisonError(f"{who} returned None: return an array, a tuple in the order of the outputs, or a dict")
@@ -66,7 +68,12 @@ def named(given: Any, outputs: Sequence[str], who: str) -> dict[str, Any]:
     if fields is not None and isinstance(given, tuple):  # a named tuple, as gpt2np's Output
         given = dict(zip(fields, given, strict=True))
     if isinstance(given, Mapping):
-        return {key: value for name, held in given.items() if held is not None for key, value in _past(str(name), held)}
+        found: dict[str, Any] = {}
+        for key, value in (pair for name, held in given.items() if held is not None for pair in _past(str(name), held)):
+            if key in found:  # as 1 and "1", or in past_key_values and by itself
+                raise ComparisonError(f"{who}: {key!r} is there twice, and one alone would be compared")
+            found[key] = value
+        return found
     if isinstance(given, (tuple, list)) and any(hasattr(v, "shape") or isinstance(v, (tuple, list)) for v in given):
         flat = list(_flat(given))
         if all(hasattr(v, "shape") for v in flat):

@@ -135,9 +135,15 @@ def measure(actual: Array, expected: Array, budget: Budget, keep: Array | None =
         scaled_ulp=sums.scaled,
         max_ulp=sums.ulps,
         nonfinite=(sums.nonfinite_a, sums.nonfinite_b),
-        spread=math.sqrt(max(sums.bb / n - (sums.total / n) ** 2, 0.0)) if math.isfinite(sums.bb) else math.inf,
+        spread=_spread(sums.bb / n, sums.total / n),
         left_out=left_out,
     )
+
+
+def _spread(square: float, mean: float) -> float:
+    """Standard deviation by the mean square and the mean; 0 where the difference is what float64 rounds away."""
+    variance = square - mean**2 if math.isfinite(square) else math.inf
+    return math.sqrt(variance) if variance > 1e-13 * square else 0.0
 
 
 def _check_real(*arrays: Array) -> None:

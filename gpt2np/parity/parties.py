@@ -310,7 +310,10 @@ class Function:
         assert self.model is not None
         given = self.call(feeds)
         arrays = named(given, self.model.output_names, self.name)
-        return sorted_out(self.model, feeds, arrays, f"{self.name} returned", outputs, taps)
+        found = sorted_out(self.model, feeds, arrays, f"{self.name} returned", outputs, taps)
+        # copies: a port may write the results of its next call into the same memory
+        made, held = ({name: np.array(v) for name, v in some.items()} for some in (found.outputs, found.taps))
+        return found._replace(outputs=made, taps=held)
 
 
 def _module(name: str) -> Any:

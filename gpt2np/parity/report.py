@@ -130,7 +130,7 @@ class Report:
         """0 pass, 1 a comparison failed, 3 nothing was compared under a budget that tells right from wrong."""
         if any(not c.ok for c in self.comparisons) or any(c.ok is False for c in self.checks):
             return 1
-        return 0 if any(c.counts for c in self.comparisons) or any(c.ok for c in self.checks) else 3
+        return 0 if any(not c.idle for c in self.comparisons) or any(c.ok for c in self.checks) else 3
 
     def as_dict(self) -> dict[str, Any]:
         """Strict JSON: infinities as strings."""

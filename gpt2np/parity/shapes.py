@@ -13,6 +13,7 @@ from ..weights import Array
 from .metrics import Budget, measure
 
 SIMILAR = 0.9  # cosine from which two arrays are taken for the same thing with errors
+MOST_AXES = 8  # of arrays whose axes are tried in every order: 40,320 orders
 
 
 class Fit(NamedTuple):
@@ -52,7 +53,7 @@ def _readings(a: Array, e: Array, role: str) -> Iterator[Fit]:
         yield Fit(a.reshape(e.shape), whole, "the same but for how the batch is divided into axes", True)
     if role in ("logits", "last_hidden_state") and e.ndim > 1 and e.shape[-2] > 1:
         yield from _one_position(a, e)
-    if a.ndim == e.ndim and sorted(a.shape) == sorted(e.shape):
+    if a.ndim == e.ndim <= MOST_AXES and sorted(a.shape) == sorted(e.shape):
         orders = [o for o in permutations(range(a.ndim)) if a.transpose(o).shape == e.shape]
         for order in sorted(orders, key=lambda o: sum(i != j for i, j in enumerate(o)))[:24]:
             yield Fit(a.transpose(order), whole, _exchange(order, role), False)

@@ -90,7 +90,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table | None:
             expected,
             group[0].budget,
             [c.metrics.shape for c in group if c.metrics],
-            any(c.wide for c in group),
+            {c.idle for c in group},
         )
         if fine and merged and key == last:
             merged[-1] += group
@@ -111,8 +111,8 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table | None:
         where = place_of(worst.case, m.at, cases)
         if len(names) > 1:
             where = f"{worst.output} {where}"
-        ok, wide = all(c.ok for c in group), any(c.wide for c in group)
-        word = "FAIL" if not ok else "too wide" if wide else "ok"
+        ok, idle = all(c.ok for c in group), next((c.idle for c in group if c.idle), "")
+        word = (idle or "ok") if ok else "FAIL"
         budget = (f"{worst.budget.rtol:g}", f"{worst.budget.atol:.3g}") if len(budgets) > 1 else ()
         outside = sum(c.metrics.failing for c in group if c.metrics)
         rows.append((
@@ -120,11 +120,13 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table | None:
             number(max(c.metrics.rms for c in group if c.metrics)), *budget,
             f"{outside:,} of {sum(c.metrics.elements for c in group if c.metrics):,}" if outside else "0", word,
         ))  # fmt: skip
-        styles.append("red" if not ok else "yellow" if wide else "")
+        styles.append("red" if not ok else "yellow" if idle else "")
     head = ("output", "parties", ">max abs", "at", ">rms", *((">rtol", ">atol") * (len(budgets) > 1)), ">outside", "")
     notes = []
     if any("too wide" in row for row in rows):
         notes.append("too wide: noise of the signal's own size would pass this budget, so the row compares nothing")
+    if any("not finite" in row for row in rows):
+        notes.append("not finite: both hold nothing but NaN or infinities there, which many mistakes give")
     if any(c.noise for c in comparisons):
         notes.append("outside: numbers beyond the budget; those of rows marked ok are rounding by the float64 run")
     return Table("", head, rows, styles, notes, ("rms", "at"))
@@ -188,6 +190,8 @@ def sentences(report: Report) -> list[Sentence]:
         text = "NOTHING COMPARED"
         if any(c.wide for c in measured):
             text += ": the budget is as wide as the signal, so noise would pass it; give --rtol and --atol, or --preset"
+        elif any(c.idle == "not finite" for c in measured):
+            text += ": all numbers are NaN or infinite in both, which many mistakes give"
         return [Sentence("verdict", text, "bold yellow")]
     notes = [Sentence("note", text) for text in report.findings]
     if code == 0:
@@ -346,6 +350,9 @@ def left_out(report: Report) -> list[str]:
     wide = list(dict.fromkeys(c.output for c in report.comparisons if c.wide))
     if wide:
         texts.append(f"{_shown(wide)} under a budget as wide as the signal")
+    alike = [c.output for c in report.comparisons if c.ok and c.metrics is not None and max(c.metrics.nonfinite)]
+    if alike:
+        texts.append(f"{_shown(list(dict.fromkeys(alike)))} where both are NaN or the same infinity")
     unmade: dict[str, list[str]] = {}
     for check in report.checks:
         if check.ok is None:

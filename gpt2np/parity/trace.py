@@ -1,7 +1,8 @@
 """Golden traces: outputs and taps of one call in one .npz, with a manifest of where they come from.
 
 The arrays lie in the file as `input/NAME`, `output/NAME` and `tap/NAME`; `manifest` is JSON. With statistics
-only, each tap is replaced by its rms, largest value, and a few elements at fixed places, a row of `statistics` each.
+only, each tap is replaced by its rms, largest value, and a few elements at fixed places, a row of `statistics` each;
+the manifest keeps the taps' shapes.
 
 What a port writes with `np.savez("port.npz", **arrays)` under the names of taps and outputs is read as well: a
 trace without a manifest, of which nobody can say what input it was recorded on.
@@ -60,6 +61,19 @@ def statistics(value: Array, samples: int = 14) -> Array:
         return np.concatenate([[np.sqrt(np.mean(flat * flat)), np.abs(flat).max()], flat[places]])
 
 
+def summed_up(trace: Trace) -> Trace:
+    """The same trace with statistics of its taps in place of them, and their shapes in the manifest."""
+    if trace.manifest.get("stats_only"):
+        return trace
+    taps = {name: statistics(value) for name, value in trace.taps.items()}
+    manifest = {**trace.manifest, "stats_only": True, "shapes_of_taps": _shapes(trace.taps)}
+    return Trace(trace.inputs, trace.outputs, taps, manifest)
+
+
+def _shapes(arrays: Mapping[str, Array]) -> dict[str, list[int]]:
+    return {name: list(value.shape) for name, value in arrays.items()}
+
+
 def alike(x: Trace, y: Trace) -> None:
     """Where one of two traces holds statistics, whole arrays of the other one become such statistics, too."""
     for one, other in ((x, y), (y, x)):
@@ -67,14 +81,20 @@ def alike(x: Trace, y: Trace) -> None:
             whole = {**other.outputs, **other.taps}
             other.taps = {n: statistics(whole[n], v.size - 2) for n, v in one.taps.items() if n in whole}
             other.outputs = {n: v for n, v in other.outputs.items() if n not in other.taps}
+            other.manifest = {**other.manifest, "shapes_of_taps": _shapes(whole)}
+
+
+def shapes_apart(actual: Trace, expected: Trace, tap: str) -> str:
+    """That statistics are of arrays of other shapes, in words; "" where they are not, or nobody knows."""
+    mine, its = (trace.manifest.get("shapes_of_taps", {}).get(tap) for trace in (actual, expected))
+    apart = tap in expected.taps and None not in (mine, its) and mine != its
+    return f"shape {tuple(mine)}, expected {tuple(its)}: only statistics of both are known" if apart else ""
 
 
 def save(path: str | Path, trace: Trace, stats_only: bool = False) -> None:
     """Write a trace whole or not at all; with `stats_only`, statistics of its taps in place of them."""
     path = as_path(path)
-    done = bool(trace.manifest.get("stats_only"))
-    taps = {n: statistics(v) for n, v in trace.taps.items()} if stats_only and not done else trace.taps
-    manifest, arrays = described(Trace(trace.inputs, trace.outputs, taps, trace.manifest), stats_only or done)
+    manifest, arrays = described(summed_up(trace) if stats_only else trace)
     text = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
     with replacing(path) as draft, open(draft, "wb") as file:
         write_arrays(file, {"manifest": text, **arrays}.items(), zipfile.ZIP_DEFLATED)
@@ -83,10 +103,11 @@ def save(path: str | Path, trace: Trace, stats_only: bool = False) -> None:
             os.fsync(file.fileno())
 
 
-def described(trace: Trace, stats_only: bool) -> tuple[dict[str, Any], dict[str, Array]]:
+def described(trace: Trace) -> tuple[dict[str, Any], dict[str, Array]]:
     """The manifest, and the arrays by their names in the file."""
     arrays = {f"input/{n}": v for n, v in trace.inputs.items()}
     arrays |= {f"output/{n}": v for n, v in trace.outputs.items()}
+    stats_only = bool(trace.manifest.get("stats_only"))
     manifest = {**trace.manifest, "kind": KIND, "schema": SCHEMA, "stats_only": stats_only}
     if stats_only and trace.taps:  # one array: each by itself would cost 300 bytes in the archive
         arrays["statistics"] = np.stack(list(trace.taps.values()))
@@ -99,7 +120,7 @@ def described(trace: Trace, stats_only: bool) -> tuple[dict[str, Any], dict[str,
 
 def embedded(trace: Trace) -> dict[str, Any]:
     """A trace whose taps are statistics, as JSON that a page holds; `load` reads the page."""
-    manifest, arrays = described(trace, stats_only=True)
+    manifest, arrays = described(trace)
     return {
         "manifest": manifest,
         "arrays": {n: base64.b64encode(np.ascontiguousarray(v).tobytes()).decode() for n, v in arrays.items()},
@@ -156,6 +177,13 @@ def _sorted(path: Path, arrays: dict[str, Array], manifest: dict[str, Any]) -> T
         if kind not in parts:
             raise TraceError(f"{path}: unexpected array {name!r}")
         parts[kind][rest] = value
+    if len(parts["tap"]) != len(names) + sum(name.startswith("tap/") for name in arrays):
+        raise TraceError(f"{path}: one tap is there twice")
+    shapes = manifest.get("shapes_of_taps", {})
+    odd = [n for n, v in parts["tap"].items() if v.dtype.kind != "f" or v.ndim != 1 or v.size < 3]
+    if manifest["stats_only"] and (odd or not isinstance(shapes, dict)):
+        what = f"{odd[0]!r} is no row of statistics" if odd else "its manifest holds no shapes of taps"
+        raise TraceError(f"{path}: {what}")
     return Trace(parts["input"], parts["output"], parts["tap"], manifest)
 
 

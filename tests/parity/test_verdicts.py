@@ -30,6 +30,7 @@ from gpt2np.parity.run import parity
 from gpt2np.parity.shapes import fit
 from gpt2np.parity.subject import Subject
 from gpt2np.parity.text import lines_of
+from gpt2np.parity.trace import Trace, load, save
 
 Arrays = dict[str, np.ndarray]
 IDS = np.array([[5, 17, 30, 2, 7, 7, 19, 34]])
@@ -527,3 +528,163 @@ def test_tensors_of_torch_are_read() -> None:
     value = np.array([[0.5, -2.0, 384.0]], np.float32)
     for tensor in (torch.tensor(value, requires_grad=True), torch.tensor(value).bfloat16()):
         assert np.array_equal(as_array(tensor, "port gives 'logits'"), value)
+
+
+# ------------------------------------------------------------------------------------- what a caller may get wrong
+
+
+def two(tmp_path: Path, a: object, b: object, **options: object) -> Report:
+    """Two sets of plain arrays against each other, each under the name logits."""
+    for name, value in (("a", a), ("b", b)):
+        np.savez(tmp_path / f"{name}.npz", logits=value)  # type: ignore[arg-type]
+    return diff(str(tmp_path / "a.npz"), str(tmp_path / "b.npz"), lambda m: [], **options)  # type: ignore[arg-type]
+
+
+def test_nan_in_both_compares_nothing(tmp_path: Path) -> None:
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    nothing = two(tmp_path, x * np.nan, x * np.nan)
+    assert nothing.exit_code == 3
+    assert "NOTHING COMPARED: all numbers are NaN or infinite in both" in said(nothing)
+    assert "not finite" in said(nothing)
+    some = two(tmp_path, np.where(x > 4, np.nan, x), np.where(x > 4, np.nan, x))
+    assert some.exit_code == 0
+    assert "logits where both are NaN or the same infinity" in said(some)
+    assert two(tmp_path, x * np.nan, x).exit_code == 1
+
+
+def test_a_constant_is_compared_under_a_budget_smaller_than_itself(tmp_path: Path) -> None:
+    x = np.full(1000, 1.1)
+    assert two(tmp_path, x, x + 1e-5).exit_code == 0
+    assert two(tmp_path, x, x + 1e-5, atol=["100"]).exit_code == 3
+    assert two(tmp_path, np.float32(5), np.float32(0), rtol=["1"]).exit_code == 3
+
+
+def test_odd_shapes_of_logits_are_compared(tmp_path: Path) -> None:
+    assert two(tmp_path, np.float32(3), np.float32(3)).exit_code == 0
+    assert two(tmp_path, np.zeros((2, 0)), np.zeros((2, 0))).exit_code == 3
+    x = np.arange(6.0).reshape(*(1,) * 12, 2, 3)
+    assert two(tmp_path, x, x.swapaxes(-1, -2)).exit_code == 1  # and not after 14! orders of axes
+
+
+def test_inputs_among_plain_arrays_are_those_of_the_trace(right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
+    _, case, outputs = right
+    golden = tmp_path / "golden.npz"
+    save(golden, Trace(case.feeds, outputs, {}))
+    for name, ids, same in (("input1", IDS[0], True), ("input_ids", IDS, True), ("input_ids", IDS + 1, False)):
+        np.savez(tmp_path / "port.npz", **{name: ids}, **outputs)
+        if same:
+            report = diff(str(golden), str(tmp_path / "port.npz"), lambda m: [])
+            assert report.exit_code == 0
+            assert report.not_compared == []
+        else:
+            with pytest.raises(TraceError, match="were recorded on different inputs: 'input1' differs"):
+                diff(str(golden), str(tmp_path / "port.npz"), lambda m: [])
+
+
+def test_inputs_that_are_asked_for_are_those_of_the_trace(right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
+    path, case, outputs = right
+    model, golden = str(path), tmp_path / "golden.npz"
+    save(golden, Trace(case.feeds, outputs, {}))
+    other = case_from_ids(Subject(path), "other", IDS + 1)
+    assert diff(model, str(golden), lambda m: []).exit_code == 0
+    report = diff(model, str(golden), lambda m: [other, case])
+    assert ({c.case for c in report.comparisons}, report.exit_code) == ({"ids"}, 0)
+    assert f"other: {golden} was recorded on other inputs" in report.not_compared
+    with pytest.raises(InputError, match="was recorded on other inputs than other"):
+        diff(model, str(golden), lambda m: [other])
+    result = CliRunner().invoke(app, ["diff", str(golden), str(golden), "--ids", "1,2,3"])
+    assert isinstance(result.exception, InputError)
+    assert "inputs for a model.onnx" in str(result.exception)
+    with pytest.raises(InputError, match="--local needs a model"):
+        diff(str(golden), str(golden), lambda m: [], local=True)
+
+
+def test_statistics_of_other_shapes_differ(right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
+    path, case, _ = right
+    taps = Ours(Subject(path), "numpy").run(case.feeds, False, ["embed", "h.0.ln_1"]).taps
+    turned = {name: value.reshape(value.shape[::-1]) for name, value in taps.items()}
+    save(tmp_path / "golden.npz", Trace(case.feeds, {}, taps), stats_only=True)
+    save(tmp_path / "turned.npz", Trace(case.feeds, {}, turned), stats_only=True)
+    np.savez(tmp_path / "plain.npz", **turned)
+    for name in ("turned", "plain"):
+        report = diff(str(tmp_path / "golden.npz"), str(tmp_path / f"{name}.npz"), lambda m: [])
+        assert report.exit_code == 1
+        assert "expected (1, 8, 12): only statistics of both are known" in said(report)
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "words"),
+    [
+        (np.zeros((2, 2)), ["embed", "ln_f"], "'embed' is no row of statistics"),
+        (np.zeros((2, 16), complex), ["embed", "ln_f"], "'embed' is no row of statistics"),
+        (np.zeros((2, 16)), ["embed", "embed"], "one tap is there twice"),
+    ],
+)
+def test_statistics_that_are_none_are_told(rows: np.ndarray, names: list[str], words: str, tmp_path: Path) -> None:
+    manifest = {
+        "kind": "gpt2np trace", "schema": 2, "stats_only": True, "rows_of_statistics": names,
+        "arrays": {"statistics": {"shape": list(rows.shape), "dtype": rows.dtype.str}},
+    }  # fmt: skip
+    text = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
+    np.savez(tmp_path / "odd.npz", manifest=text, statistics=rows)
+    with pytest.raises(TraceError, match=words):
+        load(tmp_path / "odd.npz")
+
+
+def test_a_port_may_write_every_result_into_the_same_memory(folder: Path, tmp_path: Path) -> None:
+    """As a port in C with static buffers does: two calls of it are compared, not one with itself."""
+    path = folder / "zoo" / "model.onnx"
+    (tmp_path / "static_port.py").write_text(
+        "import numpy as np, gpt2np\n"
+        f"session, memory = gpt2np.InferenceSession({str(path)!r}, engine='numpy'), {{}}\n"
+        "names = [o.name for o in session.get_outputs()]\n"
+        "def forward(feeds):\n"
+        "    for name, value in zip(names, session.run(names, feeds)):\n"
+        "        memory.setdefault(name, np.zeros(1 << 16, np.float32))[:value.size] = value.ravel()\n"
+        "        yield memory[name][:value.size].reshape(value.shape)\n"
+        "def port(feeds):\n"
+        "    return list(forward(feeds))\n"
+    )
+    checks = ("outputs", "prefix", "batch", "order", "causal", "determinism")
+    port = f"{tmp_path / 'static_port.py'}:port"
+    report = parity(Options(path, against=[port], ids=["5,17,30,2", "7,19"], engine="numpy", checks=checks))
+    assert report.exit_code == 0, said(report)
+
+
+def test_data_sets_of_one_name_are_two_cases(right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
+    path, case, outputs = right
+    wrong = {name: value + 1 for name, value in outputs.items()}
+    folders = [tmp_path / name / "test_data_set_0" for name in ("wrong", "right")]
+    for place, made in zip(folders, (wrong, outputs), strict=True):
+        save_set(place, case.feeds, made)
+    report = parity(Options(path, data=folders, engine="numpy"))
+    assert {c.case for c in report.comparisons if not c.ok} == {"test_data_set_0"}
+    assert {c.case for c in report.comparisons} == {"test_data_set_0", "test_data_set_0 (2)"}
+    with pytest.raises(InputError, match="two cases are called 'ids'"):
+        diff(str(path), "numpy", lambda m: iter([case, case]))  # type: ignore[arg-type,return-value]
+
+
+WRONG: dict[str, object] = {
+    "against": "ort", "prompts": [3], "ids": b"1", "rtol": 1e-3, "atol": [1e-3], "data": "folder", "random": 1.5,
+    "seed": -1, "skip": True, "engine": None, "checks": ["output"], "noise_floor": "yes", "padding": 1, "model": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_options_of_another_type_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="must be|expected a path"):
+        Options(**{"model": Path("model.onnx"), name: WRONG[name]})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("a", None), ("b", 3), ("cases", []), ("oracle", 1.5), ("preset", np.zeros(2)), ("rtol", "0.1"), ("atol", 1e-3),
+        ("local", "x"), ("repro", 3), ("padding", None), ("replace", "embed"), ("digits", 2),
+    ],
+)  # fmt: skip
+def test_arguments_of_diff_of_another_type_are_refused(
+    right: tuple[Path, Case, Arrays], name: str, value: object
+) -> None:
+    with pytest.raises(InputError, match="must be|expected a path"):
+        diff(**{"a": str(right[0]), "b": "numpy", "cases": lambda m: [right[1]], name: value})  # type: ignore[arg-type]
