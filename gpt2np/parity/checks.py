@@ -136,8 +136,10 @@ def by_position(a: Array, b: Array) -> list[float]:
 
 
 def judged(name: str, what: str, a: Array, b: Array, budget: Budget) -> Check:
-    """Within the budget everywhere, or not; and where it is worst."""
+    """Within the budget everywhere, or not; and where it is worst. NaN against NaN alone is no check."""
     errors = by_position(a, b)
+    if not (np.isfinite(a).any() or np.isfinite(b).any()):
+        return Check(name, None, f"{what}: all numbers are NaN or infinite", errors)
     outside = difference(a, b) > budget.atol + budget.rtol * np.abs(np.nan_to_num(b))
     worst = int(np.argmax(errors)) if errors else 0
     text = f"{what}: max abs {number(max(errors, default=0.0))}"

@@ -12,6 +12,7 @@ import numpy as np
 from ..arguments import as_path, flag, strings
 from ..call import Call
 from ..errors import Gpt2npError, InputError, TraceError
+from ..files import located
 from ..weights import Array
 from . import trace as traces
 from .budgets import Arbiter, Budgets, parse_budgets
@@ -193,15 +194,25 @@ def case_of_trace(model: Subject, runners: Sequence[Runner], asked: Sequence[Cas
 
 
 def recorded_call(model: Subject, runner: TraceRunner) -> Case | None:
-    """The call that a trace holds the inputs of; None where it does not hold enough of them."""
+    """The call that a trace holds the inputs of; None where it does not hold enough of them.
+
+    Raises
+    ------
+    InputError
+        If the model cannot be called with them.
+    """
     inputs = runner.trace.inputs
     ids = next(port.name for port in model.recognised.inputs if port.role == "input_ids")
     if set(model.input_names) <= set(inputs):
-        return Case("trace", {n: inputs[n] for n in model.input_names}, None)
-    if runner.trace.plain and ids in inputs:
+        case = Case("trace", {n: inputs[n] for n in model.input_names}, None)
+    elif runner.trace.plain and ids in inputs:
         case = case_from_ids(model, "trace", inputs[ids].reshape(-1, inputs[ids].shape[-1]))
-        return case._replace(feeds=case.feeds | inputs)
-    return None
+        case = case._replace(feeds=case.feeds | inputs)
+    else:
+        return None
+    with located(runner.path):
+        model.call(case.feeds)
+    return case
 
 
 def compare_cases(

@@ -28,6 +28,7 @@ from .trace import is_trace, load
 
 if TYPE_CHECKING:
     from ..model import GPT2, Output
+    from ..onnx.recognise import Port
     from ..reference import Tap
     from ..session import InferenceSession
 
@@ -247,16 +248,14 @@ class TraceRunner:
         self.name = path.stem
         if self.trace.manifest["stats_only"]:
             raise TraceError(f"{path}: holds statistics of taps only, not the taps")
-        if self.trace.plain:  # inputs among the arrays, as NAME or input/NAME, say what they were recorded on
+        if self.trace.plain:  # inputs among the arrays say what they were recorded on
             taps = self.trace.taps
-            for name in model.input_names:
-                for held in (name, f"input/{name}"):
-                    if held in taps:
-                        self.trace.inputs[name] = as_array(taps.pop(held), f"{path} holds {held!r}")
-            ids = next(port for port in model.recognised.inputs if port.role == "input_ids")
-            if ids.name not in self.trace.inputs and "input_ids" in taps:  # the role, where the file has another name
-                value = as_array(taps.pop("input_ids"), f"{path} holds 'input_ids'")
-                self.trace.inputs[ids.name] = value.reshape((1,) * (len(ids.shape) - value.ndim) + value.shape)
+            for port in model.recognised.inputs:
+                role = ("input_ids",) if port.role == "input_ids" else ()  # where the file has another name for them
+                for held in (port.name, f"input/{port.name}", *role):
+                    if held in taps and port.name not in self.trace.inputs:
+                        value = as_array(taps.pop(held), f"{path} holds {held!r}")
+                        self.trace.inputs[port.name] = as_declared(value, port)
 
     def run(self, feeds: Feeds, outputs: bool = True, taps: Sequence[str] = ()) -> Captured:
         for name, value in feeds.items():
@@ -265,6 +264,16 @@ class TraceRunner:
                 raise TraceError(f"{self.path}: recorded on other inputs ({name!r} differs)")
         given = {**self.trace.outputs, **self.trace.taps}
         return sorted_out(self.model, feeds, given, f"{self.path} holds", outputs, taps)
+
+
+def as_declared(value: Array, port: Port) -> Array:
+    """An input that a port wrote, in the file's type and number of axes: int32 for int64, (T,) for (1, B, T)."""
+    wanted, more = np.dtype(port.dtype), len(port.shape) - value.ndim
+    if {value.dtype.kind, wanted.kind} <= {"i", "u"} or value.dtype.kind == wanted.kind:
+        value = value.astype(wanted)
+    if more < 0 and value.shape[:-more] == (1,) * -more:
+        return value.reshape(value.shape[-more:])
+    return value.reshape((1,) * more + value.shape)
 
 
 class Function:

@@ -19,6 +19,7 @@ from gpt2np.onnx.read.datasets import save_set
 from gpt2np.parity.budgets import AUTO_BUDGET, Arbiter, parse_budgets
 from gpt2np.parity.capture import Options
 from gpt2np.parity.cases import Case, case_from_ids, gather_cases, given_ids
+from gpt2np.parity.checks import judged
 from gpt2np.parity.compare import Comparison, compare_arrays
 from gpt2np.parity.diff import diff
 from gpt2np.parity.dumps import read_dump
@@ -579,6 +580,28 @@ def test_inputs_among_plain_arrays_are_those_of_the_trace(right: tuple[Path, Cas
         else:
             with pytest.raises(TraceError, match="were recorded on different inputs: 'input1' differs"):
                 diff(str(golden), str(tmp_path / "port.npz"), lambda m: [])
+
+
+@pytest.mark.parametrize("name", ["input1", "input_ids"])
+def test_a_port_may_write_its_token_ids_in_its_own_form(
+    name: str, right: tuple[Path, Case, Arrays], tmp_path: Path
+) -> None:
+    path, _, outputs = right
+    for ids in (IDS.astype(np.int32), IDS.astype(">i8"), IDS[0].astype(np.uint8), IDS[None, None]):
+        np.savez(tmp_path / "port.npz", **{name: ids}, **outputs)
+        assert diff(str(path), str(tmp_path / "port.npz"), lambda m: []).exit_code == 0
+    for ids in (IDS.astype(np.float32), IDS + 37, np.resize(IDS, (1, 21)), IDS[:, :0]):
+        np.savez(tmp_path / "port.npz", **{name: ids}, **outputs)
+        with pytest.raises(InputError, match=r"port\.npz: "):
+            diff(str(path), str(tmp_path / "port.npz"), lambda m: [])
+
+
+def test_a_check_of_nan_alone_is_not_made() -> None:
+    nan, x = np.full((1, 4, 3), np.nan), np.ones((1, 4, 3))
+    budget = Budget(1e-3, 1e-5)
+    assert judged("causal", "rows", nan, nan, budget).ok is None
+    assert judged("causal", "rows", nan, x, budget).ok is False
+    assert judged("causal", "rows", x, x, budget).ok is True
 
 
 def test_inputs_that_are_asked_for_are_those_of_the_trace(right: tuple[Path, Case, Arrays], tmp_path: Path) -> None:
