@@ -76,21 +76,17 @@ def diff(
     """
     from ..parity import cases
     from ..parity import diff as parity_diff
-    from ..parity.parties import model_of
     from ..parity.subject import Subject
     from ._model import named_party
     from ._page import evidence_for, write_page
     from ._terminal import check_folder, check_writable, search_clock
 
     check_writable(None if str(json) == "-" else json, junit, markdown, html, quiet=quiet)
-
     if dump_repro is not None:
         check_folder(dump_repro, "replay.py")
 
-    given = data or prompt or random or ids
     a, b = named_party(a), named_party(b)
-    if given and not any(model_of(party) for party in (a, b, oracle or "")):
-        raise InputError("--data, --prompt, --ids and --random are inputs for a model.onnx: traces hold their own")
+    given = wanted(data, prompt, random, ids, parties=(a, b, oracle or ""))
 
     def inputs(model: Subject) -> list[cases.Case]:
         return cases.gather_cases(model, data or [], prompt or [], random, seed, ids or []) if given else []
@@ -104,3 +100,12 @@ def diff(
     write_page(html, report, evidence)
     deliver(report, json, junit, markdown, quiet)
     raise typer.Exit(report.exit_code)
+
+
+def wanted(*inputs: object, parties: tuple[str, ...]) -> bool:
+    """Whether inputs are given; InputError where none of the parties is a model that could be run on them."""
+    from ..parity.parties import model_of
+
+    if any(inputs) and not any(map(model_of, parties)):
+        raise InputError("--data, --prompt, --ids and --random are inputs for a model.onnx: traces hold their own")
+    return any(inputs)

@@ -54,15 +54,7 @@ def diff(
     files = [path for text in (a, b) if (path := model_of(text)) is not None]
     judge = model_of(oracle) if oracle else None
     if not files and judge is None:
-        needy = {
-            "--local": local,
-            "--dump-repro": repro,
-            "--padding": padding,
-            "--replace": replace,
-            "--digits": digits,
-        }
-        for option in [option for option, value in needy.items() if value]:
-            raise InputError(f"{option} needs a model.onnx as a party; {a} and {b} are compared as they are")
+        refuse_without_model(local=local, dump_repro=repro, padding=padding, replace=replace, digits=digits)
         return diff_traces(a, b, budgets, watch)
     subjects = {path: Subject(path) for path in dict.fromkeys([*files, *([judge] if judge is not None else [])])}
     model = next((s for s in subjects.values() if s.found is not None), next(iter(subjects.values())))
@@ -119,6 +111,15 @@ def check_kinds(cases: Any, **flags: Any) -> None:
         raise InputError(f"cases must be a function of the model that gives a list of cases, got {cases!r:.60}")
     for name, value in flags.items():
         flag(name, value)
+
+
+def refuse_without_model(**options: Any) -> None:
+    """InputError if one of the options is given: two traces are compared as they are."""
+    for name, value in options.items():
+        if value:
+            raise InputError(
+                f"--{name.replace('_', '-')} needs a model.onnx as a party: traces are compared as they are"
+            )
 
 
 def distinct(cases: Iterable[Case]) -> list[Case]:

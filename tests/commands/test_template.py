@@ -67,7 +67,10 @@ def test_c(model: Path, tmp_path: Path) -> None:
     assert "taps of port" in out
     for arguments in ([], ["-1"], ["99"], ["1"] * 40):
         assert subprocess.run(["./port", *arguments], cwd=tmp_path, capture_output=True, check=False).returncode == 2
-    assert run("diff", model, tmp_path / "port.json", "--ids", "1,2,3")[0] == 0  # its own ids count
+    assert run("diff", model, tmp_path / "port.json", "--ids", "3,1,4,1,5")[0] == 0
+    code, out = run("diff", model, tmp_path / "port.json", "--ids", "1,2,3")  # its own ids are others
+    assert code == 1
+    assert "was recorded on other inputs than ids_0" in out
 
 
 def test_what_is_there_is_kept(tmp_path: Path) -> None:
