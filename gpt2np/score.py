@@ -116,8 +116,8 @@ class Progress:
                 self._runs = {key: list(done) for key, done in json.loads(read_all(path))[HEADING].items()}
             self._draft().touch()  # an error now, not after the first batch
             self._draft().unlink()
-        except OSError as error:
-            raise InputError(f"cannot keep progress in {path}: {error.strerror}") from None
+        except (OSError, InputError) as error:  # InputError: a folder, or a device
+            raise InputError(f"cannot keep progress in {path}: {getattr(error, 'strerror', error)}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is not a progress file of `gpt2np score`: {error}") from None
 

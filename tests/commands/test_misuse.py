@@ -288,3 +288,6 @@ def test_a_device_that_never_ends_is_no_text(here: Path, arguments: list[str]) -
     result = CliRunner().invoke(cli.app, [*arguments, "/dev/full"])
     assert isinstance(result.exception, InputError)
     assert str(result.exception) == "/dev/full is neither a file nor a pipe"
+    Path("text.txt").write_text("Once upon a time", encoding="utf-8")
+    result = CliRunner().invoke(cli.app, ["score", "text.txt", "--resume", "/dev/full"])
+    assert str(result.exception) == "cannot keep progress in /dev/full: /dev/full is neither a file nor a pipe"
