@@ -31,8 +31,13 @@ import tomllib
 
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
-for line in project["dependencies"] + project["optional-dependencies"]["test"]:
-    print(re.sub(r">=([\w.]+).*", r"==\1", line) if sys.argv[1] == "lowest" else line)
+extras = project["optional-dependencies"]
+wanted = project["dependencies"] + extras["test"]
+for line in wanted:  # grows: an extra may name others of this project
+    if own := re.fullmatch(r"gpt2np\[(.*)\]", line):
+        wanted += [each for extra in own[1].split(",") for each in extras[extra]]
+    else:
+        print(re.sub(r">=([\w.]+).*", r"==\1", line) if sys.argv[1] == "lowest" else line)
 PYTHON
     "$scratch/$1/bin/python" -m pip install -q -r "$scratch/wanted.txt"
 }
