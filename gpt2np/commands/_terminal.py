@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..escape import escaped
@@ -101,7 +101,7 @@ def progress(description: str, total: float | None, unit: str = "", done: int = 
             speed = "" if task.speed is None else f"{rate.render(task)}, "
             note(f"{description}: {task.percentage:.0f}%, {speed}{left.render(task)} left")
 
-    with bar:
+    with nullcontext() if bar.disable else bar:  # rich before 15 ends a disabled one with an empty line
         yield advance
 
 
