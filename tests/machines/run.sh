@@ -40,6 +40,7 @@ for line in wanted:  # grows: an extra may name others of this project
         print(re.sub(r">=([\w.]+).*", r"==\1", line) if sys.argv[1] == "lowest" else line)
 PYTHON
     "$scratch/$1/bin/python" -m pip install -q -r "$scratch/wanted.txt"
+    "$scratch/$1/bin/python" -m pip install -q --no-deps -e .  # its version, which Dask's newer releases look up there
 }
 
 [ $# -gt 0 ] || set -- x86-64-v3 haswell no-fma one-core one-thread many-threads
