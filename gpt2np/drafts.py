@@ -68,8 +68,8 @@ class Phrases:
 class Costs:
     """How long passes over further positions take, in passes over one; measured while a text is written.
 
-    It depends on the model, on how its weights are kept, and on the machine: a further position adds from 0.1 passes,
-    where the memory sets the time, to 0.6.
+    It depends on the model, on how its weights are kept, and on the machine: on a Zen 3 with AVX2 a further position
+    adds from 0.06 passes, where the memory sets the time, to 0.3, where numbers are made of 4 bits.
     """
 
     def __init__(self) -> None:

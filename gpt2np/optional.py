@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from .errors import MissingPackageError
 
+ALL_FOR_PAGES = "pip install altair vl-convert-python brings all that pages need"
+
 
 @contextmanager
 def needs(package: str, what: str, instead: str = "") -> Iterator[None]:

@@ -18,13 +18,13 @@ from . import reference, tokenizer
 from .arguments import one_of
 from .errors import InputError, TokenizerError
 from .html import Picture
-from .optional import needs
+from .optional import ALL_FOR_PAGES, needs
 from .weights import Array
 
 if TYPE_CHECKING:
     from .model import GPT2
 
-with needs("altair", "gpt2np.pictures", "pip install altair vl-convert-python brings all that pages need"):
+with needs("altair", "gpt2np.pictures", ALL_FOR_PAGES):
     import altair as alt
 
 BLUE, ORANGE = "#2a7ae2", "#d1690a"

@@ -18,11 +18,9 @@ def evidence_for(html: Path | None) -> Evidence | None:
     """What sums up the taps for a page, where one was asked for; that pages cannot be made is said before any work."""
     if html is None:
         return None
-    from ..optional import needs
+    from ..optional import ALL_FOR_PAGES, needs
 
-    with needs(
-        "vl-convert-python", "a page with pictures", "pip install altair vl-convert-python brings all that pages need"
-    ):
+    with needs("vl-convert-python", "a page with pictures", ALL_FOR_PAGES):
         import vl_convert  # noqa: F401
     from ..pages import drawings  # noqa: F401
     from ..pages.evidence import Evidence

@@ -10,14 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..html import Picture
-from ..optional import needs
+from ..optional import ALL_FOR_PAGES, needs
 from ..parity.compare import Comparison
 from ..parity.localise import LOCAL_FACTOR, TapRow
 from ..parity.metrics import Budget
 from ..parity.report import Check
 from .evidence import Token
 
-with needs("altair", "a report with pictures", "pip install altair vl-convert-python brings all that pages need"):
+with needs("altair", "a report with pictures", ALL_FOR_PAGES):
     import altair as alt
 
 ROWS = alt.NamedData(name="rows")
