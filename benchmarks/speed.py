@@ -179,8 +179,8 @@ def ceilings_party(_: str) -> dict[str, Callable[..., Any]]:
     import threadpoolctl
 
     from gpt2np.arrays import empty_aligned
+    from gpt2np.kernels.layout import PANEL, ROWS
     from gpt2np.kernels.products import tile_full
-    from gpt2np.kernels.tile import PANEL, ROWS
 
     @numba.njit(parallel=True, fastmath=True)
     def read(x):  # type: ignore[no-untyped-def]

@@ -200,7 +200,7 @@ def digest(results: list[Result]) -> str:
 def fingerprints(model: GPT2) -> Iterator[Fingerprint]:
     """Compute the texts in every way; the engine must be the kernels."""
     from .kernels import get_num_threads, set_num_threads
-    from .kernels.tile import FORMS
+    from .kernels.layout import FORMS
 
     given = texts(model)
     for name, way in WAYS.items():

@@ -15,7 +15,7 @@ from gpt2np import fingerprint
 from gpt2np.cli import app
 from gpt2np.errors import InputError
 from gpt2np.kernels import chained_product
-from gpt2np.kernels.tile import FORMS
+from gpt2np.kernels.layout import FORMS
 from published import DRAWS, MINI, draws
 from tiny import tiny_model
 

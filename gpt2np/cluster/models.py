@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,7 @@ def describe(model: GPT2, tokenizer: Path | None, batch_size: int) -> Described:
     assert model.path is not None
     whole_number("batch_size", batch_size, 1)
     tokenizer = None if tokenizer is None else as_path(tokenizer)
-    with alone(model):
-        computed = digest(WAYS["prompt"](model, texts(model)))
+    computed = digest(WAYS["prompt"](model, texts(model)))
     what = {
         "model": hash_of_files(open_model(model.path).files),
         "tokenizer": hash_of_files(tokenizers.locate(tokenizer or model.path.parent) or ()),
@@ -61,15 +59,6 @@ def describe(model: GPT2, tokenizer: Path | None, batch_size: int) -> Described:
     paths = {"model": model.path.resolve(), "tokenizer": tokenizer and tokenizer.resolve()}
     _last[:] = what, paths, model
     return {"of": what}, {"of": paths, "batch_size": batch_size}
-
-
-def alone(model: GPT2) -> AbstractContextManager[object]:
-    """For what is computed before workers are forked: one thread, as a pool that started then would be lost to them."""
-    if model.engine != "numba":
-        return nullcontext()
-    from ..kernels.threads import pool
-
-    return pool()  # who finds it taken works alone
 
 
 def open_described(shard: Shard) -> GPT2:

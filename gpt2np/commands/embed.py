@@ -67,10 +67,9 @@ def embed(
     gpt2 = load_model(model, tokenizer, engine, weights=weights)
     if wanted(workers, cluster, results):
         from ..cluster import text
-        from ..cluster.models import alone, describe
+        from ..cluster.models import describe
 
-        with alone(gpt2):
-            check_taps(gpt2, taps, pool, batch_size)
+        check_taps(gpt2, taps, pool, batch_size)
         options = {"taps": taps, "pool": pool}
         pieces = text.line_shards(text.embed_lines, file, describe(gpt2, tokenizer, batch_size), options)
         with open_shards(workers, cluster, results) as shards:

@@ -1,18 +1,27 @@
 """GPT-2 in numba: the functions of `reference.py` under the same names and arguments, made for speed.
 
-`reference.py` says what is computed; the files here say how, one job each:
+`reference.py` says what is computed; the files here say how, one job each. What numba compiles:
 
     loops     the kernels: linear maps, embedding, layer norm and attention; read this one first
     products  which tile multiplies what, by what the weights are kept as
-    tile      the register tile, the one loop that takes the time
+    tile      the register tile, the one loop that takes the time; for AVX2 its instructions stand in avx2
     levels    the same for weights of 8 and 4 bits
     vectors   loops over one vector; exp, erfc and the activations
-    panels    weights in the order in which the tile reads them
-    threads   work dealt out to threads
-    jit       how functions are compiled, and where compiled code is kept
     fused     all steps of a model in one call of these kernels
-    programs  what a call needs of Python: memory, pieces of work, the table of steps
+    sharing   how threads share out the work of a call
+    entries   where Python enters compiled code
+    jit       the settings with which all of it is compiled
+
+And what Python does; it loads numba only where compiled code is not on disk yet:
+
     forward   the functions of `reference.py`, by these kernels
+    panels    weights in the order in which the tile reads them
+    programs  what a call needs: memory, pieces of work, the table of steps
+    calls     arguments written down for compiled code
+    threads   who runs a call
+    code      compiled code on disk
+    layout    sizes and tables that both sides know
+    machine   the processor, and what the environment asks for
 
 Every number of a result is computed by one fixed chain of operations: sums over a long axis are cut into blocks of
 TERMS terms, a block is one chain of fused multiply-adds from zero, and the blocks are added up in order. The chain
@@ -36,9 +45,9 @@ from .forward import (
     transformer,
     warmup,
 )
+from .layout import ROWS
 from .panels import Panels, pack, pack_matrix, unpack
 from .threads import get_num_threads, set_num_threads
-from .tile import ROWS
 
 __all__ = [
     "ROWS",

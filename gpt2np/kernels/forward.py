@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
-from numba.core.registry import cpu_target
 
 from ..arrays import Array, empty_aligned
 from ..masks import Mask, SafeScores, ScoresReachMask
 from ..quantised import GROUP, LEVELS, Quantised
 from ..reference import Tap, no_tap, split_heads
 from ..weights import MLP, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear
-from . import fused, loops, threads, vectors
-from .jit import DiskCache, config
-from .loops import VisibleKeys
+from . import code, threads
+from .calls import run
+from .layout import ACTIVATION_CODES, FORMS, LANES, TERMS, VisibleKeys
+from .machine import DISABLE_JIT
 from .panels import pack_levels, pack_matrix
-from .products import TERMS
 from .programs import (
     ANY,
+    append_work,
     attend_work,
     group_for,
     linear_work,
@@ -32,18 +32,14 @@ from .programs import (
     scratch_for,
     visible_keys,
 )
-from .threads import pool, run_pieces
-from .tile import FORMS, LANES
-from .vectors import ACTIVATION_CODES, activate_in_place
+from .threads import get_num_threads, run_pieces
+
+MODEL = "fused.run_steps"  # the kernel that runs a model
 
 
 def needs_compilation() -> bool:
     """Whether the first call will take half a minute longer, because compiled kernels are not on disk yet."""
-    kernel = fused.run_steps  # the last one of a first call, however many threads there are
-    if config.DISABLE_JIT or kernel.signatures:
-        return False
-    machine = cpu_target.target_context.codegen().magic_tuple()
-    return not (isinstance(kernel._cache, DiskCache) and kernel._cache.holds(machine))
+    return not (DISABLE_JIT or code.is_loaded(MODEL) or code.on_disk(MODEL))
 
 
 def _rows(x: Array) -> Array:
@@ -55,13 +51,13 @@ def _linear_into(out: Array, x: Array, weight: Any, bias: Array, scratch: Array,
     """out = x @ weight + bias: (R, K) @ (K, N) -> (R, N)."""
     group, work = group_for(len(x)), linear_work(len(x), len(weight.data), x.shape[1])
     arguments = x, weight.data, weight.scales, bias, ACTIVATION_CODES["none"], False, terms, group, out
-    run_pieces(*work, loops.linear_range, loops.linear_parallel, scratch, *arguments)
+    run_pieces("loops.linear_range", *work, scratch, *arguments)
 
 
 def _layer_norm_into(out: Array, x: Array, weight: Array, bias: Array, epsilon: float, scratch: Array) -> None:
     """out = layer_norm(x): (R, C) -> (R, C)."""
     arguments = x, weight, bias, epsilon, out
-    run_pieces(*norm_work(*x.shape), loops.layer_norm_range, loops.layer_norm_parallel, scratch, *arguments)
+    run_pieces("loops.layer_norm_range", *norm_work(*x.shape), scratch, *arguments)
 
 
 def _attend_into(
@@ -70,11 +66,11 @@ def _attend_into(
 ) -> None:  # fmt: skip
     """heads = softmax(q . k * scale, causal or + mask) @ v over the cache: (R, 3HD) -> (R, HD)."""
     _, B, H, _, D = cache.shape
-    loops.append_range(0, B * H, qkv, cache, start)
+    run_pieces("loops.append_range", *append_work(B, H, len(qkv), D), scratch, qkv, cache, start)
     look_at_hidden(qkv, cache, scale, visible)
     arguments = qkv, cache, cache.reshape(-1), scale, visible, heads, probs
     work = attend_work(B, H, len(qkv) // B, start, D)
-    run_pieces(*work, loops.attend_range, loops.attend_parallel, scratch, *arguments)
+    run_pieces("loops.attend_range", *work, scratch, *arguments)
     if visible.unsafe[0]:
         raise ScoresReachMask
 
@@ -84,26 +80,23 @@ def embed(input_ids: Array, position_ids: Array, wte: Any, wpe: Array) -> Array:
     out = empty_aligned((*input_ids.shape, wpe.shape[1]), wpe.dtype)
     rows = _rows(out)
     ids, positions = (np.require(i.reshape(-1), np.int64, ["C", "A", "W"]) for i in (input_ids, position_ids))
-    with pool() as count:
-        scratch = scratch_for(count, out.dtype)
-        arguments = ids, positions, wte.data, wte.scales, wpe, rows
-        run_pieces(len(rows), out.size, loops.embed_range, loops.embed_parallel, scratch, *arguments)
+    scratch = scratch_for(get_num_threads(), out.dtype)
+    run_pieces("loops.embed_range", len(rows), out.size, scratch, ids, positions, wte.data, wte.scales, wpe, rows)
     return out
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, epsilon: float) -> Array:
     """Give each vector mean 0 and variance 1, then scale and shift: (..., C) -> (..., C)."""
     out = empty_aligned(x.shape, x.dtype)
-    with pool() as count:
-        _layer_norm_into(_rows(out), _rows(x), weight, bias, epsilon, scratch_for(count, x.dtype, x.shape[-1]))
+    scratch = scratch_for(get_num_threads(), x.dtype, x.shape[-1])
+    _layer_norm_into(_rows(out), _rows(x), weight, bias, epsilon, scratch)
     return out
 
 
 def linear(x: Array, weight: Any, bias: Array) -> Array:
     """x @ weight + bias: (..., inputs) -> (..., outputs)."""
     out = empty_aligned((*x.shape[:-1], weight.columns), x.dtype)
-    with pool() as count:
-        _linear_into(_rows(out), _rows(x), weight, bias, scratch_for(count, x.dtype))
+    _linear_into(_rows(out), _rows(x), weight, bias, scratch_for(get_num_threads(), x.dtype))
     return out
 
 
@@ -113,9 +106,7 @@ def chained_product(x: Array, matrix: Array, bias: Array, terms: int) -> Array:
     For those who compute what another program computes, to the bit; the chains of `linear` have TERMS terms.
     """
     out = empty_aligned((len(x), matrix.shape[1]), x.dtype)
-    with pool() as count:
-        scratch = scratch_for(count, x.dtype)
-        _linear_into(out, _rows(x), pack_matrix(matrix), bias, scratch, terms=terms)
+    _linear_into(out, _rows(x), pack_matrix(matrix), bias, scratch_for(get_num_threads(), x.dtype), terms=terms)
     return out
 
 
@@ -134,12 +125,11 @@ def attention(
     heads = empty_aligned((B, T, H * D), x.dtype)
     shape = (B, H, T, start + T) if tap is not no_tap else (0, 0, 0, 0)
     scores, probs = np.zeros(shape, x.dtype), np.zeros(shape, x.dtype)
-    with pool() as count:
-        scratch = scratch_for(count, x.dtype, S=start + T, D=D)
-        visible = visible_keys(mask, B, T, start, x.dtype, safe)
-        _attend_into(_rows(heads), probs, _rows(qkv), cache, start, w.scale, visible, scratch)
-        if tap is not no_tap:
-            loops.all_scores(_rows(qkv), cache, start, T, w.scale, scores)
+    scratch = scratch_for(get_num_threads(), x.dtype, S=start + T, D=D)
+    visible = visible_keys(mask, B, T, start, x.dtype, safe)
+    _attend_into(_rows(heads), probs, _rows(qkv), cache, start, w.scale, visible, scratch)
+    if tap is not no_tap:
+        run("loops.all_scores", _rows(qkv), cache, start, T, w.scale, scores)
     for part, value in zip("qkv", split_heads(qkv, w.n_head), strict=True):
         tap(f"{name}.{part}", value)
     tap(f"{name}.scores", scores)
@@ -153,8 +143,7 @@ def attention(
 def activate(x: Array, activation: str) -> Array:
     """One of ACTIVATIONS, element by element."""
     out = x.copy()
-    with pool():
-        activate_in_place(out.reshape(-1), ACTIVATION_CODES[activation])
+    run("vectors.activate_in_place", out.reshape(-1), ACTIVATION_CODES[activation])
     return out
 
 
@@ -201,9 +190,8 @@ def transformer(
     """
     if tap is no_tap:
         hidden = empty_aligned((*input_ids.shape, w.wpe.shape[1]), w.wpe.dtype)
-        with pool() as count:
-            program = program_for(w, caches, input_ids, count)
-            _rows(hidden)[:] = program.run(caches, input_ids, position_ids, start, mask, safe)
+        program = program_for(w, caches, input_ids, get_num_threads())
+        _rows(hidden)[:] = program.run(caches, input_ids, position_ids, start, mask, safe)
         return hidden
     x = embed(input_ids, position_ids, w.wte, w.wpe)  # (B, T) -> (B, T, C)
     tap("embed", x)
@@ -219,9 +207,8 @@ def causal_logits(
 ) -> Array:
     """`logits` of `transformer` by the causal mask, in one go: ids and positions (B, T) -> (B, T, V)."""
     scores = empty_aligned((*input_ids.shape, cast(Any, w.lm_head).columns), w.wpe.dtype)
-    with pool() as count:
-        program = program_for(w, caches, input_ids, count)
-        program.run(caches, input_ids, position_ids, start, None, safe, _rows(scores))
+    program = program_for(w, caches, input_ids, get_num_threads())
+    program.run(caches, input_ids, position_ids, start, None, safe, _rows(scores))
     return scores
 
 
@@ -240,9 +227,9 @@ def log_probabilities(scores: Array, targets: Array) -> tuple[Array, Array]:
     log-probabilities float64 (B, T), bool (B, T): whether no token has a higher score
     """
     logs, best = np.empty(targets.size), np.empty(targets.size, bool)
-    with pool():
-        lanes = np.empty(LANES, scores.dtype), np.empty(LANES)
-        vectors.log_probabilities(_rows(scores), np.require(targets.reshape(-1), np.int64), *lanes, logs, best)
+    lanes = np.empty(LANES, scores.dtype), np.empty(LANES)
+    rows = _rows(scores), np.require(targets.reshape(-1), np.int64, ["C"])
+    run("vectors.log_probabilities", *rows, *lanes, logs, best)
     return logs.reshape(targets.shape), best.reshape(targets.shape)
 
 
@@ -252,7 +239,7 @@ def warmup(dtype: Any = np.float32) -> None:
     It is just large enough that each kernel deals work out to threads for many tokens, and does not for one. Matrices
     in fewer bits have loops of their own.
     """
-    if config.DISABLE_JIT:
+    if DISABLE_JIT:
         return
     C, V, H = 64, 4096, 2
     T = 2 * threads.GRAIN // C  # tokens of which the embedding, the lightest kernel, is worth two threads

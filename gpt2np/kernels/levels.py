@@ -27,12 +27,10 @@ from numba.core import types
 from numba.extending import intrinsic, overload
 
 from ..quantised import GROUP
-from .jit import config, jit
-from .tile import PANEL, add_row, ask_for, blocks
-
-STEP = 8  # rows of a panel that are made at once
-TOP = 28  # bits below a level of 4 bits at the top of a word
-FORMS: dict[str, np.dtype] = {"int8": np.dtype(np.int8), "int4": np.dtype(np.uint32)}
+from .jit import jit
+from .layout import LEVELS, PANEL, STEP, TOP, per_element
+from .machine import DISABLE_JIT
+from .tile import add_row, ask_for, blocks
 
 
 def make_tile(rows: int, panels: int) -> Callable[..., None]:
@@ -41,7 +39,7 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
         tile(a, a_start, a_stride, b, b_start, b_next, scales, s_start, s_next, depth, terms,
              out, out_start, out_stride)
 
-    does what `tile.make_tile` says with b, which is kept in one of FORMS: its panels begin b_next elements apart, and
+    does what `tile.make_tile` says with b, which is kept in one of LEVELS: its panels begin b_next elements apart, and
     those of the scales s_next. depth, terms: multiples of STEP.
     """
     width = panels * PANEL
@@ -100,7 +98,7 @@ def make_tile(rows: int, panels: int) -> Callable[..., None]:
         numbers = b, size, size, scales, size, size, size, size
         return types.void(a, size, size, *numbers, out, size, size), generate
 
-    chosen: Callable[..., None] = tile_in_python if config.DISABLE_JIT else tile
+    chosen: Callable[..., None] = tile_in_python if DISABLE_JIT else tile
     return chosen
 
 
@@ -111,7 +109,7 @@ def _ask_for_weights(
 
     A Zen 3 makes weights of levels for so long that it does not read on by itself meanwhile.
     """
-    per = per_element(kind)
+    per = 8 if kind == types.uint32 else 1  # levels of a column in one element
     wanted = [(levels, builder.mul(k, k.type(PANEL // per)), STEP // per * PANEL, kind.bitwidth // 8)]
     if offsets or per > 1:  # they have enough scales for it to matter
         numbers = 2 * PANEL if offsets else PANEL
@@ -188,12 +186,12 @@ def widen_in_python(b: Any, b_start: int, scales: Any, s_start: int, k: int, ste
     """What `widen` does, in NumPy."""
     rows = b.reshape(-1)[b_start:].reshape(-1, PANEL)[k // per_element(b.dtype) :]
     parts = scales.reshape(-1)[s_start:].reshape(-1, 2 if has_offsets(scales) else 1, PANEL)
-    if b.dtype == FORMS["int8"]:
+    if b.dtype == LEVELS["int8"]:
         levels = rows[: steps * STEP]
     else:
         shifts = np.arange(TOP, -4, -4, dtype=np.uint32)[:, None]
         levels = (rows[:steps, None] << shifts & np.uint32(15 << TOP)).reshape(-1, PANEL).view(np.int32)
-    grouped = has_offsets(scales) or b.dtype == FORMS["int4"]
+    grouped = has_offsets(scales) or b.dtype == LEVELS["int4"]
     parts = np.repeat(parts[k // GROUP :], GROUP, axis=0)[: len(levels)] if grouped else parts[:1]
     weights = levels.astype(np.float32)
     weights = (weights + parts[:, 1] if has_offsets(scales) else weights) * parts[:, 0]
@@ -202,16 +200,11 @@ def widen_in_python(b: Any, b_start: int, scales: Any, s_start: int, k: int, ste
 
 # widen(b, b_start, scales, s_start, k, steps, target): STEP * steps rows of a panel as floats, from row k on, a
 # multiple of GROUP; b_start and s_start: where the panel and its scales begin
-widen: Callable[..., None] = widen_in_python if config.DISABLE_JIT else _widen
-
-
-def per_element(dtype: Any) -> int:
-    """How many levels of a column one element of a packed matrix holds; dtype: NumPy's or numba's."""
-    return 8 if dtype in (FORMS["int4"], types.uint32) else 1
+widen: Callable[..., None] = widen_in_python if DISABLE_JIT else _widen
 
 
 def holds_levels(array: Any) -> bool:
-    """Whether numba's type of an array is one of FORMS."""
+    """Whether numba's type of an array is one of LEVELS."""
     return array.dtype in (types.int8, types.uint32)
 
 
@@ -222,7 +215,7 @@ def has_offsets(scales: Any) -> bool:
 
 def number(weight, scales, panel, k, column):
     """One number of a packed matrix."""
-    level = _level_int8 if weight.dtype == FORMS["int8"] else _level_int4
+    level = _level_int8 if weight.dtype == LEVELS["int8"] else _level_int4
     times = _with_offset if has_offsets(scales) else _scaled
     return times(level(weight, panel, k, column), scales, panel, k, column)
 

@@ -1,7 +1,7 @@
 """The kernels: linear maps, embedding, layer norm and attention over a range of independent pieces of work.
 
-Each kernel is a pair of functions: `..._range` does pieces first..last-1 on one thread, `..._parallel` has several
-threads take chunks of pieces until none is left (`threads.run_pieces` chooses). scratch is memory of the thread.
+`..._range` does pieces first..last-1 on one thread; several threads take chunks of pieces until none is left (see
+`calls.run_pieces`). scratch is memory of the thread.
 
     B batch   T new positions   S cached + new positions   C width (n_embd)   H heads   D head size
     R rows = B * T   K, N inputs and outputs of a linear map
@@ -14,19 +14,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import prange
 
 from ..arrays import Array
 from .jit import jit
-from .products import TERMS, WIDE, add_product, multiply, number, tile_wide
-from .threads import next_chunk
-from .tile import LANES, PANEL, ROWS, SQUARE, fma, query_scores
+from .layout import LANES, PANEL, PIECE_PANELS, PIECE_QUERIES, PIECE_ROWS, ROWS, TERMS
+from .products import WIDE, add_product, multiply, number, tile_wide
+from .tile import SQUARE, fma, query_scores
 from .vectors import activate_in_place, add, copy, exp, highest, span, total, transpose_block
-
-PIECE_ROWS = 48  # rows that share one pass over a panel of weights; a multiple of every ROWS
-PIECE_PANELS = 4  # panels that share one pass over these rows, at most
-PIECE_QUERIES = 96  # queries that share one transposition of the keys; likewise
-
 
 # ------------------------------------------------------------------------------------------------ linear maps
 
@@ -62,17 +56,6 @@ def linear_range(first, last, scratch, x, weight, scales, bias, activation, adde
                 copy(totals[r * stride : r * stride + width], out[row + r, column : column + width])
 
 
-@jit(parallel=True)
-def linear_parallel(
-    ticket, workers, pieces, smallest, scratch, x, weight, scales, bias, activation, added, terms, group, out
-):  # fmt: skip
-    for worker in prange(workers):
-        first, last = next_chunk(ticket, workers, pieces, smallest)
-        while first < pieces:
-            linear_range(first, last, scratch[worker], x, weight, scales, bias, activation, added, terms, group, out)
-            first, last = next_chunk(ticket, workers, pieces, smallest)
-
-
 # --------------------------------------------------------------------------------------------- embedding, norm
 
 
@@ -83,15 +66,6 @@ def embed_range(first, last, scratch, ids, positions, wte, scales, wpe, out):
         panel, column = ids[r] // PANEL, ids[r] % PANEL
         for c in range(out.shape[1]):
             out[r, c] = number(wte, scales, panel, c, column) + wpe[positions[r], c]
-
-
-@jit(parallel=True)
-def embed_parallel(ticket, workers, pieces, smallest, scratch, ids, positions, wte, scales, wpe, out):
-    for worker in prange(workers):
-        first, last = next_chunk(ticket, workers, pieces, smallest)
-        while first < pieces:
-            embed_range(first, last, scratch[worker], ids, positions, wte, scales, wpe, out)
-            first, last = next_chunk(ticket, workers, pieces, smallest)
 
 
 @jit()
@@ -113,30 +87,7 @@ def layer_norm_range(first, last, scratch, x, weight, bias, epsilon, out):
             normed[c] = normed[c] / deviation * weight[c] + bias[c]
 
 
-@jit(parallel=True)
-def layer_norm_parallel(ticket, workers, pieces, smallest, scratch, x, weight, bias, epsilon, out):
-    for worker in prange(workers):
-        first, last = next_chunk(ticket, workers, pieces, smallest)
-        while first < pieces:
-            layer_norm_range(first, last, scratch[worker], x, weight, bias, epsilon, out)
-            first, last = next_chunk(ticket, workers, pieces, smallest)
-
-
 # --------------------------------------------------------------------------------------------------- attention
-
-
-class VisibleKeys(NamedTuple):
-    """Which keys the queries may see, and what is added to their scores."""
-
-    mask: Array  # (B, 1, T, S), added to the scores; empty for the causal mask
-    kept: Array  # (B, T): 0 where the scores of a query are 0 before that; empty for the causal mask
-    keys: Array  # (B, S or more): positions of the keys that any query of a sequence may see, in order
-    limits: Array  # (B, T): how many of that list each query looks at
-    safe: Array  # (2,): between these two, the highest score of a query leaves hidden keys without weight
-    unsafe: Array  # (1,): 1 once a query's highest score was outside
-    hidden: Array  # (B, S): keys hidden from some query whose scores matter all the same; empty if there are none
-    lowest: float  # what `safe` starts at, whatever hidden scores are
-    added: float  # to hidden scores, above which `safe` starts
 
 
 @jit()
@@ -163,7 +114,7 @@ def find_visible_keys(mask, keys, limits):
 
 
 @jit()
-def append_range(first, last, qkv, cache, start):
+def append_range(first, last, scratch, qkv, cache, start):
     """Write the new keys and values into the cache: (B * T, 3HD) -> (2, B, H, start:start + T, D).
 
     A piece is one head of one sequence.
@@ -380,17 +331,6 @@ def attend_range(first, last, scratch, qkv, cache, flat_cache, scale, visible, h
                 if probs.size > 0:
                     for j in range(group[r]):
                         probs[b, h, start + t + r, keys[j]] = room.scores[r * length + j] / room.sums[r]
-
-
-@jit(parallel=True)
-def attend_parallel(
-    ticket, workers, pieces, smallest, scratch, qkv, cache, flat_cache, scale, visible, heads, probs
-):  # fmt: skip
-    for worker in prange(workers):
-        first, last = next_chunk(ticket, workers, pieces, smallest)
-        while first < pieces:
-            attend_range(first, last, scratch[worker], qkv, cache, flat_cache, scale, visible, heads, probs)
-            first, last = next_chunk(ticket, workers, pieces, smallest)
 
 
 @jit()

@@ -16,10 +16,8 @@ import numpy as np
 from ..arrays import ALIGNMENT, NARROW, Array, empty_aligned, narrow_form, narrowed, widened
 from ..quantised import Quantised, Rounded, as_stored
 from ..weights import TABLES, WeightSources, is_matrix
-from . import levels
-from .levels import STEP
+from .layout import FORMS, LEVELS, PANEL, STEP, TOP, per_element
 from .threads import get_num_threads
-from .tile import FORMS, PANEL
 
 READ_BYTES = 1 << 19  # of a file's weights at once, so that they are packed while they are in the caches
 NO_SCALES = np.empty((0, 0, PANEL), np.float32)
@@ -38,7 +36,7 @@ class Panels(NamedTuple):
     @property
     def form(self) -> str:
         """What the numbers are kept as: "float32", "float64", "float16", "bfloat16", "int8" or "int4"."""
-        forms = NARROW | levels.FORMS
+        forms = NARROW | LEVELS
         return next((form for form, dtype in forms.items() if dtype == self.data.dtype), self.data.dtype.name)
 
 
@@ -138,9 +136,9 @@ def _put(panels: Array, first: int, rows: Array, transposed: bool) -> None:
 
 def _places_of_levels(matrix: Quantised) -> tuple[tuple[tuple[int, ...], np.dtype], tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of the data and the scales of its Panels."""
-    (K, N), kind = matrix.levels.shape, levels.FORMS[matrix.form]
+    (K, N), kind = matrix.levels.shape, LEVELS[matrix.form]
     panels, steps, pair = -(-N // PANEL), -(-K // STEP), () if matrix.offsets is None else (2,)
-    rows = steps * STEP // levels.per_element(kind)
+    rows = steps * STEP // per_element(kind)
     return ((panels, rows, PANEL), kind), ((panels, len(matrix.scales), *pair, PANEL), np.dtype(np.float32))
 
 
@@ -156,7 +154,7 @@ def _put_levels(data: Array, scales: Array, matrix: Quantised) -> Panels:
             part = matrix.levels[j::STEP].view(np.uint8).astype(np.uint32) & 15
             words[: len(part)] |= part << 4 * j
         _put(data, 0, words, False)
-    top = np.float32(1 if matrix.form == "int8" else 2.0**levels.TOP)
+    top = np.float32(1 if matrix.form == "int8" else 2.0**TOP)
     if matrix.offsets is None:
         _put(scales, 0, matrix.scales / top, False)
     else:
@@ -184,8 +182,10 @@ def pack_matrix(matrix: Array, transposed: bool = False, form: str | None = None
 def unpack(panels: Panels) -> Array:
     """The matrix (K, N) that was packed, as floats."""
     data = panels.data
-    if panels.form in levels.FORMS:
-        steps = len(data[0]) * levels.per_element(data.dtype) // STEP
+    if panels.form in LEVELS:
+        from . import levels
+
+        steps = len(data[0]) * per_element(data.dtype) // STEP
         data = np.empty((len(data), steps * STEP, PANEL), np.float32)
         for panel, place in enumerate(data):
             scales = panels.scales[panel : panel + 1]

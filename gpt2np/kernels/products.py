@@ -11,10 +11,8 @@ from numba.extending import overload
 
 from . import levels, tile
 from .jit import jit
-from .levels import STEP
-from .tile import PANEL, ROWS, STREAMS, wide
-
-TERMS = 128  # terms of one chain; shorter chains round less, longer ones read and write the totals less often
+from .layout import LEVELS, PANEL, ROWS, STEP, STREAMS, TERMS
+from .tile import wide
 
 tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7 = (
     tile.make_tile(min(rows, ROWS), ask=True) for rows in range(1, 8)
@@ -131,7 +129,7 @@ def add_levels(rows, x, row, weight, scales, panel, panels, terms, totals, block
 
 def add_product(rows, x, row, weight, scales, panel, panels, terms, totals, block):
     """`add_floats` or `add_levels`, by what the weights are kept as."""
-    add = add_levels if weight.dtype in levels.FORMS.values() else add_floats
+    add = add_levels if weight.dtype in LEVELS.values() else add_floats
     add(rows, x, row, weight, scales, panel, panels, terms, totals, block)
 
 
@@ -145,7 +143,7 @@ def _(rows, x, row, weight, scales, panel, panels, terms, totals, block):
 
 def number(weight, scales, panel, k, column):
     """One number of a matrix in Panels."""
-    if weight.dtype in levels.FORMS.values():
+    if weight.dtype in LEVELS.values():
         return levels.number(weight, scales, panel, k, column)
     return wide(weight[panel, k, column])
 

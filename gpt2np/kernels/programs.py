@@ -11,9 +11,11 @@ import numpy as np
 from ..arrays import Array, empty_aligned
 from ..masks import Mask, SafeScores, ScoresReachMask
 from ..weights import Blocks, GPT2Weights, LayerNorm, Linear
-from . import fused, loops, threads
-from .fused import (
+from . import threads
+from .calls import Call, run
+from .layout import (
     ACTIVATION,
+    ACTIVATION_CODES,
     ADDED,
     APPEND,
     ATTEND,
@@ -25,18 +27,23 @@ from .fused import (
     GAIN,
     INPUT,
     KIND,
+    LANES,
     LINEAR,
     NORM,
     OUTPUT,
+    PANEL,
+    PIECE_PANELS,
+    PIECE_QUERIES,
+    PIECE_ROWS,
     PIECES,
+    ROWS,
     SCALES,
     SMALLEST,
+    STREAMS,
+    TERMS,
     WEIGHT,
+    VisibleKeys,
 )
-from .loops import PIECE_PANELS, PIECE_QUERIES, PIECE_ROWS, VisibleKeys
-from .products import TERMS
-from .tile import LANES, PANEL, ROWS, STREAMS
-from .vectors import ACTIVATION_CODES
 
 ANY = SafeScores()
 READ_COST = 8  # multiply-adds that take as long as to read one number from memory
@@ -67,6 +74,10 @@ def norm_work(rows: int, C: int) -> tuple[int, int]:
     return rows, 4 * rows * C
 
 
+def append_work(B: int, H: int, R: int, D: int) -> tuple[int, int]:
+    return B * H, 2 * R * H * D
+
+
 def attend_work(B: int, H: int, T: int, start: int, D: int) -> tuple[int, int]:
     return B * H * -(-T // PIECE_QUERIES), 2 * (READ_COST + T) * B * (start + T) * H * D
 
@@ -84,7 +95,7 @@ def visible_keys(mask: Mask | None, B: int, T: int, start: int, dtype: Any, safe
     else:
         added, kept = (np.require(a, dtype, ["C", "A", "W"]) for a in (mask.added, mask.kept_queries))
         keys, limits = np.empty((B, S), np.int64), np.empty((B, T), np.int64)
-        loops.find_visible_keys(added, keys, limits)
+        run("loops.find_visible_keys", added, keys, limits)
     hidden = np.zeros((B, S), bool)
     if safe.added > -math.inf:  # their scores matter
         hidden[:] = np.arange(S) > start if mask is None else np.isneginf(mask.added).any(axis=(1, 2))
@@ -131,7 +142,7 @@ BLOCK = (  # kind of step, what it reads and writes
 class Table(NamedTuple):
     """The weights of all steps of a model: EMBED, those of BLOCK for each block, then ln_f and lm_head."""
 
-    steps: Array  # (steps, fused.COLUMNS) int64
+    steps: Array  # (steps, COLUMNS) int64
     factors: Array  # (steps,) float64
     forms: list[tuple[Array, Array]]  # a matrix and its scales, of the types that each step needs; it may need none
     changes: list[int]  # steps that need others than the step before
@@ -208,9 +219,9 @@ class Program:
         }
         self.ids = np.empty((2, R), np.int64)
         self.causal = visible_keys(None, B, room, 0, dtype)._replace(limits=np.empty((B, T), np.int64))
-        self.no_probs = np.empty((0, 0, 0, 0), dtype)
+        self.no_probs, self.cache_like = np.empty((0, 0, 0, 0), dtype), np.empty((0, 0, 0, 0, 0), dtype)
         self._write(tabulate(w), caches)
-        self.calls = list(self._calls(False))
+        self.calls = list(self._calls(self.causal, False))
 
     def _write(self, table: Table, caches: Sequence[Array]) -> None:
         self.table, self.steps = table, table.steps.copy()
@@ -242,18 +253,25 @@ class Program:
             return linear_work(R, step[WEIGHT + 1], step[INPUT + 2])
         if step[KIND] == ATTEND:
             return attend_work(B, H, T, 0, D)
-        return {EMBED: (R, R * C), NORM: norm_work(R, C), APPEND: (B * H, 2 * R * H * D)}[step[KIND]]
+        return {EMBED: (R, R * C), NORM: norm_work(R, C), APPEND: append_work(B, H, R, D)}[step[KIND]]
 
-    def _calls(self, watched: bool) -> Iterator[tuple[int, int, Array, Array]]:
-        """Steps first..last-1 of each compiled call, and what their matrices and scales are like.
+    def _calls(self, visible: VisibleKeys, watched: bool) -> Iterator[tuple[int, int, Call]]:
+        """Steps first..last-1 of each compiled call, and the call.
 
         watched: whether what ATTEND is to see must be looked at before. A long call can be stopped between blocks.
         """
         count, block = len(self.steps), len(BLOCK)
         cuts = range(count)[self.attends] if watched else range(1 + block, count, block) if self.long else ()
-        begins = sorted({*self.table.changes, *cuts})
+        begins, calls = sorted({*self.table.changes, *cuts}), {}
         for first, last in zip(begins, [*begins[1:], count], strict=True):
-            yield first, last, *self.table.forms[first]
+            form = self.table.forms[first]
+            if _types(form) not in calls:
+                calls[_types(form)] = Call(
+                    "fused.run_steps", first, last, 0, 1, self.counters, self.scratch, self.steps, self.table.factors,
+                    group_for(len(self.memory["stream"])), self.memory["stream"], *form, self.cache_like, self.ids,
+                    visible, self.no_probs,
+                )  # fmt: skip
+            yield first, last, calls[_types(form)]
 
     def _visible(self, start: int, mask: Mask | None, safe: SafeScores) -> VisibleKeys:
         (B, _, T, _), usual = self.shape, self.causal
@@ -288,16 +306,13 @@ class Program:
         self.ids[0], self.ids[1] = ids.reshape(-1), positions.reshape(-1)
         self.counters.fill(0)
         watched = visible.hidden.size > 0
-        for first, end, weight, scales in self._calls(True) if watched else self.calls:
+        usual = visible.limits is self.causal.limits
+        for first, end, call in self.calls if usual else self._calls(visible, watched):
             if first == last:
                 break
             if watched and steps[first, KIND] == ATTEND:
                 look_at_hidden(memory["qkv"], caches[first // len(BLOCK)], self.table.factors[first], visible)
-            threads.run_steps(
-                fused.run_steps, fused.run_parallel, (weight.dtype, scales.ndim, self.no_probs.dtype), self.counters,
-                workers, self.scratch, steps, first, min(end, last), self.table.factors, group_for(B * T),
-                memory["stream"], weight, scales, caches[0], self.ids, start, visible, self.no_probs,
-            )  # fmt: skip
+            threads.run(call, workers, first, min(end, last), start, workers)
         if visible.unsafe[0]:
             raise ScoresReachMask
         return memory["normed"]

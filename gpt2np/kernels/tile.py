@@ -25,7 +25,6 @@ Under NUMBA_DISABLE_JIT=1 the same names are plain Python functions, which also 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -38,30 +37,13 @@ from numba.extending import intrinsic
 
 from ..arrays import widened
 from . import avx2
-from .jit import config
+from .layout import LANES, PANEL
+from .machine import DISABLE_JIT, has
 
-
-def _has(feature: str) -> bool:
-    if config.CPU_FEATURES is not None:  # the user compiles for another machine: NUMBA_CPU_FEATURES
-        return f"+{feature}" in config.CPU_FEATURES.split(",")
-    return config.CPU_NAME is None and bool(llvm.get_host_cpu_features().get(feature, False))
-
-
-# A full tile leaves registers for b[k] and a[r, k]: 8 x 32 float32 sums take 16 of AVX-512's 32 registers,
-# 6 x 16 take 12 of AVX2's 16 and 24 of arm64's 32. More rows than these bring no speed.
-PANEL, ROWS = (32, 8) if _has("avx512f") else (16, 6)
-# A product of so few rows takes as long as it takes to read b, and a Zen 3 reads several panels at once a fifth sooner
-# than one after another: a processor's own prefetching begins anew at each page of each stream, and only that.
-# STREAMS[rows] panels for less than len(STREAMS) rows; other machines, where this was not measured, read one.
-STREAMS = (1, 4, 2, 2) if _has("avx2") and not _has("avx512f") else (1,)
-BY_HAND = _has("avx2") and _has("fma") and not _has("avx512f")  # whether `avx2.steps` is the loop of float32 numbers
+BY_HAND = has("avx2") and has("fma") and not has("avx512f")  # whether `avx2.steps` is the loop of float32 numbers
 if BY_HAND:
     llvm.initialize_native_asmparser()  # which numba has no need of; code from its cache may be compiled once more, too
 SQUARE = 16  # rows and columns that `transpose` turns at once
-LANES = 64  # running sums over a row: element i goes to sum i % LANES; enough to hide how long one addition takes
-# Without an instruction for float16 LLVM would call a function that may not be there.
-_float16 = config.DISABLE_JIT or platform.machine().lower() in ("arm64", "aarch64") or _has("f16c")
-FORMS = ("bfloat16", "float16") if _float16 else ("bfloat16",)  # in which b may be kept
 AHEAD = 2 * SQUARE  # so many rows further it has the memory read already
 Step = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]  # see `blocks`
 
@@ -127,7 +109,7 @@ def make_tile(rows: int, panels: int = 1, ask: bool = False) -> Callable[..., No
 
         return types.void(a, size, size, b, size, size, size, size, size, out, size, size), generate
 
-    chosen: Callable[..., None] = tile_in_python if config.DISABLE_JIT else tile
+    chosen: Callable[..., None] = tile_in_python if DISABLE_JIT else tile
     return chosen
 
 
@@ -169,7 +151,7 @@ def _make_transpose() -> Callable[..., None]:
 
         return types.void(source, size, size, target, size, size), generate
 
-    chosen: Callable[..., None] = transpose_in_python if config.DISABLE_JIT else transpose
+    chosen: Callable[..., None] = transpose_in_python if DISABLE_JIT else transpose
     return chosen
 
 
@@ -262,7 +244,7 @@ def _query_scores_in_python(query, q_start, keys, k_start, k_stride, depth, out,
 # query_scores(query, q_start, keys, k_start, k_stride, depth, out, out_start): out[j] = query . keys[j], j < SQUARE, by
 # one chain over `depth` numbers, a multiple of SQUARE: what a tile computes of keys in panels. To make panels of them
 # is worth its while for several queries; for one they are turned in registers. Elements are addressed as for a tile.
-query_scores: Callable[..., None] = _query_scores_in_python if config.DISABLE_JIT else _query_scores
+query_scores: Callable[..., None] = _query_scores_in_python if DISABLE_JIT else _query_scores
 
 
 @intrinsic
@@ -288,7 +270,7 @@ def _raise_lanes_in_python(lanes, v, start):
 
 # raise_lanes(lanes, v, start): lanes[i] = v[start + i] if that is greater, for all LANES; a loop that LLVM makes of
 # this stores them one by one, where they change
-raise_lanes: Callable[..., None] = _raise_lanes_in_python if config.DISABLE_JIT else _raise_lanes
+raise_lanes: Callable[..., None] = _raise_lanes_in_python if DISABLE_JIT else _raise_lanes
 
 
 def blocks(
@@ -423,7 +405,7 @@ def _wide_in_python(x: Any) -> Any:
 
 
 # wide(x): the number that one element of a matrix stands for, see `arrays.NARROW`
-wide: Callable[..., Any] = _wide_in_python if config.DISABLE_JIT else _wide
+wide: Callable[..., Any] = _wide_in_python if DISABLE_JIT else _wide
 
 
 def ask_for(builder: ir.IRBuilder, base: ir.Value, first: ir.Value, count: int, size: int) -> None:
@@ -451,4 +433,4 @@ def _fma_in_python(a: Any, b: Any, c: Any) -> Any:
 
 
 # fma(a, b, c): a * b + c of three numbers of one float type; LLVM makes vectors of it in a loop over an array
-fma: Callable[..., Any] = _fma_in_python if config.DISABLE_JIT else _fma
+fma: Callable[..., Any] = _fma_in_python if DISABLE_JIT else _fma

@@ -13,8 +13,10 @@ import numpy as np
 from numba import float32
 from numba.extending import overload
 
-from .jit import config, jit
-from .tile import LANES, SQUARE, fma, raise_lanes, transpose
+from .jit import jit
+from .layout import LANES
+from .machine import DISABLE_JIT
+from .tile import SQUARE, fma, raise_lanes, transpose
 
 # ----------------------------------------------------------------------------------------------- vector loops
 # They work on slices, from index 0: where numba cannot see that an index is not negative, LLVM makes no vectors.
@@ -207,11 +209,9 @@ def log(x):
     return k * 6.93147180369123816490e-01 - ((half - (s * (half + (even + odd)) + k * 1.90821492927058770002e-10)) - f)
 
 
-exp = by_dtype(_exp32, math.exp if not config.DISABLE_JIT else np.exp)
+exp = by_dtype(_exp32, math.exp if not DISABLE_JIT else np.exp)
 erfc = by_dtype(_erfc32, math.erfc)
 tanh = by_dtype(_tanh32, math.tanh)
-
-ACTIVATION_CODES = {"none": 0, "gelu_tanh": 1, "gelu_erf": 2, "gelu_quick": 3, "relu": 4, "silu": 5, "tanh": 6}
 
 
 @jit()

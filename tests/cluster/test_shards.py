@@ -333,29 +333,6 @@ def test_what_is_given_twice_is_computed_once(run, tmp_path):
     assert 2 * summary["computed"] == 2 * summary["found"] == summary["shards"]
 
 
-@pytest.mark.jit
-def test_no_pool_of_threads_is_started_before_workers_are_forked(tmp_path):
-    """They would find it lost, and each of them would work on one thread."""
-    code = """if True:
-        import sys
-        import gpt2np.commands.embed
-        from numba.np.ufunc.parallel import threading_layer
-        from gpt2np.cli import app
-
-        def open_shards(*options):
-            try:
-                raise SystemExit(f"started: {threading_layer()}")
-            except ValueError:
-                raise SystemExit("no pool")
-
-        sys.modules["gpt2np.commands.embed"].open_shards = open_shards
-        app(["embed", sys.argv[1], "-o", "x.npy", "--workers", "2"])
-        """
-    (tmp_path / "lines.txt").write_text("a king")
-    done = python("-c", code, tmp_path / "lines.txt")
-    assert done.stderr.splitlines()[-1] == "no pool"
-
-
 def test_without_dask_one_process_does_it_and_workers_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(MissingPackageError, match="pip install distributed"), engine.open_engine(2):

@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 
-from gpt2np.kernels import fused, get_num_threads, programs, threads
+from gpt2np.kernels import get_num_threads, jit, programs, sharing, threads
 from gpt2np.model import GPT2
 from tiny import ArraySource, random_ids, tiny_config, tiny_sources
 
@@ -56,20 +56,18 @@ def test_logits_in_the_same_call_are_those_of_calls_of_their_own(form, T):
 @pytest.mark.jit
 @pytest.mark.parametrize("options", [{}, {"dtype": "float64"}, {"weights": "bfloat16"}, {"weights": "int8"}])
 def test_threads_call_code_for_the_arguments_that_they_have(options, monkeypatch):
-    """An address says nothing of types: `run_parallel` must have those of the `run_steps` that it calls."""
+    """An address says nothing of types: other threads must run the code that the caller runs."""
     if get_num_threads() == 1:
         pytest.skip("one thread alone")
-    monkeypatch.setattr(threads, "GRAIN", 1)
     config = tiny_config()
     model = GPT2(config, tiny_sources(config), **options)
-    mask = np.array([[0, 1, 1], [1, 1, 1]])
+    ids, mask = random_ids(config, 2, 3), np.array([[0, 1, 1], [1, 1, 1]])
     for given in ({}, {"attention_mask": mask}):
-        model(random_ids(config, 2, 3), model.new_cache(2, 5), **given)
-    called = {tuple(map(str, (*s[1:3], *s[4:]))) for s in fused.run_parallel.signatures}
-    compiled = {tuple(map(str, (*s[:2], *s[3:]))) for s in fused.run_steps.signatures}
-    assert called
-    assert called <= compiled
-    assert {str(s[3].dtype) for s in fused.run_parallel.signatures} <= {"float32", "float64"}
+        results = []
+        for grain in (1 << 40, 1):
+            monkeypatch.setattr(threads, "GRAIN", grain)
+            results += [model(ids, model.new_cache(2, 5), **given).logits.tobytes() for _ in range(20)]
+        assert len(set(results)) == 1
 
 
 def test_addresses_are_not_copied():
@@ -85,9 +83,9 @@ def test_addresses_are_not_copied():
     assert (model([[1, 2, 3]]).logits == expected).all()
 
 
-@threads.jit()
+@jit.jit()
 def count(counter):
-    threads.count(counter, 1)
+    sharing.count(counter, 1)
 
 
 def test_a_thread_waits_for_what_others_still_do():
@@ -100,10 +98,10 @@ def test_a_thread_waits_for_what_others_still_do():
 
     worker = threading.Timer(0.05, work)
     worker.start()
-    threads.wait_for(done, 3)
+    sharing.wait_for(done, 3)
     assert order == [0, 1, 2]
     worker.join()
-    threads.wait_for(done, 3)  # what is done already is not waited for
+    sharing.wait_for(done, 3)  # what is done already is not waited for
 
 
 def test_a_thread_that_comes_late_finds_nothing_to_do(monkeypatch):
@@ -112,16 +110,15 @@ def test_a_thread_that_comes_late_finds_nothing_to_do(monkeypatch):
     ids = random_ids(tiny_config(), 1, 12)
     expected, done = model(ids).logits, []
 
-    def one_after_the_other(address, counters, workers, scratch, *arguments):
+    def one_after_the_other(call, workers, *first):
+        if not first:  # no program
+            call.run()
+            return
         for _ in range(2):
-            fused.run_steps(counters, 2, scratch[0], *arguments)
-            done.append(counters[:-1, 1, 0].copy())  # all but lm_head
+            call.run(*first[:-1], 2)
+            done.append(call.arguments[4][:-1, 1, 0].copy())  # pieces of all steps but lm_head that are done
 
-    before = get_num_threads()
-    if before == 1:
-        pytest.skip("one thread alone")
-    monkeypatch.setattr(threads, "GRAIN", 1)
-    monkeypatch.setattr(fused, "run_parallel", one_after_the_other)
+    monkeypatch.setattr(programs.threads, "run", one_after_the_other)
     assert model(ids).logits.tobytes() == expected.tobytes()
     assert len(done) == 2
     assert done[0].all()
@@ -188,12 +185,24 @@ def test_a_kept_program_uses_no_more_threads_than_a_call_may(monkeypatch):
     if get_num_threads() == 1:
         pytest.skip("one thread alone")
     model = GPT2(tiny_config(), tiny_sources(tiny_config()))
-    cache, used = model.new_cache(), []
+    cache, used, before = model.new_cache(), [], get_num_threads()
     monkeypatch.setattr(threads, "GRAIN", 1)
-    monkeypatch.setattr(threads, "run_steps", lambda *given: used.append(given[4]))
-    model.next_logits([1], cache)
-    with threads.pool():  # another caller has the threads
+    monkeypatch.setattr(threads, "run", lambda call, workers, *first: used.append(workers))
+    for count in (before, 1, before):
+        threads.set_num_threads(count)
         model.next_logits([1], cache)
-    model.next_logits([1], cache)
     assert used[0] > 1
     assert used == [used[0], 1, used[0]]
+
+
+@pytest.mark.jit
+def test_who_finds_the_threads_taken_works_alone(monkeypatch):
+    if get_num_threads() == 1:
+        pytest.skip("one thread alone")
+    monkeypatch.setattr(threads, "GRAIN", 1)
+    model = GPT2(tiny_config(), tiny_sources(tiny_config()))
+    expected = model([[1, 2, 3]]).logits.tobytes()
+    team = threads._team
+    monkeypatch.setattr(team, "run", lambda *given: pytest.fail("it was free"))
+    with team.lock:
+        assert model([[1, 2, 3]]).logits.tobytes() == expected

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numba.core.registry import cpu_target
 
 from gpt2np import get_num_threads, kernels, reference, set_num_threads
 from gpt2np.activations import ACTIVATIONS
 from gpt2np.errors import InputError
-from gpt2np.kernels import jit, panels, threads, tile, vectors
+from gpt2np.kernels import calls, code, machine, panels, sharing, threads, tile, vectors
 from gpt2np.masks import Mask
 from gpt2np.reference import no_tap
 from gpt2np.weights import MLP, Attention, BlockWeights, LayerNorm, Linear
@@ -225,7 +224,7 @@ def test_bits_do_not_depend_on_threads(monkeypatch):
     model, ids = tiny_model(n_ctx=150), random_ids(tiny_model().config, 2, 130)
     try:
         results = []
-        for count in range(1, numba.config.NUMBA_NUM_THREADS + 1):
+        for count in range(1, machine.MOST_THREADS + 1):
             set_num_threads(count)
             assert get_num_threads() == count
             results.append(model(ids))
@@ -270,7 +269,7 @@ def test_a_gap_of_masked_keys_leaves_the_bits_as_they_are(D):
 @pytest.mark.parametrize("D", [16, 64, 80, 20])
 def test_a_single_query_gives_the_bits_of_many(D, dtype):
     """For many queries keys are put into panels; for one they are read as they lie, if their size allows it."""
-    T = 20 if numba.config.DISABLE_JIT else 150
+    T = 20 if machine.DISABLE_JIT else 150
     model = tiny_model(dtype=dtype, n_layer=1, n_head=2, n_embd=2 * D, head_size=D, n_ctx=T)
     ids = random_ids(model.config, 2, T)
     expected, cache = model(ids).logits, model.new_cache(2)
@@ -421,10 +420,10 @@ def test_callers_in_several_python_threads(monkeypatch):
     assert same == [True] * 20
 
 
-def in_a_new_process(code, **environment):
+def in_a_new_process(code, *arguments, **environment):
     """Run code in a fresh interpreter and return what it prints."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "support"), **environment},
         capture_output=True,
         text=True,
@@ -504,7 +503,7 @@ def compiled_tile(chosen, a, b):
 
 @pytest.mark.jit
 @pytest.mark.skipif(not tile.BY_HAND, reason="no AVX2, or more than that")
-@pytest.mark.parametrize("rows", range(1, tile.ROWS + 1))
+@pytest.mark.parametrize("rows", range(1, kernels.ROWS + 1))
 @pytest.mark.parametrize("ask", [False, True])
 def test_the_loop_in_instructions_of_avx2_gives_the_bits_of_llvms(rows, ask, monkeypatch):
     cases = [(depth, 128) for depth in range(1, 20)] + [(200, 64), (256, 128), (290, 13)]
@@ -530,121 +529,153 @@ def test_the_loop_in_instructions_of_avx2_gives_the_bits_of_llvms(rows, ask, mon
 @pytest.mark.jit
 def test_after_warmup_nothing_is_left_to_compile():
     code = """
-        from gpt2np.kernels import fused, loops, warmup
-        warmup()
-        names = [part + end for part in ("embed", "layer_norm", "linear", "attend") for end in ("_parallel", "_range")]
-        loops.run_steps, loops.run_parallel = fused.run_steps, fused.run_parallel
-        names += ["run_steps", "run_parallel"]
-        print([name for name in names if not getattr(loops, name).signatures])
         import gpt2np
-        known = {name: len(getattr(loops, name).signatures) for name in names}
+        from gpt2np.kernels import code, warmup
+        warmup()
+        known = set(code._loaded)
         for weights in (None, "int8", "int4"):
             gpt2np.load(weights=weights)([[1] * 200])
-        print({name for name in names if len(getattr(loops, name).signatures) > known[name]} or "nothing new")
+            gpt2np.load(weights=weights).trace([[1] * 200])
+        print(set(code._loaded) - known or "nothing new")
     """
-    assert in_a_new_process(code, NUMBA_NUM_THREADS="2") == "[]\nnothing new\n"
+    assert in_a_new_process(code, NUMBA_NUM_THREADS="2") == "nothing new\n"
 
 
-def double(x):
-    return x + x
+def add(one, other):
+    calls.run("vectors.add", one, other)
+
+
+NUMBERS = np.arange(3.0), np.ones(3)
+KINDS = tuple(map(calls.kind_of, NUMBERS))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A folder for code, with none in it or in memory."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(code, "_loaded", {})
+    monkeypatch.setattr(code, "_said", [])
+    return tmp_path
 
 
 @pytest.mark.jit
-def test_a_kernel_without_any_folder_for_its_code_still_runs(monkeypatch):
-    monkeypatch.setattr(jit.FunctionCache._impl_class, "_locator_classes", [])
-    monkeypatch.setattr(jit, "_said", [])
-    with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR .* gpt2np warmup") as said:
-        assert [jit.jit()(double)(2) for _ in range(2)] == [4, 4]
-    assert len(said) == 1
+def test_a_kernel_without_any_folder_for_its_code_still_runs(cache, monkeypatch):
+    monkeypatch.setattr(code, "folders", list)
+    numbers, narrow = np.ones(3), np.ones(3, np.float32)
+    with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR .* gpt2np warmup"):
+        add(np.arange(3.0), numbers)
+    add(np.arange(3, dtype=np.float32), narrow)  # warns no more
+    assert numbers.tolist() == narrow.tolist() == [1, 2, 3]
 
 
 @pytest.mark.jit
-def test_a_folder_that_cannot_be_written_to_or_holds_rubbish_does_no_harm(tmp_path, monkeypatch):
-    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(jit, "_said", [])
-    kernel = jit.jit()(double)
-    assert kernel(2) == 4
-    [index] = tmp_path.rglob("*.nbi")
-    machine = cpu_target.target_context.codegen().magic_tuple()
-    assert kernel._cache.holds(machine)
+def test_a_folder_that_cannot_be_written_to_or_holds_rubbish_does_no_harm(cache, monkeypatch):
+    def found():
+        monkeypatch.setattr(code, "_loaded", {})
+        numbers = np.ones(3)
+        add(np.arange(3.0), numbers)
+        return numbers.tolist()
 
-    again = jit.jit()(double)
-    index.write_bytes(b"rubbish")
-    assert not again._cache.holds(machine)
-    assert again(2) == 4
-    assert again._cache.holds(machine)
+    assert not code.on_disk("vectors.add")
+    assert found() == [1, 2, 3]
+    assert code.on_disk("vectors.add")
+    [path] = cache.rglob("*.o")
+    whole = path.read_bytes()
+    for rubbish in (b"", b"rubbish", whole[:-1], whole[:200] + b"x" + whole[201:], whole.replace(b"add", b"dad")):
+        path.write_bytes(rubbish)
+        assert found() == [1, 2, 3]
+        whole = path.read_bytes()  # the symbol is another one
+        assert found() == [1, 2, 3]
+        assert path.read_bytes() == whole
 
-    blocked = jit.jit()(double)
-    folder = index.parent
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-    folder.write_text("a file where the folder was")
+    path.unlink()
+    path.parent.rmdir()
+    path.parent.write_text("a file where the folder was")
     with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR"):
-        assert blocked(2) == 4
-
-
-def test_processes_that_keep_code_at_once_never_find_that_of_others(tmp_path, monkeypatch):
-    def files(stamp):
-        return jit.CodeFiles(str(tmp_path), "kernel-1.py311", stamp)
-
-    old, one, other = files("old"), files("new"), files("new")
-    for key in ("float32", "float64"):
-        old.save(key, f"old {key}")
-    with monkeypatch.context() as patch:  # both began before the other had written
-        for writer in (one, other):
-            patch.setattr(writer, "_load_index", dict)
-        one.save("float32", "new float32")
-        other.save("float64", "new float64")
-    assert (one.load("float32"), one.load("float64")) == (None, "new float64")  # what was lost is compiled once more
-    assert old.load("float32") is None
-    one.save("float32", "new float32")
-    assert [other.load(key) for key in ("float32", "float64")] == ["new float32", "new float64"]
-    assert len(list(tmp_path.glob("*.nbc"))) == 2
-    # a process that is killed while it writes leaves nothing that is taken for its code
-    newest = files("newest")
-    monkeypatch.setattr(newest, "_save_data", Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        newest.save("float32", "newest")
-    assert files("newest").load("float32") is None
+        assert found() == [1, 2, 3]
 
 
 @pytest.mark.jit
-def test_code_from_disk_runs_in_a_process_that_compiles_nothing(tmp_path):
+def test_code_of_other_sources_or_machines_is_not_used(cache, tmp_path, monkeypatch):
+    first = code.find("vectors.add", KINDS)
+    assert code.find("vectors.add", KINDS) is first
+    for name in ("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "NUMBA_OPT"):
+        machine.description.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "1")
+            assert not code.on_disk("vectors.add")
+    machine.description.cache_clear()
+    assert code.on_disk("vectors.add")
+    edited, [old] = tmp_path / "kernels", cache.rglob("*.o")
+    shutil.copytree(code.SOURCES, edited, ignore=shutil.ignore_patterns("__pycache__"))
+    with open(edited / "tile.py", "a") as file:
+        file.write("# another tile\n")
+    monkeypatch.setattr(code, "SOURCES", edited)
+    monkeypatch.setattr(code, "folders", lambda: [old.parent])
+    assert not code.on_disk("vectors.add")
+    code._keep("vectors.add", KINDS, b"symbol", b"code")
+    assert code.on_disk("vectors.add")
+    assert not old.exists()  # nobody will ask for it
+
+
+@pytest.mark.jit
+def test_a_process_that_is_killed_while_it_keeps_code_leaves_none(cache, monkeypatch):
+    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        code.find("vectors.add", KINDS)
+    assert not code.on_disk("vectors.add")
+
+
+@pytest.mark.jit
+def test_code_from_disk_runs_in_a_process_that_does_without_numba(tmp_path):
     code = """
+        import sys
         import numpy as np
-        from numba.core.runtime import rtsys
-        from gpt2np import kernels
-        x = np.arange(70, dtype=np.float32)
-        print(kernels.layer_norm(x, x, x, 1e-5).tobytes().hex(), file=open(__import__("os").environ["OUT"], "w"))
-        print(rtsys._init)
+        import gpt2np
+        print(gpt2np.load()([[1, 2, 3] * 20]).logits.tobytes().hex()[:200], file=open(sys.argv[1], "w"))
+        print("numba" in sys.modules)
     """
     for name, compiled in (("first", "True\n"), ("second", "False\n")):
-        assert in_a_new_process(code, NUMBA_CACHE_DIR=str(tmp_path), OUT=str(tmp_path / name)) == compiled
+        assert in_a_new_process(code, tmp_path / name, NUMBA_CACHE_DIR=str(tmp_path)) == compiled
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
+def test_kernels_are_given_contiguous_arrays_empty_and_read_only_ones_too():
+    numbers, one = np.ones(3), np.arange(3.0)
+    one.flags.writeable = False
+    add(one, numbers)
+    add(np.empty(0), numbers[:0])
+    assert numbers.tolist() == [1, 2, 3]
+    if not machine.DISABLE_JIT:
+        with pytest.raises(ValueError, match="contiguous"):
+            add(np.arange(6.0)[::2], numbers)
+
+
 @pytest.mark.jit
-def test_code_compiled_with_another_tile_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(numba.core.config, "CACHE_DIR", str(tmp_path / "cache"))
-    kernel = jit.jit()(double)
-    kernel(2)
-    edited = tmp_path / "kernels"
-    shutil.copytree(jit.FOLDER, edited, ignore=shutil.ignore_patterns("__pycache__"))
-    with open(edited / "tile.py", "a") as file:
-        file.write("# another tile\n")
-    machine = cpu_target.target_context.codegen().magic_tuple()
-    assert jit.jit()(double)._cache.holds(machine)
-    monkeypatch.setattr(jit, "FOLDER", edited)
-    assert not jit.jit()(double)._cache.holds(machine)
+@pytest.mark.parametrize("count", ["1", "2", "7"])
+def test_as_many_threads_as_were_asked_for_sleep_and_wake(count):
+    code = """
+        import threading, time
+        from gpt2np.kernels import threads
+        from tiny import random_ids, tiny_model
+        threads.GRAIN = 1
+        model = tiny_model(n_ctx=40)
+        ids = random_ids(model.config, 2, 30)
+        results = set()
+        for pause in (0, 0, 0.2, 0, 0.2):  # for which they look for work, or sleep
+            time.sleep(pause)
+            results |= {model(ids).logits.tobytes() for _ in range(20)}
+        print(len(results), sum(thread.name == "gpt2np" for thread in threading.enumerate()))
+    """
+    assert in_a_new_process(code, NUMBA_NUM_THREADS=count) == f"1 {int(count) - 1}\n"
 
 
 @given(st.integers(1, 5000), st.integers(1, 70), st.integers(1, 6000))
 def test_chunks_hold_every_piece_once(pieces, workers, smallest):
     ticket, dealt = np.zeros(1, np.int64), []
-    first, last = threads.next_chunk(ticket, workers, pieces, smallest)
+    first, last = sharing.next_chunk(ticket, workers, pieces, smallest)
     while first < pieces:
         assert last == pieces or last - first >= smallest
         dealt += range(first, last)
-        first, last = threads.next_chunk(ticket, workers, pieces, smallest)
+        first, last = sharing.next_chunk(ticket, workers, pieces, smallest)
     assert dealt == list(range(pieces))

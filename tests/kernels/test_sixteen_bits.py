@@ -7,7 +7,7 @@ import gpt2np
 from gpt2np import kernels
 from gpt2np.arrays import NARROW, narrow_form, narrowed, widened
 from gpt2np.kernels import panels
-from gpt2np.kernels.tile import FORMS
+from gpt2np.kernels.layout import FORMS
 from gpt2np.model import GPT2
 from tiny import ArraySource, random_ids, tiny_config, tiny_sources
 
