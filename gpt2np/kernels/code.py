@@ -6,6 +6,7 @@ which kernel, sources, machine and arguments, so no process finds code of others
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -23,7 +24,10 @@ import llvmlite.binding as llvm
 from ..files import replacing
 from .machine import description
 
-SOURCES = Path(__file__).parent
+_spec = importlib.util.find_spec("numba")
+if _spec is None or _spec.origin is None:
+    raise ModuleNotFoundError("No module named 'numba'", name="numba")
+NUMBA, SOURCES = Path(_spec.origin), Path(__file__).parent
 _said: list[str] = []  # why compiled code cannot be kept, once it was said
 _lock = threading.RLock()  # numba compiles one at a time
 _loaded: dict[tuple[str, Any], Code] = {}
@@ -64,8 +68,11 @@ def folders() -> list[Path]:
     own = f"gpt2np-{_digest(str(SOURCES))}"  # of this installation
     if os.environ.get("NUMBA_CACHE_DIR"):
         return [Path(os.environ["NUMBA_CACHE_DIR"]) / own]
+    found = [SOURCES / "__pycache__"]
     caches = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or "~/.cache"
-    return [SOURCES / "__pycache__", Path(caches).expanduser() / own]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        found.append(Path(caches).expanduser() / own)
+    return found
 
 
 def _digest(*parts: Any) -> str:
@@ -75,10 +82,7 @@ def _digest(*parts: Any) -> str:
 @functools.cache
 def versions(folder: Path) -> str:
     """A digest of what code is made from: the Python files of a folder, and the versions of numba, LLVM and Python."""
-    numba = importlib.util.find_spec("numba")
-    if numba is None or numba.origin is None:
-        raise ModuleNotFoundError("No module named 'numba'", name="numba")
-    files = *sorted(folder.glob("*.py")), Path(numba.origin).with_name("_version.py")
+    files = *sorted(folder.glob("*.py")), NUMBA.with_name("_version.py")
     contents = [(path.name, path.read_bytes()) for path in files]
     return _digest(contents, llvmlite.__version__, sys.implementation.cache_tag)
 

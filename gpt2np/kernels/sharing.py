@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .jit import jit
@@ -104,13 +104,14 @@ def _run_code(_, address, worker, record):
     def generate(context, builder, _, values):
         word, place = ir.IntType(32), ir.IntType(8).as_pointer()
         kind = ir.FunctionType(word, [place.as_pointer(), place.as_pointer(), values[1].type, place])
-        results = [builder.alloca(place) for _ in range(2)]
+        results = [cgutils.alloca_once(builder, place) for _ in range(2)]  # once: a thread serves many calls
         code = builder.inttoptr(values[0], kind.as_pointer())
         return builder.call(code, [*results, values[1], builder.inttoptr(values[2], place)])
 
     return types.int32(types.int64, types.int64, types.int64), generate
 
 
+# run_code(address, worker, record): see `entries`; it is needed where there are threads, which compiled code alone has
 run_code: Callable[..., Any] = _run_code
 
 

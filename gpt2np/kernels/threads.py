@@ -7,6 +7,7 @@ results do not depend on the number of threads. A child of a fork, which has non
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
@@ -23,7 +24,7 @@ from .machine import DISABLE_JIT, MOST_THREADS
 
 GRAIN = 1 << 17  # multiply-adds below which it is not worth waking another thread
 
-LOOKS = 1 << 13  # for an offer before a thread sleeps, a millisecond or so: longer than Python takes between two tokens
+LOOKS = 6 << 10  # for an offer before a thread sleeps, a millisecond or so: longer than Python takes between two tokens
 
 _threads = MOST_THREADS
 
@@ -68,11 +69,13 @@ class _Team:
 
     def run(self, call: Call, workers: int) -> None:
         """Run a call by this thread, which holds the lock, and workers - 1 of the others."""
-        while self.size < workers - 1:
-            threading.Thread(target=self._serve, name="gpt2np", daemon=True).start()
-            self.size += 1
+        with contextlib.suppress(RuntimeError):  # no more threads can be started; these will do
+            while self.size < workers - 1:
+                threading.Thread(target=self._serve, name="gpt2np", daemon=True).start()
+                self.size += 1
         self.calling = True
-        for _ in range(min(len(self.asleep), workers - 1 - self.size + len(self.asleep))):
+        awake = self.size - len(self.asleep)
+        for _ in range(min(len(self.asleep), workers - 1 - awake)):
             self.asleep.pop().put(None)
         self.share.run(call.code.address, call.record_address, workers)
         self.calling = False
