@@ -696,18 +696,3 @@ def test_threads_that_cannot_be_started_are_done_without():
         print(model(ids).logits.tobytes() == expected)
     """
     assert in_a_new_process(code, NUMBA_NUM_THREADS="2") == "True\n"
-
-
-@pytest.mark.jit
-def test_a_thread_that_serves_many_calls_needs_no_more_room_for_each():
-    """A million calls, which would take more than its stack if each left something there."""
-    code = """
-        import numpy as np
-        from gpt2np.kernels import calls, threads
-        x = np.zeros(1)
-        call = calls.Call("vectors.add", x, x)
-        for _ in range(1_000_000):
-            threads.run(call, 2)
-        print("done")
-    """
-    assert in_a_new_process(code, NUMBA_NUM_THREADS="2") == "done\n"
