@@ -15,7 +15,7 @@ from ..masks import Mask, SafeScores, ScoresReachMask
 from ..quantised import GROUP, LEVELS, Quantised
 from ..reference import Tap, no_tap, split_heads
 from ..weights import MLP, Attention, BlockWeights, GPT2Weights, LayerNorm, Linear
-from . import code, threads
+from . import code
 from .calls import run
 from .layout import ACTIVATION_CODES, FORMS, LANES, TERMS, VisibleKeys
 from .machine import DISABLE_JIT
@@ -32,7 +32,7 @@ from .programs import (
     scratch_for,
     visible_keys,
 )
-from .threads import get_num_threads, run_pieces
+from .threads import get_num_threads, run_pieces, the_team
 
 MODEL = "fused.run_steps"  # the kernel that runs a model
 
@@ -236,13 +236,12 @@ def log_probabilities(scores: Array, targets: Array) -> tuple[Array, Array]:
 def warmup(dtype: Any = np.float32) -> None:
     """Compile every kernel for one dtype, or load it from disk, by running a model of zeros.
 
-    It is just large enough that each kernel deals work out to threads for many tokens, and does not for one. Matrices
-    in fewer bits have loops of their own.
+    Matrices in fewer bits have loops of their own.
     """
     if DISABLE_JIT:
         return
-    C, V, H = 64, 4096, 2
-    T = 2 * threads.GRAIN // C  # tokens of which the embedding, the lightest kernel, is worth two threads
+    the_team()
+    C, V, H = 64, 64, 2
 
     def zeros(*shape: int) -> Array:
         return np.zeros(shape, dtype)
@@ -261,8 +260,8 @@ def warmup(dtype: Any = np.float32) -> None:
         block_weights = BlockWeights(norm, Attention(wide, narrow, H, 1.0), norm, MLP(narrow, narrow, "gelu_tanh"))
         wte = packed(V, *kept)
         w = GPT2Weights(wte, zeros(1, C), (block_weights,), norm, wte, zeros(0))
-        for tokens in (1, T):
-            ids, past = np.zeros((1, tokens), np.int64), zeros(2, 1, H, tokens, C // H)
+        ids, past = np.zeros((1, 1), np.int64), zeros(2, 1, H, 1, C // H)
+        for mask in (None, Mask(zeros(1, 1, 1, 1))):
             for tap in (no_tap, lambda name, value: None):
-                hidden = transformer(ids, ids, w, [past], 0, None, tap)
-                log_probabilities(logits(hidden[:, -1:], w.lm_head, w.lm_head_bias), ids[:, -1:])
+                hidden = transformer(ids, ids, w, [past], 0, mask, tap)
+                log_probabilities(logits(hidden, w.lm_head, w.lm_head_bias), ids)

@@ -65,7 +65,7 @@ class _Team:
         self.size = 0  # threads
         self.asleep: list[queue.SimpleQueue[None]] = []  # each where it waits to be woken
         self.calling = False
-        self.share = Call("sharing.share", 0, 0, 0, self.offer)
+        self.share, self.serve = Call("sharing.share", 0, 0, 0, self.offer), Call("sharing.serve", LOOKS, self.offer)
 
     def run(self, call: Call, workers: int) -> None:
         """Run a call by this thread, which holds the lock, and workers - 1 of the others."""
@@ -83,27 +83,31 @@ class _Team:
 
     def _serve(self) -> None:
         woken: queue.SimpleQueue[None] = queue.SimpleQueue()
-        serve = Call("sharing.serve", LOOKS, self.offer)
         while True:
-            serve.run()
+            self.serve.run()
             self.asleep.append(woken)
             if self.calling:  # and the caller may not have seen that this thread is asleep
-                serve.run()
+                self.serve.run()
             woken.get()
 
 
 _team: _Team | None = None
 
 
+def the_team() -> _Team:
+    """The threads of this process, of which none was started before there was a call for them."""
+    global _team
+    if _team is None:
+        _team = _Team()
+    return _team
+
+
 def run(call: Call, workers: int, *first: int) -> None:
     """Run a call by so many threads; first: see `Call.run`."""
-    global _team
     if workers == 1 or DISABLE_JIT:
         call.run(*first)
         return
-    if _team is None:
-        _team = _Team()
-    team = _team
+    team = the_team()
     if team.lock.acquire(blocking=False):
         try:
             call.record[: len(first)] = first

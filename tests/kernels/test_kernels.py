@@ -534,8 +534,10 @@ def test_after_warmup_nothing_is_left_to_compile():
         warmup()
         known = set(code._loaded)
         for weights in (None, "int8", "int4"):
-            gpt2np.load(weights=weights)([[1] * 200])
-            gpt2np.load(weights=weights).trace([[1] * 200])
+            model = gpt2np.load(weights=weights)
+            model([[1] * 200])
+            model.trace([[1] * 200])
+            model([[1] * 9], attention_mask=[[0] + [1] * 8])
         print(set(code._loaded) - known or "nothing new")
     """
     assert in_a_new_process(code, NUMBA_NUM_THREADS="2") == "nothing new\n"
