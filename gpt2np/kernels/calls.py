@@ -19,7 +19,7 @@ def kind_of(argument: Any) -> Any:
         return argument.dtype.char, argument.ndim
     if isinstance(argument, tuple):
         return (type(argument), *map(kind_of, argument))
-    return bool if isinstance(argument, bool) else int if isinstance(argument, int) else float
+    return bool if isinstance(argument, bool) else int if isinstance(argument, (int, np.integer)) else float
 
 
 def _address(array: Array) -> int:
@@ -39,8 +39,8 @@ def _write(argument: Any, record: list[int]) -> None:
     elif isinstance(argument, tuple):
         for part in argument:
             _write(part, record)
-    elif isinstance(argument, int):
-        record.append(argument)
+    elif isinstance(argument, (int, np.integer)):
+        record.append(int(argument))
     else:
         record.extend(struct.unpack("q", struct.pack("d", argument)))
 

@@ -1,4 +1,4 @@
-"""Compiled code: found on disk, or compiled and kept there. Only who compiles loads numba, which takes half a second.
+"""Compiled code: found on disk, or compiled and kept there. Only who compiles loads numba, which takes 0.4 s.
 
 A file holds what LLVM made of one kernel for one kind of arguments, with everything that it calls. Its name tells of
 which kernel, sources, machine and arguments, so no process finds code of others; it is written whole, or not at all.

@@ -1,7 +1,7 @@
 """The kernels: linear maps, embedding, layer norm and attention over a range of independent pieces of work.
 
 `..._range` does pieces first..last-1 on one thread; several threads take chunks of pieces until none is left (see
-`calls.run_pieces`). scratch is memory of the thread.
+`threads.run_pieces`). scratch is memory of the thread.
 
     B batch   T new positions   S cached + new positions   C width (n_embd)   H heads   D head size
     R rows = B * T   K, N inputs and outputs of a linear map

@@ -42,5 +42,5 @@ def description() -> str:
     """All of this machine, or of the one that is compiled for, and of what is asked of numba that code depends on."""
     elsewhere = "NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"
     asked = sorted(item for item in os.environ.items() if item[0].startswith("NUMBA_") and item[0] not in elsewhere)
-    host = () if _CPU or _FEATURES else (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten())
-    return repr((llvm.get_process_triple(), host, asked))
+    features = _FEATURES or ("" if _CPU else llvm.get_host_cpu_features().flatten())
+    return repr((llvm.get_process_triple(), _CPU or llvm.get_host_cpu_name(), features, asked))

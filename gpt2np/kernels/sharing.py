@@ -79,6 +79,9 @@ def next_chunk(ticket, workers, pieces, smallest):
     return first, last
 
 
+# What follows is for compiled code alone: plain Python has no other threads.
+
+
 @intrinsic
 def _replace(_, array, old, new):
     def generate(context, builder, _, values):
@@ -86,17 +89,6 @@ def _replace(_, array, old, new):
         return builder.extract_value(builder.cmpxchg(data, values[1], values[2], "acq_rel", "acquire"), 1)
 
     return types.boolean(array, types.int64, types.int64), generate
-
-
-def _replace_in_python(array: Any, old: int, new: int) -> bool:
-    same = bool(array[0] == old)
-    if same:
-        array[0] = new
-    return same
-
-
-# replace(array, old, new): whether the first number was `old`, and is `new` now, without another thread in between
-replace: Callable[..., Any] = _replace_in_python if DISABLE_JIT else _replace
 
 
 @intrinsic
@@ -111,7 +103,9 @@ def _run_code(_, address, worker, record):
     return types.int32(types.int64, types.int64, types.int64), generate
 
 
-# run_code(address, worker, record): see `entries`; it is needed where there are threads, which compiled code alone has
+# replace(array, old, new): whether the first number was `old`, and is `new` now, without another thread in between
+# run_code(address, worker, record): see `entries`
+replace: Callable[..., Any] = _replace
 run_code: Callable[..., Any] = _run_code
 
 

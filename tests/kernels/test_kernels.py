@@ -642,6 +642,17 @@ def test_code_from_disk_runs_in_a_process_that_does_without_numba(tmp_path):
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
+def test_numbers_of_numpy_are_as_good_as_pythons():
+    assert calls.kind_of((np.int64(1), np.float32(1), 1, 1.0, True)) == (tuple, int, float, int, float, bool)
+    C = 8
+    _, w = random_block(C, 2, C, np.float32)
+    x, results = draw(1, 3, C), []
+    for start in (2, np.int64(2)):
+        cache = np.zeros((2, 1, 2, 5, C // 2), np.float32)
+        results.append(kernels.block(x, w, cache, start, None, no_tap, "").tobytes())
+    assert results[0] == results[1]
+
+
 def test_kernels_are_given_contiguous_arrays_empty_and_read_only_ones_too():
     numbers, one = np.ones(3), np.arange(3.0)
     one.flags.writeable = False
