@@ -68,7 +68,7 @@ def main() -> None:
     kernels, call = Clock(), Clock()
     real = model._kernels
     wrapped = {name: kernels(getattr(real, name)) for name in ("transformer", "logits", "causal_logits")}
-    model._kernels = SimpleNamespace(**wrapped)  # type: ignore[assignment]
+    model._kernels = SimpleNamespace(**wrapped, log_probabilities=real.log_probabilities)  # type: ignore[assignment]
     type(model).__call__ = call(type(model).__call__)  # type: ignore
     type(model).next_logits = call(type(model).next_logits)  # type: ignore
 

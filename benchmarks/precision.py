@@ -48,12 +48,10 @@ def windows(ids: np.ndarray, width: int) -> list[np.ndarray]:
 
 def score(model: Any, ids: np.ndarray) -> tuple[float, np.ndarray]:
     """Perplexity, and the most probable token after each position."""
-    from gpt2np.score import log_probabilities
-
     total, best = 0.0, []
     for window in windows(ids, model.config.n_ctx):
         logits = model(window).logits
-        logs, _ = log_probabilities(model, logits[:, :-1].copy(), window[:, 1:])
+        logs, _ = model.log_probabilities(logits[:, :-1], window[:, 1:, None])
         total += float(logs.sum())
         best.append(logits[0, :-1].argmax(-1))
     return float(np.exp(-total / (len(ids) - 1))), np.concatenate(best)

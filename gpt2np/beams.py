@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from decimal import Context, Decimal
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,12 +67,13 @@ def beam_search(
     running = [Beam((), (), 0.0, "")]
     finished: list[Beam] = []
     for length in range(1, limit + 1):
-        scores = logits.astype(np.float64)
-        scores -= [[sampling.log_sum_exp(row)] for row in logits]
-        for row, beam in enumerate(running):
+        for row in logits:
+            sampling.most_probable_token(row)  # raises where there is none
+        scores = model.log_probabilities(logits, np.tile(np.arange(config.vocab_size), (len(logits), 1)))[0]
+        for i, beam in enumerate(running):
             if repetition_penalty != 1:
                 seen = np.unique([*prompt, *beam.ids])
-                scores[row] = sampling.penalise_repetition(scores[row], seen, repetition_penalty)
+                scores[i] = sampling.penalise_repetition(scores[i], seen, repetition_penalty)
         norm = _norm(length, length_penalty)
         totals = (scores + [[math.fsum(beam.logprobs)] for beam in running]).reshape(-1)  # (B * V,)
 
@@ -109,7 +110,8 @@ def check_length_penalty(penalty: float, n_ctx: int) -> float:
 
 def _norm(length: int, penalty: float) -> float:
     """length ** penalty: the same on every machine, which a system's pow need not be."""
-    return float(sampling.DIGITS.power(length, Decimal(penalty)))
+    digits = Context(prec=20, traps=[])  # more than a float64 has; what is out of range gives infinity or 0
+    return float(digits.power(length, Decimal(penalty)))
 
 
 def beam_steps(

@@ -6,7 +6,7 @@ keeps caches, one for each row or one for all, and a model without a cache reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -64,6 +64,10 @@ class LanguageModel(Protocol):
         """
         ...
 
+    def log_probabilities(self, scores: Array, targets: Array) -> tuple[Array, Array]:
+        """The log-softmax of scores (..., V) at tokens (..., n), float64, and more; `reference` has one for any."""
+        ...
+
 
 class Step(NamedTuple):
     """One new token of one sequence."""
@@ -117,6 +121,7 @@ class Row:
     sampler: Sampling
     rng: np.random.Generator
     logprobs: int
+    log_probabilities: Callable[[Array, Array], tuple[Array, Array]]
     decoder: StreamDecoder | None
     stopper: Stopper
     new: int = 0
@@ -128,11 +133,10 @@ class Row:
         token_id = self.sampler.choose(logits, ids, self.rng)
         self.ids.append(token_id)
         self.new += 1
-        log_sum = sampling.log_sum_exp(logits)
-        top: tuple[tuple[int, float], ...] = ()
+        wanted = [token_id]
         if self.logprobs:
-            best = sampling.most_probable(logits, self.logprobs)
-            top = tuple((int(i), float(logits[i]) - log_sum) for i in best)
+            wanted += sampling.most_probable(logits, self.logprobs).tolist()
+        logprob, *others = self.log_probabilities(logits, np.array(wanted))[0].tolist()
         finish = "eos" if token_id in self.ends else "length" if self.new >= self.limit else None
         text = ""
         if self.decoder is not None:
@@ -142,7 +146,7 @@ class Row:
                 text += rest if stopped else rest + self.stopper.flush()
             if stopped:
                 finish = "stop"
-        return Step(self.row, token_id, text, float(logits[token_id]) - log_sum, top, finish)
+        return Step(self.row, token_id, text, logprob, tuple(zip(wanted[1:], others, strict=True)), finish)
 
     def _seen_ids(self, vocab_size: int) -> Array:
         if self.sampler.repetition_penalty == 1:

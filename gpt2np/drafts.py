@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 LONGEST = 3  # tokens that a text must end with as it did before, at most; longer matches are found by their ends
 FURTHER = 0.25  # passes over one position that each further one is taken to add until that is measured
 SHARE = 0.2  # of a new measurement in the mean
-GAIN = 1.1  # tokens in the time of one that a draft must promise: guessing, and preparing longer passes, take time, too
+GAIN = 1.2  # tokens in the time of one that a draft must promise: guessing, and preparing longer passes, take time, too
+PAUSE = 8  # tokens after which a text is looked at again where no draft would be worth it: that takes time, too
+RISK, RISKED = 3.0, 0.01  # passes that drafts may lose in all: at first, and more for each token
 
 
 class Phrases:
@@ -98,7 +100,8 @@ class Drafter:
     """Drafts for a growing text, as long as they are worth their time.
 
     What followed a phrase is compared with what follows now all along the text, also where no draft was run. So it is
-    known how often such guesses are right, and a text that never repeats costs no passes.
+    known how often such guesses are right, and a text that never repeats costs no passes. Where a text no longer does,
+    what wrong drafts cost is counted, and never becomes much more than what the right ones brought.
 
     Parameters
     ----------
@@ -110,24 +113,41 @@ class Drafter:
         self.costs = Costs()
         self._lengths = lengths
         self._phrases = Phrases()
+        self._left = RISK  # passes that may be lost
+        self._pause = 0  # length of the text up to which none is worth it
 
     def draft(self, text: list[int], most: int) -> list[int]:
         """Up to `most` tokens to run after the text, of which the text of the last call is the beginning.
 
         The number of them for which a token is expected to take the least time.
         """
-        start, length = self._phrases.after(text)
-        if not length:
+        self._left += RISKED
+        if len(text) < self._pause:
             return []
+        start, length = self._phrases.after(text)
+        count = self._worth(length, most) if length else 0
+        if not count and not self._worth(LONGEST, most):
+            self._pause = len(text) + PAUSE
+        self._left -= self.costs.of(count) - 1
+        # where the copy reaches the end of the text, it goes on with itself
+        return [text[start + i % (len(text) - start)] for i in range(count)]
+
+    def was_right(self) -> None:
+        """Count a token of a draft that saved a pass."""
+        self._left += 1
+
+    def _worth(self, length: int, most: int) -> int:
+        """The best number of tokens after a phrase of this length."""
         worth, best, expected, chance = 0, GAIN, 1.0, 1.0
         for count in range(1, 1 + min(most, max(self._lengths))):
             chance *= self._phrases.chance(length)
             expected += chance
             length = min(length + 1, LONGEST)  # a token that was right makes its phrase longer
-            if count in self._lengths and (value := expected / self.costs.of(count)) > best:
-                worth, best = count, value
-        # where the copy reaches the end of the text, it goes on with itself
-        return [text[start + i % (len(text) - start)] for i in range(worth)]
+            if count in self._lengths:
+                cost = self.costs.of(count)
+                if expected / cost > best and cost - 1 < self._left:
+                    worth, best = count, expected / cost
+        return worth
 
 
 class DraftingCache(SeparateCaches):
@@ -142,6 +162,7 @@ class DraftingCache(SeparateCaches):
     def _next(self, cache: KVCache, ids: list[int]) -> Array:
         if self._draft and ids[-1] == self._draft.pop(0):
             cache.advance(1)
+            self._drafter.was_right()
             return self._scores.pop(0)
         draft, self._draft = self._drafter.draft(ids, cache.max_length - cache.length - 1), []
         began = time.perf_counter()

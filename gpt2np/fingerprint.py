@@ -21,7 +21,6 @@ from .arrays import Array, narrow_form
 from .cache import KVCache
 from .drafts import Drafter, DraftingCache
 from .model import GPT2
-from .score import log_probabilities
 
 LONGEST = 64  # tokens of a text: more than one chain of every kernel, and few enough for a second
 
@@ -53,8 +52,8 @@ def texts(model: GPT2) -> list[Array]:
 
 
 def _result(model: GPT2, ids: Array, hidden: Array, logits: Array, past: Array) -> Result:
-    logs, _ = log_probabilities(model, logits[None, :-1].copy(), ids[None, 1:])
-    return Result(hidden, logits, past, logs[0])
+    logs, _ = model.log_probabilities(logits[:-1], ids[1:, None])
+    return Result(hidden, logits, past, logs[:, 0])
 
 
 def _in_pieces(model: GPT2, ids: Array, ends: list[int], cache: KVCache | None = None) -> tuple[Array, Array, Array]:

@@ -151,7 +151,7 @@ def generate(
             limit = min(limit, n_ctx - len(ids) + 1)
         rng = sampling.random_stream(seed, ids, copy=prompts[:row].count(ids))
         stream = None if tokenizer is None else StreamDecoder(tokenizer)
-        rows.append(Row(row, ids, limit, ends, sampler, rng, logprobs, stream, Stopper(stops)))
+        rows.append(Row(row, ids, limit, ends, sampler, rng, logprobs, model.log_probabilities, stream, Stopper(stops)))
     return _steps(rows, model.decoder(len(rows), kept, cache, lookup))
 
 

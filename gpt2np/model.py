@@ -289,6 +289,16 @@ class GPT2:
             return scores
         return None
 
+    def log_probabilities(self, scores: Array, targets: Array) -> tuple[Array, Array]:
+        """What scores (..., V) say of tokens (..., n); `score` and the steps of `generate` have the same bits.
+
+        Returns
+        -------
+        natural logarithms of probabilities, float64 (..., n); bool (..., n): whether no token has a higher score
+        """
+        found: tuple[Array, Array] = self._kernels.log_probabilities(scores, targets)
+        return found
+
     @cached_property
     def _safe_scores(self) -> SafeScores:
         return self.config.mask.safe_scores(None, self.dtype)

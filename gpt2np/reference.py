@@ -153,6 +153,14 @@ def logits(hidden: Array, lm_head: Array, lm_head_bias: Array, tap: Tap = no_tap
     return scores
 
 
+def log_probabilities(scores: Array, targets: Array) -> tuple[Array, Array]:
+    """The log-softmax of scores (..., V) at tokens (..., n), float64, and whether no token has a higher score."""
+    highest = scores.max(axis=-1, keepdims=True)
+    chosen = np.take_along_axis(scores, targets, axis=-1)
+    sums = np.exp(scores - highest).sum(axis=-1, keepdims=True, dtype=np.float64)
+    return chosen.astype(np.float64) - highest - np.log(sums), chosen == highest
+
+
 def greedy(input_ids: Array, w: GPT2Weights, steps: int) -> Array:
     """Add the most probable next token, `steps` times: ids (B, T) -> (B, T + steps).
 

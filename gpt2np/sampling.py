@@ -4,9 +4,9 @@ All functions take logits or probabilities (V,) of one position in float32 or fl
 sums are float64. The order in which the filters are applied, and what each keeps, is that of
 Hugging Face's `generate`: repetition penalty, temperature, top-k, top-p, min-p.
 
-What comes out has the same bits on every machine. NumPy's exp and a system's logarithm and powers have not: they go
-by what the processor can do. So exp is a chain of additions and multiplications here, and the others are `decimal`'s.
-Sums are added in one order, which tests/generate/test_sampling.py writes out.
+What comes out has the same bits on every machine. NumPy's exp has not: it goes by what the processor can do. So exp
+is a chain of additions and multiplications here. Sums are added in one order, which tests/generate/test_sampling.py
+writes out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Context, Decimal
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +29,6 @@ ADDED_AT_ONCE = 4096  # numbers that every NumPy adds in one order: its buffer h
 LOG_2 = 0.6931471805599453
 COLDEST = 1e-6  # temperatures below cannot be told from greedy in float32
 LARGEST = 1e30  # that scores are divided or multiplied by: float32 ends at 3e38
-DIGITS = Context(prec=20, traps=[])  # more than a float64 has; what is out of range gives infinity or 0
 
 
 class _Format(NamedTuple):
@@ -220,12 +218,6 @@ def draw(weights: Array, uniform: float) -> int:
     return run * RUN + _first_above(inside, target - (runs[run - 1] if run else 0.0))
 
 
-def log_sum_exp(logits: Array) -> float:
-    """log(sum(exp(logits))), from exponentials in the dtype of the logits; InputError as for `Sampling.choose`."""
-    largest = logits[most_probable_token(logits)]
-    return float(largest) + log(float(total(exp(logits - largest))))
-
-
 def total(values: Array) -> np.floating:
     """The sum of a vector, in halves of halves, as NumPy adds too; its older versions (2.0) cut long ones elsewhere."""
     n = len(values)
@@ -260,11 +252,6 @@ def exp(x: Array) -> Array:
     bits <<= form.mantissa
     y *= n
     return y
-
-
-def log(x: float) -> float:
-    """The natural logarithm of a positive number, or of 0."""
-    return float(DIGITS.ln(Decimal(x)))
 
 
 def most_probable_token(logits: Array) -> int:

@@ -426,27 +426,11 @@ def predictions(model: GPT2, rows: Sequence[tuple[Sequence[int] | Array, int]]) 
         part = slice(begin, begin + step)
         logits = model(inputs[:, part], cache=cache).logits  # (B, step, V)
         assert logits is not None
-        logs[:, part], best[:, part] = log_probabilities(model, logits, targets[:, part])
+        found = model.log_probabilities(logits, targets[:, part, None])
+        logs[:, part], best[:, part] = (each[..., 0] for each in found)
     return [
         (logs[i, first - 1 : len(ids) - 1], best[i, first - 1 : len(ids) - 1]) for i, (ids, first) in enumerate(rows)
     ]
-
-
-def log_probabilities(model: GPT2, scores: Array, targets: Array) -> tuple[Array, Array]:
-    """What scores (B, T, V), which may be written to, say of the tokens `targets` (B, T).
-
-    Returns
-    -------
-    log-probabilities float64 (B, T), bool (B, T): whether no token has a higher score
-    """
-    if model.engine == "numba":
-        from . import kernels
-
-        return kernels.log_probabilities(scores, targets)
-    largest = scores.max(axis=-1)
-    chosen = np.take_along_axis(scores, targets[..., None], axis=-1)[..., 0]
-    exps = np.exp(np.subtract(scores, largest[..., None], out=scores), out=scores)
-    return chosen.astype(np.float64) - largest - np.log(exps.sum(axis=-1, dtype=np.float64)), chosen == largest
 
 
 def _read_beginning(model: GPT2, ids: Array, cache: KVCache) -> None:

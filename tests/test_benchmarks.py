@@ -18,7 +18,7 @@ def run(script, *arguments):
 @pytest.mark.jit
 @pytest.mark.skipif(not FOLDER.exists(), reason="the benchmarks are in the repository alone")
 def test_they_measure_what_runs(tmp_path):
-    drafts = run("drafts.py", "--tokens", "12", "--runs", "1").splitlines()
+    drafts = run("drafts.py", "--tokens", "40", "--runs", "1").splitlines()
     passes = {line[:26].strip(): float(line[26:].split()[0]) for line in drafts[2:]}
     assert passes["text that never repeats"] == 1
     assert passes["text that repeats"] > 1

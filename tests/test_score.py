@@ -66,6 +66,18 @@ def test_float32_is_as_exact_as_its_logits(engine, batch_size):
     assert (result.tokens, result.words, result.bytes) == (exact.tokens, exact.words, exact.bytes)
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+def test_what_was_generated_has_the_same_bits_when_it_is_scored(options):
+    model = toy_model("numba")
+    prompt = encode(TOY, "Once upon a time")
+    steps = list(model.generate(prompt, 12, eos_token_id=(), logprobs=0 if options else 3, **options))
+    ((logs, best),) = predictions(model, [([*prompt, *(step.token_id for step in steps)], len(prompt))])
+    assert [step.logprob for step in steps] == logs.tolist()
+    if not options:
+        assert best.all()
+        assert [step.top[0] for step in steps] == [(step.token_id, step.logprob) for step in steps]
+
+
 def test_what_the_numbers_mean():
     result = run(TextScoring(toy_model(), TEXT))
     nll = -result.log_likelihood
@@ -91,6 +103,7 @@ def _flat(model, favourite=0):
 
     class Kernels:
         transformer = staticmethod(model._kernels.transformer)
+        log_probabilities = staticmethod(model._kernels.log_probabilities)
 
         @staticmethod
         def logits(hidden, *_):

@@ -27,8 +27,8 @@ from .programs import (
     group_for,
     linear_work,
     look_at_hidden,
-    norm_work,
     program_for,
+    row_work,
     scratch_for,
     visible_keys,
 )
@@ -44,7 +44,8 @@ def needs_compilation() -> bool:
 
 def _rows(x: Array) -> Array:
     """(..., C) -> (R, C), contiguous and writable as the compiled kernels expect it (none of them writes to it)."""
-    return np.require(x.reshape(-1, x.shape[-1]), requirements=["C", "A", "W"])
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.flags.carray else np.require(x, requirements=["C", "A", "W"])  # which takes a while to see that
 
 
 def _linear_into(out: Array, x: Array, weight: Any, bias: Array, scratch: Array, terms: int = TERMS) -> None:
@@ -57,7 +58,7 @@ def _linear_into(out: Array, x: Array, weight: Any, bias: Array, scratch: Array,
 def _layer_norm_into(out: Array, x: Array, weight: Array, bias: Array, epsilon: float, scratch: Array) -> None:
     """out = layer_norm(x): (R, C) -> (R, C)."""
     arguments = x, weight, bias, epsilon, out
-    run_pieces("loops.layer_norm_range", *norm_work(*x.shape), scratch, *arguments)
+    run_pieces("loops.layer_norm_range", *row_work(*x.shape), scratch, *arguments)
 
 
 def _attend_into(
@@ -81,7 +82,7 @@ def embed(input_ids: Array, position_ids: Array, wte: Any, wpe: Array) -> Array:
     rows = _rows(out)
     ids, positions = (np.require(i.reshape(-1), np.int64, ["C", "A", "W"]) for i in (input_ids, position_ids))
     scratch = scratch_for(get_num_threads(), out.dtype)
-    run_pieces("loops.embed_range", len(rows), out.size, scratch, ids, positions, wte.data, wte.scales, wpe, rows)
+    run_pieces("loops.embed_range", *row_work(*rows.shape), scratch, ids, positions, wte.data, wte.scales, wpe, rows)
     return out
 
 
@@ -220,17 +221,16 @@ def logits(hidden: Array, lm_head: Any, lm_head_bias: Array, tap: Tap = no_tap) 
 
 
 def log_probabilities(scores: Array, targets: Array) -> tuple[Array, Array]:
-    """What scores (B, T, V) say of the tokens `targets` (B, T).
+    """What scores (..., V) say of the tokens `targets` (..., n).
 
     Returns
     -------
-    log-probabilities float64 (B, T), bool (B, T): whether no token has a higher score
+    log-probabilities float64 (..., n), bool (..., n): whether no token has a higher score
     """
-    logs, best = np.empty(targets.size), np.empty(targets.size, bool)
-    lanes = np.empty(LANES, scores.dtype), np.empty(LANES)
-    rows = _rows(scores), np.require(targets.reshape(-1), np.int64, ["C"])
-    run("vectors.log_probabilities", *rows, *lanes, logs, best)
-    return logs.reshape(targets.shape), best.reshape(targets.shape)
+    rows = _rows(scores), _rows(np.require(targets, np.int64, ["C"]))
+    logs, best = np.empty(targets.shape), np.empty(targets.shape, bool)
+    run("vectors.log_probabilities", *rows, np.empty(LANES, scores.dtype), np.empty(LANES), _rows(logs), _rows(best))
+    return logs, best
 
 
 def warmup(dtype: Any = np.float32) -> None:
@@ -264,4 +264,4 @@ def warmup(dtype: Any = np.float32) -> None:
         for mask in (None, Mask(zeros(1, 1, 1, 1))):
             for tap in (no_tap, lambda name, value: None):
                 hidden = transformer(ids, ids, w, [past], 0, mask, tap)
-                log_probabilities(logits(hidden, w.lm_head, w.lm_head_bias), ids)
+                log_probabilities(logits(hidden, w.lm_head, w.lm_head_bias), ids[..., None])

@@ -47,6 +47,7 @@ from .layout import (
 
 ANY = SafeScores()
 READ_COST = 8  # multiply-adds that take as long as to read one number from memory
+NUMBER_COST = 24  # those that take as long as a number of a layer norm, of an embedding, of a key or a value to be kept
 
 
 def scratch_for(count: int, dtype: Any, C: int = 0, S: int = 0, D: int = 0) -> Array:
@@ -70,12 +71,12 @@ def linear_work(rows: int, panels: int, K: int) -> tuple[int, int]:
     return -(-panels // group_for(rows)) * -(-rows // PIECE_ROWS), (READ_COST + rows) * panels * K * PANEL
 
 
-def norm_work(rows: int, C: int) -> tuple[int, int]:
-    return rows, 4 * rows * C
+def row_work(rows: int, C: int) -> tuple[int, int]:
+    return rows, NUMBER_COST * rows * C
 
 
 def append_work(B: int, H: int, R: int, D: int) -> tuple[int, int]:
-    return B * H, 2 * R * H * D
+    return B * H, NUMBER_COST * R * H * D
 
 
 def attend_work(B: int, H: int, T: int, start: int, D: int) -> tuple[int, int]:
@@ -253,7 +254,7 @@ class Program:
             return linear_work(R, step[WEIGHT + 1], step[INPUT + 2])
         if step[KIND] == ATTEND:
             return attend_work(B, H, T, 0, D)
-        return {EMBED: (R, R * C), NORM: norm_work(R, C), APPEND: append_work(B, H, R, D)}[step[KIND]]
+        return {EMBED: row_work(R, C), NORM: row_work(R, C), APPEND: append_work(B, H, R, D)}[step[KIND]]
 
     def _calls(self, visible: VisibleKeys, watched: bool) -> Iterator[tuple[int, int, Call]]:
         """Steps first..last-1 of each compiled call, and the call.

@@ -52,8 +52,8 @@ def get_num_threads() -> int:
 
 
 def smallest_chunk(pieces: int, work: int) -> int:
-    """How many of some pieces, `work` multiply-adds in all, are worth a thread's time."""
-    return max(1, pieces * GRAIN // work)
+    """How many of some pieces, `work` multiply-adds in all, are worth the time of a thread that is awake."""
+    return max(1, pieces * GRAIN // (2 * work))
 
 
 class _Team:

@@ -216,9 +216,12 @@ tanh = by_dtype(_tanh32, math.tanh)
 
 @jit()
 def log_probabilities(scores, targets, lanes, sums, logs, best):
-    """For each row of scores (R, V): the log-softmax at its target, and whether no score is higher; sums in float64."""
+    """For each row of scores (R, V): the log-softmax at its targets (R, n), and whether no score is higher.
+
+    Sums are float64.
+    """
     for r in range(len(scores)):
-        row, target = scores[r], scores[r, targets[r]]
+        row = scores[r]
         top = highest(row, lanes)
         sums[:] = 0
         whole = row.size - row.size % LANES
@@ -234,8 +237,11 @@ def log_probabilities(scores, targets, lanes, sums, logs, best):
             for i in range(width):
                 sums[i] += sums[i + width]
         # a NaN among the scores, or an infinity, leaves no sum to take a logarithm of
-        logs[r] = np.float64(target) - np.float64(top) - log(sums[0]) if sums[0] >= 1 else np.nan
-        best[r] = target == top
+        whole_log = log(sums[0]) if sums[0] >= 1 else np.nan
+        for i in range(targets.shape[1]):
+            target = row[targets[r, i]]
+            logs[r, i] = np.float64(target) - np.float64(top) - whole_log
+            best[r, i] = target == top
 
 
 @jit()

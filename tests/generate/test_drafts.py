@@ -104,10 +104,23 @@ def test_a_draft_is_as_long_as_its_time_is_worth(set_cost, more):
     for end in range(1, len(text) - 5):
         tokens = drafter.draft(text[:end], 5)
         assert tokens == text[end : end + len(tokens)]
+        for _ in tokens:
+            drafter.was_right()
         made.append(len(tokens))
     assert sum(made[:4]) == 0
     assert made[-1] == (0 if more == 1 else 5)
     assert set(made) <= {0, 1, 3, 5}
+
+
+def test_a_text_that_repeats_no_more_costs_few_passes(set_cost):
+    """As in the text so far, phrases are followed by what followed them; only where a draft is run it is wrong."""
+    set_cost(0.3)
+    text, drafter, cost = [1, 2, 3, 4] * 10, Drafter((1, 3, 5)), 0.0
+    for _ in range(400):
+        wrong = drafter.draft(text, 5)
+        cost += 0.3 * len(wrong)
+        text.append(9 if wrong else text[-4])
+    assert 0 < cost < 3 + 0.01 * 400
 
 
 def test_costs_are_those_of_the_passes_so_far():
@@ -195,7 +208,7 @@ def test_lossless_over_many_tokens(mini, options):
     decoders = []
 
     class Watched:
-        config, tokenizer = mini.config, mini.tokenizer
+        config, tokenizer, log_probabilities = mini.config, mini.tokenizer, mini.log_probabilities
 
         def decoder(self, *arguments):
             decoders.append(mini.decoder(*arguments))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2np import sampling
+from gpt2np import reference, sampling
 from gpt2np.beams import beam_search
 from gpt2np.decoding import Stopper
 from gpt2np.errors import ContextOverflowError, InputError, TokenizerError, TokenRangeError
@@ -233,6 +233,8 @@ class Speaker:
     def decoder(self, rows, window=None, cache=None, lookup=False):
         return self
 
+    log_probabilities = staticmethod(reference.log_probabilities)
+
     def prefill(self, texts):
         scores = np.zeros(self.config.vocab_size, np.float32)
         scores[next(self.script)] = 9
@@ -370,7 +372,7 @@ def test_a_wide_beam_search_is_exhaustive(length_penalty):
     def all_hypotheses(ids, logprob):
         logits = model([*prompt, *ids]).logits[0, -1]
         for token in range(5):
-            total = logprob + logits[token] - sampling.log_sum_exp(logits)
+            total = logprob + model.log_probabilities(logits, np.array([token]))[0][0]
             longer = (*ids, token)
             if token == end or len(longer) == n:
                 yield longer, total / len(longer) ** length_penalty

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, SHARED
 
 import gpt2np
+from gpt2np import reference
 from gpt2np.generate import generate
 from gpt2np.parity.rounding import saturates
 from gpt2np.session import InferenceSession
@@ -72,6 +73,8 @@ class RuntimeModel:
 
     def feed(self, rows: Sequence[int], texts: Sequence[list[int]]) -> list[np.ndarray]:
         return self.prefill(texts)
+
+    log_probabilities = staticmethod(reference.log_probabilities)
 
 
 @pytest.mark.parametrize(

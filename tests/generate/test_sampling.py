@@ -211,8 +211,6 @@ def test_logits_that_are_no_numbers_are_an_error(bad):
             sampler.choose(np.array([0.0, bad, 1.0]), NOTHING, np.random.default_rng(0))
     with pytest.raises(InputError, match="-inf"):
         Sampling().choose(np.full(3, -np.inf), NOTHING, None)
-    with pytest.raises(InputError, match=f"token 1, is {bad}"):  # of a beam, too
-        sampling.log_sum_exp(np.array([0.0, bad, 1.0]))
 
 
 def in_order(values):
@@ -254,7 +252,6 @@ def test_exp_and_log_are_the_nearest_numbers_or_almost(dtype):
     assert (abs(found[::20] - exact) / ulp).max() < 2
     assert (np.diff(found) >= 0).all()
     assert sampling.exp(np.array([-np.inf, limits.min, 0, np.log(limits.tiny) - 1], dtype)).tolist() == [0, 0, 1, 0]
-    assert [sampling.log(y) for y in (0.0, 1.0, 1e300, 50257.0)] == [-math.inf, 0, *map(math.log, (1e300, 50257.0))]
 
 
 @pytest.mark.parametrize(
@@ -294,10 +291,7 @@ def test_streams_depend_on_seed_prompt_and_copy_alone():
 
 
 @given(vectors(), st.integers(1, 20))
-def test_log_sum_exp_and_the_most_probable(logits, n):
-    logs = logits - sampling.log_sum_exp(logits)
-    with np.errstate(divide="ignore"):
-        np.testing.assert_allclose(logs, np.log(softmax(logits)), rtol=1e-12, atol=1e-12)
+def test_the_most_probable(logits, n):
     best = sampling.most_probable(logits, n)
     assert best.tolist() == np.argsort(-logits, kind="stable")[:n].tolist()
 
@@ -305,5 +299,3 @@ def test_log_sum_exp_and_the_most_probable(logits, n):
 def test_float32_stays_float32():
     logits = long_vector().astype(np.float32)
     assert sampling.penalise_repetition(logits, np.array([1]), 1.5).dtype == np.float32
-    logs = logits.astype(np.float64) - sampling.log_sum_exp(logits)
-    np.testing.assert_allclose(logs, np.log(softmax(logits)), atol=2e-6)

@@ -151,17 +151,20 @@ def test_logarithm_and_tanh_to_the_last_place():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_log_probabilities(dtype):
-    scores, targets = draw(2, 3, 200, dtype=dtype) * dtype(9), rng.integers(0, 200, (2, 3))
+    scores, targets = draw(2, 3, 200, dtype=dtype) * dtype(9), rng.integers(0, 200, (2, 3, 4))
     targets[0, 0] = scores[0, 0].argmax()
     logs, best = kernels.log_probabilities(scores, targets)
     exact = scores.astype(np.float64)
     exact -= np.log(np.exp(exact).sum(axis=-1, keepdims=True))
-    np.testing.assert_allclose(logs, np.take_along_axis(exact, targets[..., None], -1)[..., 0], rtol=1e-6)
-    assert (best == (targets == scores.argmax(-1))).all()
+    np.testing.assert_allclose(logs, np.take_along_axis(exact, targets, -1), rtol=1e-6)
+    textbook = reference.log_probabilities(scores, targets)
+    np.testing.assert_allclose(logs, textbook[0], rtol=1e-6)
+    assert (best == (targets == scores.argmax(-1)[..., None])).all()
+    assert (best == textbook[1]).all()
     scores[0, 0, 7], scores[0, 1, 7], scores[0, 2, targets[0, 2]] = np.nan, np.inf, -np.inf
     logs, _ = kernels.log_probabilities(scores, targets)
     assert np.isnan(logs[0, :2]).all()
-    assert logs[0, 2] == -np.inf
+    assert (logs[0, 2] == -np.inf).all()
 
 
 def test_embed():
