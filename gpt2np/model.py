@@ -295,8 +295,23 @@ class GPT2:
         Returns
         -------
         natural logarithms of probabilities, float64 (..., n); bool (..., n): whether no token has a higher score
+
+        Raises
+        ------
+        TokenRangeError, InputError
+            If the tokens are none of this model, or the shapes or the scores' dtype are others.
         """
-        found: tuple[Array, Array] = self._kernels.log_probabilities(scores, targets)
+        scores = np.asarray(scores)
+        *outer, V = scores.shape or (0,)
+        if V != self.config.vocab_size or scores.dtype != self.dtype:
+            raise InputError(
+                f"scores must be {self.dtype} (..., {self.config.vocab_size}), got {scores.dtype} {scores.shape}"
+            )
+        shape = f"({', '.join([*map(str, outer), 'n'])})"
+        ids = check_tokens(targets, self.config, "targets", {scores.ndim: shape})
+        if ids.shape[:-1] != scores.shape[:-1]:
+            raise InputError(f"targets must have shape {shape}, got {ids.shape}")
+        found: tuple[Array, Array] = self._kernels.log_probabilities(scores, ids)
         return found
 
     @cached_property

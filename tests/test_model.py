@@ -204,6 +204,31 @@ def test_next_logits_are_those_of_a_call(engine, changes):
     np.testing.assert_array_equal(np.array(other.views()), np.array(one.views()))
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_log_probabilities_of_any_number_of_tokens(engine):
+    model = shared_model(engine)
+    scores = model(random_ids(model.config, 2, 3)).logits
+    targets = np.tile(np.arange(37), (2, 3, 1))
+    logs, best = model.log_probabilities(scores, targets)
+    assert logs.dtype == np.float64
+    np.testing.assert_allclose(np.exp(logs).sum(axis=-1), 1, rtol=1e-6)
+    assert (best.argmax(axis=-1) == scores.argmax(axis=-1)).all()
+    np.testing.assert_array_equal(model.log_probabilities(scores, targets[..., 5:7])[0], logs[..., 5:7])
+    np.testing.assert_array_equal(model.log_probabilities(scores[1, 2], [36, 0])[0], logs[1, 2, [36, 0]])
+    for bad, error, words in [
+        ((scores, targets[..., 0]), InputError, r"targets must have shape \(2, 3, n\), got \(2, 3\)"),
+        ((scores, targets[:, :2]), InputError, r"targets must have shape \(2, 3, n\), got \(2, 2, 37\)"),
+        ((scores[..., :36], targets), InputError, r"scores must be float.. \(..., 37\), got float.. \(2, 3, 36\)"),
+        ((scores.astype(np.float16), targets), InputError, "scores must be float.*got float16"),
+        ((np.float32(1), targets), InputError, r"scores must be .*got float32 \(\)"),
+        ((scores, targets + 1), TokenRangeError, r"37 at \(0, 0, 36\) of targets"),
+        ((scores[0, 0], [-1]), TokenRangeError, r"-1 at \(0,\) of targets"),
+        ((scores[0, 0], [0.5]), InputError, "targets must be integers"),
+    ]:
+        with pytest.raises(error, match=words):
+            model.log_probabilities(*bad)
+
+
 def test_next_logits_check_as_a_call_does():
     model = shared_model("numpy")
     with pytest.raises(TokenRangeError, match=r"37 at \(1,\).*0\.\.36"):
