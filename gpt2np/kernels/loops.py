@@ -204,7 +204,9 @@ def score_one_query(qkv, query, flat_cache, plane, S, D, room):
     """scores[j] = q . k[j] for j < S, SQUARE or more; flat_cache: the keys from number `plane` on."""
     for j in range(0, S, SQUARE):
         key = min(j, S - SQUARE)  # the last SQUARE: some of them once more, which changes nothing
-        query_scores(qkv, query, flat_cache, plane + key * D, D, D, room.scores, key)
+        start, end = plane + key * D, plane + (key + SQUARE) * D
+        copy(flat_cache[start:end], room.keys[: SQUARE * D])  # read as they lie in memory, which is faster
+        query_scores(qkv, query, room.keys, D, flat_cache, end, room.scores, key)
 
 
 @jit()
