@@ -181,14 +181,18 @@ def gather_keys(room, cache, flat_cache, b, h, keys):
 
 
 @jit(inline="always")
-def gather_values(room, cache, b, h, keys):
+def gather_values(room, cache, flat_cache, b, h, keys):
     """Copy the values of one head together, filled up to whole panels: (S, D) -> (S, width)."""
-    D = cache.shape[4]
-    width = -(-D // PANEL) * PANEL
-    for j in range(keys.size):
-        row = room.values[j * width : (j + 1) * width]
-        row[D:] = 0
-        copy(cache[1, b, h, keys[j]], row[:D])
+    _, B, H, length, D = cache.shape
+    S, width = keys.size, -(-D // PANEL) * PANEL
+    if width == D and (S == 0 or keys[S - 1] == S - 1):
+        start = ((B + b) * H + h) * length * D
+        copy(flat_cache[start : start + S * D], room.values[: S * D])
+    else:
+        for j in range(S):
+            row = room.values[j * width : (j + 1) * width]
+            row[D:] = 0
+            copy(cache[1, b, h, keys[j]], row[:D])
 
 
 @jit(inline="always")
@@ -296,15 +300,16 @@ def attend_range(first, last, scratch, qkv, cache, flat_cache, scale, visible, h
         room, length = attention_room(scratch, S, D), -(-S // PANEL) * PANEL
 
         # 1. keys in panels, but for a single query; values as they lie in the cache if their rows fill whole panels.
-        # Where a key is left out neither is so.
+        # Where a key is left out neither is so. For a few queries reading values by panels would take longer than to
+        # copy them first, in the order of memory; for many it is nothing beside the rest.
         all_kept, plane = S == 0 or keys[S - 1] == S - 1, (b * H + h) * room_length * D
         as_they_lie = all_kept and limits.size == 1 and S >= SQUARE and D % SQUARE == 0 and D <= TERMS
         if not as_they_lie:
             gather_keys(room, cache, flat_cache, b, h, keys)
-        if width == D and all_kept:
+        if width == D and all_kept and not 1 < limits.size <= ROWS:
             values, value_start = flat_cache, half + plane
         else:
-            gather_values(room, cache, b, h, keys)
+            gather_values(room, cache, flat_cache, b, h, keys)
             values, value_start = room.values, 0
         finite = total(values[value_start + nearest * width : value_start + S * width], room.lanes) * 0 == 0
 

@@ -44,7 +44,6 @@ BY_HAND = has("avx2") and has("fma") and not has("avx512f")  # whether `avx2.ste
 if BY_HAND:
     llvm.initialize_native_asmparser()  # which numba has no need of; code from its cache may be compiled once more, too
 SQUARE = 16  # rows and columns that `transpose` turns at once
-AHEAD = 2 * SQUARE  # so many rows further it has the memory read already
 Step = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]  # see `blocks`
 
 
@@ -114,22 +113,23 @@ def make_tile(rows: int, panels: int = 1, ask: bool = False) -> Callable[..., No
 
 
 def _make_transpose() -> Callable[..., None]:
-    """transpose(source, s_start, s_stride, target, t_start, t_stride): target[c, r] = source[r, c], r and c < SQUARE.
+    """transpose(source, s_start, s_stride, target, t_start, t_stride, following): target[c, r] = source[r, c].
 
-    Element [r, c] of an array is number start + r * stride + c in memory order, as for a tile.
+    r and c < SQUARE. Element [r, c] of an array is number start + r * stride + c in memory order, as for a tile. The
+    SQUARE ** 2 numbers from `following` on are asked for, see `query_scores`.
     """
 
-    def transpose_in_python(source, s_start, s_stride, target, t_start, t_stride):
+    def transpose_in_python(source, s_start, s_stride, target, t_start, t_stride, following):
         step = np.arange(SQUARE)
         rows = source.reshape(-1)[s_start + s_stride * step[:, None] + step]
         target.reshape(-1)[t_start + t_stride * step[:, None] + step] = rows.T
 
     @intrinsic
-    def transpose(_, source, s_start, s_stride, target, t_start, t_stride):
+    def transpose(_, source, s_start, s_stride, target, t_start, t_stride, following):
         size = types.intp
 
         def generate(context, builder, _, values):
-            source_array, s_start, s_stride, target_array, t_start, t_stride = values
+            source_array, s_start, s_stride, target_array, t_start, t_stride, following = values
             vector = ir.VectorType(context.get_value_type(source.dtype), SQUARE)
             align = source.dtype.bitwidth // 8
 
@@ -142,14 +142,14 @@ def _make_transpose() -> Callable[..., None]:
                 builder.load(row_pointer(source, source_array, s_start, s_stride, r), align=align)
                 for r in range(SQUARE)
             ]
-            for r in range(SQUARE):
-                prefetch(builder, row_pointer(source, source_array, s_start, s_stride, r + AHEAD))
+            numbers = context.make_array(source)(context, builder, source_array).data
+            ask_for(builder, numbers, following, SQUARE**2, align)
             rows = _turned(builder, rows)
             for r, row in enumerate(rows):
                 builder.store(row, row_pointer(target, target_array, t_start, t_stride, r), align=align)
             return context.get_dummy_value()
 
-        return types.void(source, size, size, target, size, size), generate
+        return types.void(source, size, size, target, size, size, size), generate
 
     chosen: Callable[..., None] = transpose_in_python if DISABLE_JIT else transpose
     return chosen

@@ -81,12 +81,13 @@ def span(numbers):
 
 @jit()
 def transpose_block(source, s_start, s_stride, rows, columns, target, t_start, t_stride):
-    """target[c, r] = source[r, c], addressed as in `transpose`."""
+    """target[c, r] = source[r, c], addressed as in `transpose`; what comes after these rows is asked for."""
     for r in range(0, rows, SQUARE):
         for c in range(0, columns, SQUARE):
             s, t = s_start + r * s_stride + c, t_start + c * t_stride + r
             if r + SQUARE <= rows and c + SQUARE <= columns:
-                transpose(source, s, s_stride, target, t, t_stride)
+                following = s_start + (r + SQUARE) * s_stride + c * SQUARE
+                transpose(source, s, s_stride, target, t, t_stride, following)
             else:
                 for i in range(min(SQUARE, rows - r)):
                     for j in range(min(SQUARE, columns - c)):
