@@ -29,3 +29,6 @@ def test_they_measure_what_runs(tmp_path):
     (tmp_path / "text").write_text("Once upon a time there was a little girl. " * 8)
     table = run("precision.py", str(tmp_path / "text"), "--tokens", "64", "--rounds", "1")
     assert [line.split()[0] for line in table.splitlines()[2:]] == ["float32", "bfloat16", "float16", "int8", "int4"]
+
+    shares = run("readloop.py", "--cached", "8", "20", "--pairs", "3").splitlines()[2:]
+    assert [line.split()[0] for line in shares] == ["8", "20"]
