@@ -91,6 +91,19 @@ def check_tokens(tokens: Any, config: GPT2Config, name: str, ranks: Mapping[int,
     return np.asarray(ids, np.int64, order="C")
 
 
+def check_scores(scores: Any, targets: Any, config: GPT2Config, dtype: Any) -> tuple[Array, Array]:
+    """Scores (..., V) of this dtype, and token ids (..., n) as checked int64, both as arrays."""
+    scores = np.asarray(scores)
+    *outer, V = scores.shape or (0,)
+    if V != config.vocab_size or scores.dtype != dtype:
+        raise InputError(f"scores must be {dtype} (..., {config.vocab_size}), got {scores.dtype} {scores.shape}")
+    shape = f"({', '.join([*map(str, outer), 'n'])})"
+    ids = check_tokens(targets, config, "targets", {scores.ndim: shape})
+    if ids.shape[:-1] != scores.shape[:-1]:
+        raise InputError(f"targets must have shape {shape}, got {ids.shape}")
+    return scores, ids
+
+
 def as_rectangle(name: str, given: Any) -> Array:
     """An array of what a caller gave; InputError for rows of different lengths."""
     try:

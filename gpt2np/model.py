@@ -19,7 +19,7 @@ import numpy as np
 from . import reference
 from .arguments import as_path, one_of
 from .cache import FORM, KVCache, as_cache
-from .call import Call, check_positions, check_tokens, checked_call
+from .call import Call, check_positions, check_scores, check_tokens, checked_call
 from .config import GPT2Config
 from .errors import ContextOverflowError, InputError, ModelFileError, TokenizerError, UnsupportedModelError
 from .masks import SafeScores, ScoresReachMask, mask_for
@@ -301,17 +301,8 @@ class GPT2:
         TokenRangeError, InputError
             If the tokens are none of this model, or the shapes or the scores' dtype are others.
         """
-        scores = np.asarray(scores)
-        *outer, V = scores.shape or (0,)
-        if V != self.config.vocab_size or scores.dtype != self.dtype:
-            raise InputError(
-                f"scores must be {self.dtype} (..., {self.config.vocab_size}), got {scores.dtype} {scores.shape}"
-            )
-        shape = f"({', '.join([*map(str, outer), 'n'])})"
-        ids = check_tokens(targets, self.config, "targets", {scores.ndim: shape})
-        if ids.shape[:-1] != scores.shape[:-1]:
-            raise InputError(f"targets must have shape {shape}, got {ids.shape}")
-        found: tuple[Array, Array] = self._kernels.log_probabilities(scores, ids)
+        checked = check_scores(scores, targets, self.config, self.dtype)
+        found: tuple[Array, Array] = self._kernels.log_probabilities(*checked)
         return found
 
     @cached_property
