@@ -100,8 +100,8 @@ class Drafter:
     """Drafts for a growing text, as long as they are worth their time.
 
     What followed a phrase is compared with what follows now all along the text, also where no draft was run. So it is
-    known how often such guesses are right, and a text that never repeats costs no passes. Where a text no longer does,
-    what wrong drafts cost is counted, and never becomes much more than what the right ones brought.
+    known how often such guesses are right, and a text that never repeats costs no passes. What wrong drafts cost is
+    counted, too, and never becomes much more than what the right ones brought: a text may stop repeating.
 
     Parameters
     ----------
