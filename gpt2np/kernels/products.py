@@ -15,12 +15,15 @@ from .layout import LEVELS, PANEL, ROWS, STEP, STREAMS, TERMS
 from .tile import wide
 
 tile_1, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7 = (
-    tile.make_tile(min(rows, ROWS), ask=True) for rows in range(1, 8)
+    tile.make_tile(min(rows, ROWS), ask=1) for rows in range(1, 8)
 )  # those of ROWS or more are never called
-tile_full, tile_again = tile.make_tile(ROWS, ask=True), tile.make_tile(ROWS)
+tile_full, tile_again = tile.make_tile(ROWS, ask=1), tile.make_tile(ROWS)
 levels_1_1, levels_1_2, levels_2_1, levels_2_2 = (levels.make_tile(*n) for n in ((1, 1), (1, 2), (2, 1), (2, 2)))
 levels_3, levels_4, levels_5, levels_6 = (levels.make_tile(rows, 1) for rows in range(3, 7))
+half_3, half_4, half_5, half_full = (tile.make_tile(rows, ask=2) for rows in (3, 4, 5, ROWS))
+quarter_full = tile.make_tile(ROWS, ask=4)
 WIDE = 64  # columns of a tile of one row that makes use of all of a row of values
+MANY = tile.BY_HAND  # `multiply_many` is for the loop that is written by hand
 tile_wide = tile.make_tile(1, WIDE // PANEL)
 streams_1, streams_2, streams_3 = (tile.make_tile(rows, (*STREAMS, 1, 1, 1)[rows]) for rows in (1, 2, 3))
 
@@ -57,6 +60,44 @@ def multiply(rows, a, a_start, a_stride, b, b_start, b_stride, depth, terms, out
 
 
 @jit()
+def multiply_many(rows, a, a_start, a_stride, b, b_start, b_stride, depth, terms, out, out_start, out_stride):
+    """`multiply` for more than ROWS rows, of which each of the first tiles asks for a part of the next block of b.
+
+    That is read while all of them compute, and not in the time of the first one, which would have to wait for it. A
+    tile at the end asks for all of it: that takes little time where it is there, and some of it may not be.
+    """
+    parts, part, r = 2 if rows < 3 * ROWS else 4, 0, 0
+    while r < rows:
+        left = rows - r
+        n = left if left <= ROWS else ROWS if left >= 2 * ROWS else -(-left // 2)
+        a_row, out_row, next_part = (
+            a_start + r * a_stride,
+            out_start + r * out_stride,
+            part * (depth // parts) * b_stride,
+        )
+        asks = part < parts
+        if n == ROWS and asks and parts == 4:
+            quarter_full(a, a_row, a_stride, b, b_start, b_stride, next_part, depth, terms, out, out_row, out_stride)
+        elif n == ROWS and asks:
+            half_full(a, a_row, a_stride, b, b_start, b_stride, next_part, depth, terms, out, out_row, out_stride)
+        elif n == ROWS:
+            tile_again(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
+        elif n == 5 and parts == 2 and asks:
+            half_5(a, a_row, a_stride, b, b_start, b_stride, next_part, depth, terms, out, out_row, out_stride)
+        elif n == 5:
+            tile_5(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
+        elif n == 4 and parts == 2 and asks:
+            half_4(a, a_row, a_stride, b, b_start, b_stride, next_part, depth, terms, out, out_row, out_stride)
+        elif n == 4:
+            tile_4(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
+        elif parts == 2 and asks:
+            half_3(a, a_row, a_stride, b, b_start, b_stride, next_part, depth, terms, out, out_row, out_stride)
+        else:
+            tile_3(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
+        r, part = r + n, part + 1
+
+
+@jit()
 def multiply_few(rows, a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride):
     """STREAMS[rows] panels at once, for less than len(STREAMS) rows."""
     if rows == 1:
@@ -80,6 +121,11 @@ def add_floats(rows, x, row, weight, scales, panel, panels, terms, totals, block
         depth = min(step, K - k)
         for p in range(panels):
             place = ((panel + p) * K + k) * PANEL
+            if MANY and rows > ROWS and x.itemsize == 4 and weight.itemsize == 4:
+                multiply_many(
+                    rows, x, row * K + k, K, weight, place, PANEL, depth, terms, totals, p * PANEL, width,
+                )  # fmt: skip
+                continue
             multiply(rows, x, row * K + k, K, weight, place, PANEL, depth, terms, totals, p * PANEL, width)
 
 

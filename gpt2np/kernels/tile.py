@@ -47,10 +47,11 @@ SQUARE = 16  # rows and columns that `transpose` turns at once
 Step = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]  # see `blocks`
 
 
-def make_tile(rows: int, panels: int = 1, ask: bool = False) -> Callable[..., None]:
+def make_tile(rows: int, panels: int = 1, ask: int = 0) -> Callable[..., None]:
     """The tile with a fixed number of rows, over so many panels at once.
 
-    ask: have the memory read the next block of b while this one is used.
+    ask: have the memory read the next block of b while this one is used; where it is 2 or more, only this part of it,
+    from its element b_next on.
 
         tile(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride)
 
@@ -101,7 +102,8 @@ def make_tile(rows: int, panels: int = 1, ask: bool = False) -> Callable[..., No
                 by_hand = partial(avx2.steps, builder, rows, a_base, a_stride, b_base, b_stride)
                 steps.insert(0, (avx2.STEPS, by_hand))
             if ask:
-                asked = partial(_ask_for_rows, builder, b_base, b.dtype, b_stride, terms)
+                begin = builder.gep(b_base, [b_next]) if ask > 1 else b_base
+                asked = partial(_ask_for_rows, builder, begin, b.dtype, b_stride, terms, ask)
                 steps = [(many, partial(asked, many, step)) for many, step in steps]
             blocks(builder, steps, depth, terms, out_rows, panels)
             return context.get_dummy_value()
@@ -348,12 +350,12 @@ def _step(
 
 
 def _ask_for_rows(
-    builder: ir.IRBuilder, b: ir.Value, b_dtype: Any, b_stride: ir.Value, ahead: ir.Value, many: int, step: Step,
-    k: ir.Value, sums: list[ir.Value],
+    builder: ir.IRBuilder, b: ir.Value, b_dtype: Any, b_stride: ir.Value, ahead: ir.Value, part: int, many: int,
+    step: Step, k: ir.Value, sums: list[ir.Value],
 ) -> list[ir.Value]:  # fmt: skip
-    """A step over so many k, while the memory reads the rows of b that are so far ahead."""
-    for i in range(many):
-        row = builder.add(builder.add(k, ahead), k.type(i))
+    """A step over so many k, while the memory reads rows of b that are so far ahead: one for `part` of them."""
+    for i in range(max(1, many // part)):
+        row = builder.add(builder.add(builder.udiv(k, k.type(part)), ahead), k.type(i))
         ask_for(builder, b, builder.mul(row, b_stride), PANEL, b_dtype.bitwidth // 8)
     return step(k, sums)
 
