@@ -11,20 +11,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
+from speed import THREADS, timed
 
 import gpt2np
 from gpt2np.arrays import empty_aligned
 from gpt2np.commands._terminal import print_table
-
-THREADS = 2
 
 
 @numba.njit(nogil=True, fastmath=True)
@@ -35,12 +32,6 @@ def read(x: Any) -> Any:
     for i in range(quarter):
         total += (a[i] + b[i]) + (c[i] + d[i])
     return total
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def main() -> None:
@@ -70,7 +61,7 @@ def main() -> None:
                 model.next_logits([7], cache)
                 cache.crop(cached)
 
-            pairs = [(seconds(loop), seconds(token)) for _ in range(arguments.pairs + 5)][5:]
+            pairs = [(timed(loop), timed(token)) for _ in range(arguments.pairs + 5)][5:]
             loops, tokens = (statistics.median(column) for column in zip(*pairs, strict=True))
             share = statistics.median(a / b for a, b in pairs)
             rate = memory.nbytes / loops / 1e9

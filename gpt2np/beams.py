@@ -67,13 +67,13 @@ def beam_search(
     running = [Beam((), (), 0.0, "")]
     finished: list[Beam] = []
     for length in range(1, limit + 1):
-        for row in logits:
-            sampling.most_probable_token(row)  # raises where there is none
+        for each in logits:
+            sampling.most_probable_token(each)  # raises where there is none
         scores = model.log_probabilities(logits, np.tile(np.arange(config.vocab_size), (len(logits), 1)))[0]
-        for i, beam in enumerate(running):
+        for row, beam in enumerate(running):
             if repetition_penalty != 1:
                 seen = np.unique([*prompt, *beam.ids])
-                scores[i] = sampling.penalise_repetition(scores[i], seen, repetition_penalty)
+                scores[row] = sampling.penalise_repetition(scores[row], seen, repetition_penalty)
         norm = _norm(length, length_penalty)
         totals = (scores + [[math.fsum(beam.logprobs)] for beam in running]).reshape(-1)  # (B * V,)
 

@@ -75,22 +75,22 @@ def multiply_many(rows, a, a_start, a_stride, b, b_start, b_stride, depth, terms
             out_start + r * out_stride,
             part * (depth // parts) * b_stride,
         )
-        asks = part < parts
-        if n == ROWS and asks and parts == 4:
+        half, quarter = part < parts == 2, part < parts == 4
+        if n == ROWS and quarter:
             quarter_full(a, a_row, a_stride, b, b_start, b_stride, next_part, depth, terms, out, out_row, out_stride)
-        elif n == ROWS and asks:
+        elif n == ROWS and half:
             half_full(a, a_row, a_stride, b, b_start, b_stride, next_part, depth, terms, out, out_row, out_stride)
         elif n == ROWS:
             tile_again(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-        elif n == 5 and parts == 2 and asks:
+        elif n == 5 and half:
             half_5(a, a_row, a_stride, b, b_start, b_stride, next_part, depth, terms, out, out_row, out_stride)
         elif n == 5:
             tile_5(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-        elif n == 4 and parts == 2 and asks:
+        elif n == 4 and half:
             half_4(a, a_row, a_stride, b, b_start, b_stride, next_part, depth, terms, out, out_row, out_stride)
         elif n == 4:
             tile_4(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
-        elif parts == 2 and asks:
+        elif half:
             half_3(a, a_row, a_stride, b, b_start, b_stride, next_part, depth, terms, out, out_row, out_stride)
         else:
             tile_3(a, a_row, a_stride, b, b_start, b_stride, 0, depth, terms, out, out_row, out_stride)
@@ -125,8 +125,8 @@ def add_floats(rows, x, row, weight, scales, panel, panels, terms, totals, block
                 multiply_many(
                     rows, x, row * K + k, K, weight, place, PANEL, depth, terms, totals, p * PANEL, width,
                 )  # fmt: skip
-                continue
-            multiply(rows, x, row * K + k, K, weight, place, PANEL, depth, terms, totals, p * PANEL, width)
+            else:
+                multiply(rows, x, row * K + k, K, weight, place, PANEL, depth, terms, totals, p * PANEL, width)
 
 
 @jit()

@@ -50,8 +50,8 @@ Step = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]  # see `blocks`
 def make_tile(rows: int, panels: int = 1, ask: int = 0) -> Callable[..., None]:
     """The tile with a fixed number of rows, over so many panels at once.
 
-    ask: have the memory read the next block of b while this one is used; where it is 2 or more, only this part of it,
-    from its element b_next on.
+    ask: have the memory read the next block of b while this one is used: all of it for 1, for 2 or more one part of
+    so many, from element b_next of that block on.
 
         tile(a, a_start, a_stride, b, b_start, b_stride, b_next, depth, terms, out, out_start, out_stride)
 
