@@ -121,7 +121,7 @@ def add_floats(rows, x, row, weight, scales, panel, panels, terms, totals, block
         depth = min(step, K - k)
         for p in range(panels):
             place = ((panel + p) * K + k) * PANEL
-            if MANY and rows > ROWS and x.itemsize == 4 and weight.itemsize == 4:
+            if MANY and rows > ROWS and x.itemsize == 4:
                 multiply_many(
                     rows, x, row * K + k, K, weight, place, PANEL, depth, terms, totals, p * PANEL, width,
                 )  # fmt: skip

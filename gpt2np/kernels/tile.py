@@ -11,12 +11,13 @@ registers and walks down the depth once. Each step reads PANEL numbers of b and 
 
 numba has no vector type, so this loop is written for LLVM directly (`numba.extending.intrinsic`). LLVM cuts
 the vectors to what the machine has: a row is two 512-bit registers with AVX-512, two of 256 bits with AVX2,
-four of 128 bits on arm64. For float32 with AVX2 the loop stands in `avx2.py`, instruction by instruction. Every
+four of 128 bits on arm64. For float32 rows with AVX2 the loop stands in `avx2.py`, instruction by instruction. Every
 element of the result is one chain of multiply-adds in the order of k, for any number of rows: the bits do not
 depend on how rows are grouped.
 
 b may be kept in 16 bits (`arrays.NARROW`). Each form has a tile of its own, which widens b[k] on the way into the
-registers: a shift makes a float32 of a bfloat16, an instruction of the processor one of a float16.
+registers. A float16 is made a float32 by an instruction for it. Of two bfloat16 numbers in a word of 32 bits a shift
+makes the first one a float32, a mask the second one; so the even columns of a block's sums come before the odd ones.
 
 Under NUMBA_DISABLE_JIT=1 the same names are plain Python functions, which also define what is computed.
 """
@@ -25,7 +26,7 @@ Under NUMBA_DISABLE_JIT=1 the same names are plain Python functions, which also 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,9 +41,11 @@ from . import avx2
 from .layout import LANES, PANEL
 from .machine import DISABLE_JIT, has
 
-BY_HAND = has("avx2") and has("fma") and not has("avx512f")  # whether `avx2.steps` is the loop of float32 numbers
+BY_HAND = has("avx2") and has("fma") and not has("avx512f")  # whether `avx2.steps` is the loop for float32 rows
 if BY_HAND:
     llvm.initialize_native_asmparser()  # which numba has no need of; code from its cache may be compiled once more, too
+FORM = {types.float32: "float32", types.uint16: "bfloat16", types.int16: "float16"}  # of b, in numba's words
+EVEN_FIRST = [column // 2 + column % 2 * (PANEL // 2) for column in range(PANEL)]  # the place of each column
 SQUARE = 16  # rows and columns that `transpose` turns at once
 Step = Callable[[ir.Value, list[ir.Value]], list[ir.Value]]  # see `blocks`
 
@@ -98,14 +101,15 @@ def make_tile(rows: int, panels: int = 1, ask: int = 0) -> Callable[..., None]:
             )
             b_panels = [builder.gep(b_base, [builder.mul(b_next, depth.type(p))]) for p in range(panels)]
             steps: list[tuple[int, Step]] = [(1, partial(_step, builder, a_rows, b_panels, b.dtype, b_stride))]
-            if BY_HAND and panels == 1 and a.dtype == b.dtype == types.float32:
-                by_hand = partial(avx2.steps, builder, rows, a_base, a_stride, b_base, b_stride)
+            if BY_HAND and panels == 1 and a.dtype == types.float32:
+                by_hand = partial(avx2.steps, builder, FORM[b.dtype], rows, a_base, a_stride, b_base, b_stride)
                 steps.insert(0, (avx2.STEPS, by_hand))
             if ask:
                 begin = builder.gep(b_base, [b_next]) if ask > 1 else b_base
                 asked = partial(_ask_for_rows, builder, begin, b.dtype, b_stride, terms, ask)
                 steps = [(many, partial(asked, many, step)) for many, step in steps]
-            blocks(builder, steps, depth, terms, out_rows, panels)
+            order = EVEN_FIRST if b.dtype == types.uint16 else range(PANEL)
+            blocks(builder, steps, depth, terms, out_rows, panels, order)
             return context.get_dummy_value()
 
         return types.void(a, size, size, b, size, size, size, size, size, out, size, size), generate
@@ -283,12 +287,12 @@ raise_lanes: Callable[..., None] = _raise_lanes_in_python if DISABLE_JIT else _r
 
 def blocks(
     builder: ir.IRBuilder, steps: list[tuple[int, Step]], depth: ir.Value, terms: ir.Value, out_rows: list[ir.Value],
-    panels: int,
+    panels: int, order: Sequence[int] = range(PANEL),
 ) -> None:  # fmt: skip
     """The loops of a tile, for pointers to the rows of out.
 
     steps: from k and the sums of each row and panel, what they are after so many k, for numbers of k that fall;
-    depth and terms are multiples of the last.
+    depth and terms are multiples of the last. order: the place of each column of a panel in its sums.
     """
     index, vector = depth.type, ir.VectorType(out_rows[0].type.pointee, PANEL)
     zeros, align = ir.Constant(vector, [0.0] * PANEL), 8 if isinstance(vector.element, ir.DoubleType) else 4
@@ -308,10 +312,12 @@ def blocks(
         k, sums = _while_there_are(builder, many, step, k, sums, end)
 
     # out[r] += sum[r] } while ((block = end) < depth)
+    places = ir.Constant(ir.VectorType(ir.IntType(32), PANEL), list(order))
     for i, total in enumerate(sums):
         place = builder.gep(out_rows[i // panels], [index(i % panels * PANEL)])
         target = builder.bitcast(place, vector.as_pointer())
-        builder.store(builder.fadd(builder.load(target, align=align), total), target, align=align)
+        columns = builder.shuffle_vector(total, total, places)
+        builder.store(builder.fadd(builder.load(target, align=align), columns), target, align=align)
     block.add_incoming(index(0), before)
     block.add_incoming(end, builder.block)
     builder.cbranch(builder.icmp_signed("<", end, depth), block_begins, after)
@@ -342,11 +348,24 @@ def _step(
     k: ir.Value, sums: list[ir.Value],
 ) -> list[ir.Value]:  # fmt: skip
     """sums[r, panel] + a[r, k] * b[panel, k]."""
-    b_kind, b_vectors = ir.VectorType(b_panels[0].type.pointee, PANEL), []
-    for b_panel in b_panels:
-        place = builder.bitcast(builder.gep(b_panel, [builder.mul(k, b_stride)]), b_kind.as_pointer())
-        b_vectors.append(_widen(builder, builder.load(place, align=b_dtype.bitwidth // 8), b_dtype))
-    return add_row(builder, a_rows, k, b_vectors, sums)
+    places = [builder.gep(panel, [builder.mul(k, b_stride)]) for panel in b_panels]
+    return add_row(builder, a_rows, k, [_row_of(builder, place, b_dtype) for place in places], sums)
+
+
+def _row_of(builder: ir.IRBuilder, place: ir.Value, dtype: Any) -> ir.Value:
+    """A row of a panel as floats, that of bfloat16 numbers in the order EVEN_FIRST."""
+
+    def load(element: ir.Type, count: int) -> ir.Value:
+        vector = ir.VectorType(element, count)
+        return builder.load(builder.bitcast(place, vector.as_pointer()), align=dtype.bitwidth // 8)
+
+    if dtype != types.uint16:
+        return _widen(builder, load(place.type.pointee, PANEL), dtype)
+    words = load(ir.IntType(32), PANEL // 2)
+    even, odd = (ir.Constant(words.type, [number] * (PANEL // 2)) for number in (16, 0xFFFF0000))
+    floats = ir.VectorType(ir.FloatType(), PANEL // 2)
+    halves = [builder.bitcast(half, floats) for half in (builder.shl(words, even), builder.and_(words, odd))]
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(ir.IntType(32), PANEL), list(range(PANEL))))
 
 
 def _ask_for_rows(
@@ -388,17 +407,15 @@ def fmuladd(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.
 
 
 def _widen(builder: ir.IRBuilder, bits: ir.Value, kind: Any) -> ir.Value:
-    """A number or a vector of NARROW bits as float32; floats stay as they are."""
-
-    def like(element: ir.Type) -> ir.Type:
-        return ir.VectorType(element, bits.type.count) if isinstance(bits.type, ir.VectorType) else element
-
+    """A number of NARROW bits, or a vector of those of a float16, as float32; floats stay as they are."""
     if kind == types.uint16:  # bfloat16
-        word = like(ir.IntType(32))
-        sixteen = ir.Constant(word, [16] * word.count if isinstance(word, ir.VectorType) else 16)
-        return builder.bitcast(builder.shl(builder.zext(bits, word), sixteen), like(ir.FloatType()))
+        word = builder.zext(bits, ir.IntType(32))
+        return builder.bitcast(builder.shl(word, word.type(16)), ir.FloatType())
     if kind == types.int16:  # float16
-        return builder.fpext(builder.bitcast(bits, like(ir.HalfType())), like(ir.FloatType()))
+        half, whole = ir.HalfType(), ir.FloatType()
+        if isinstance(bits.type, ir.VectorType):
+            half, whole = (ir.VectorType(element, bits.type.count) for element in (half, whole))
+        return builder.fpext(builder.bitcast(bits, half), whole)
     return bits
 
 

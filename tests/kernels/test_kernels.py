@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 
 from gpt2np import get_num_threads, kernels, reference, set_num_threads
 from gpt2np.activations import ACTIVATIONS
+from gpt2np.arrays import narrowed
 from gpt2np.errors import InputError
 from gpt2np.kernels import calls, code, machine, panels, sharing, threads, tile, vectors
+from gpt2np.kernels.layout import FORMS
 from gpt2np.masks import Mask
 from gpt2np.reference import no_tap
 from gpt2np.weights import MLP, Attention, BlockWeights, LayerNorm, Linear
@@ -508,9 +510,11 @@ def compiled_tile(chosen, a, b):
 @pytest.mark.skipif(not tile.BY_HAND, reason="no AVX2, or more than that")
 @pytest.mark.parametrize("rows", range(1, kernels.ROWS + 1))
 @pytest.mark.parametrize("ask", [0, 1, 2, 4])
-def test_the_loop_in_instructions_of_avx2_gives_the_bits_of_llvms(rows, ask, monkeypatch):
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_the_loop_in_instructions_of_avx2_gives_the_bits_of_llvms(rows, ask, form, monkeypatch):
     cases = [(depth, 128) for depth in range(1, 20)] + [(200, 64), (256, 128), (290, 13)]
     a, b, start = draw(rows + 1, 300), draw(300, 20), draw(rows + 1, 24)
+    b = narrowed(b, form) if form else b
     found, in_asm = [], []
     for by_hand in (True, False):
         monkeypatch.setattr(tile, "BY_HAND", by_hand)
