@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from forms import C, Form, N, V, causal, written_out
+from forms import C, D, Form, N, V, causal, qkv, split_heads, written_out
 from gpt2np.errors import TokenRangeError, UnsupportedModelError
 from gpt2np.session import InferenceSession
 from runtime import assert_close, feeds_for, runtime
@@ -109,6 +109,55 @@ def test_a_mask_of_one_key_at_some_length(tmp_path):
     )
     with pytest.raises(UnsupportedModelError, match="arithmetic of sizes of h.0.attn.scores"):
         InferenceSession(form.save(tmp_path / "model.onnx"), engine="numpy")
+
+
+class Gemms(Form):
+    """Linear maps of (B, T, C) by Gemm, which takes two axes."""
+
+    def linear(self, x, name, inputs, outputs):
+        weights = self.weight(f"{name}.weight", inputs, outputs), self.weight(f"{name}.bias", outputs)
+        return self.op("Gemm", x, *weights)
+
+
+def by_heads_alone(form, x, *axes):
+    """(B, H, ...) -> (B * H, ...)"""
+    return form.op("Reshape", x, form.op("Concat", form.ints(-1), *(form.size(x, axis) for axis in axes), axis=0))
+
+
+def attention_of(which):
+    """Attention in which an operand of a product has a shape that fits one sequence alone, or no product."""
+
+    def attention(form, i, x):
+        q, k, v = (split_heads(form, part) for part in qkv(form, i, x))
+        k = form.op("Transpose", k, perm=[0, 1, 3, 2])
+        k = by_heads_alone(form, k, 2, 3) if which == "keys" else k
+        v = by_heads_alone(form, v, 2, 3) if which == "values" else v
+        scores = form.op("Mul", form.op("MatMul", q, k), form.constant(D**-0.5, np.float32))
+        probs = form.op("Softmax", causal(form, scores), axis=-1)
+        heads = form.op("Transpose", form.op("MatMul", probs, v), perm=[0, 2, 1, 3])
+        return form.op("Reshape", heads, form.ints(*((0, 1, -1) if which == "heads" else (0, 0, C))))
+
+    return attention
+
+
+@pytest.mark.parametrize(
+    ("make", "which", "shapes"),
+    [
+        (Gemms, "", r"Gemm node .* \(2, 4, 24\) by \(24, 72\)"),
+        (Form, "keys", r"MatMul node .* \(2, 3, 4, 8\) by \(6, 8, 4\)"),
+        (Form, "values", r"MatMul node .* \(2, 3, 4, 4\) by \(6, 4, 8\)"),
+        (Form, "heads", r"MatMul node .* \(2, 1, 96\) by \(24, 24\)"),
+    ],
+)
+def test_a_product_of_shapes_that_do_not_fit(tmp_path, make, which, shapes):
+    """The elements are those of a GPT-2, but no runtime takes them so, or of one sequence alone."""
+    form = make()
+    form.head(form.blocks(form.embed(form.input("ids", np.int64, "B", "T")), attention_of(which)))
+    path = form.save(tmp_path / "model.onnx")
+    with pytest.raises(UnsupportedModelError, match=shapes):
+        InferenceSession(path, engine="numpy")
+    with pytest.raises(Exception, match="Gemm|MatMul"):
+        runtime(path).run(None, {"ids": np.ones((2, 4), np.int64)})
 
 
 def looked_up(change_ids, change_positions, T="T"):

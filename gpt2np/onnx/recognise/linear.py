@@ -19,6 +19,7 @@ from ..normalise.fold import scalar
 from .sources import Source, constant_shape, constant_source, zeros
 
 Array = np.ndarray
+GEMMS = ("Gemm", "com.microsoft.FusedGemm")
 PRODUCTS = ("MatMul", "com.microsoft.FusedMatMul", "com.microsoft.TransposeMatMul")
 
 
@@ -66,7 +67,7 @@ def vector(graph: Graph, name: str, size: int) -> Source | None:
 
 def _gemm(graph: Graph, name: str) -> LinearFound | None:
     node = graph.producers.get(name)
-    if node is None or node.op not in ("Gemm", "com.microsoft.FusedGemm") or node.attributes.get("transA", 0):
+    if node is None or node.op not in GEMMS or node.attributes.get("transA", 0):
         return None
     if node.attributes.get("activation"):
         return None
@@ -177,7 +178,7 @@ def _low_rank(graph: Graph, name: str) -> LinearFound | None:
 
 
 LINEAR_PATTERNS: dict[str, tuple[Callable[[Graph, str], LinearFound | None], ...]] = {
-    **dict.fromkeys(("Gemm", "com.microsoft.FusedGemm"), (_gemm,)),
+    **dict.fromkeys(GEMMS, (_gemm,)),
     **dict.fromkeys(PRODUCTS, (_matmul,)),
     "Mul": (_scaled,),
     "Einsum": (_einsum,),

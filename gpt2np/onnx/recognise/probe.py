@@ -14,10 +14,10 @@ from ..graph import Graph, Node
 from .blocks import Borders
 from .forms import Likeness
 from .inputs import Inputs, declared_shape, element_type
-from .linear import LinearFound
+from .linear import GEMMS, LinearFound
 from .lookup import Lookup
 from .masks import mask_shapes
-from .products import AttentionCore
+from .products import AttentionCore, Product
 from .recognised import LENGTHS
 
 Array = np.ndarray
@@ -173,11 +173,16 @@ class Probe:
         self._computed = {name: value for name, value in self.base.values.items() if name in self.size_values}
 
     def _place_core(self, core: AttentionCore) -> None:
-        values = self.evaluate(core.heads.b).shape
-        D = values[-2 if core.heads.transposed else -1]
         queries = self.evaluate(core.scores.a).shape
-        self.know(core.scores.out, unknown((*queries[:-1], self.sizes.S)))
-        self.know(core.heads.out, unknown((*queries[:-1], D)))
+        self._feed_product(core.scores, queries)
+        self._feed_product(core.heads, (*queries[:-1], self.sizes.S))
+
+    def _feed_product(self, product: Product, a: tuple[int, ...]) -> None:
+        """Let the probe know the shape of a product's output, given that of its first operand."""
+        b = self.evaluate(product.b).shape
+        if min(len(a), len(b)) < 2 or not _fits(b[:-2], a[:-2]):  # the other axes are counted when what they hold is
+            raise UnsupportedModelError(f"{product.node.describe()} cannot multiply {a} by {b}")
+        self.know(product.out, unknown((*a[:-1], b[-2 if product.transposed else -1])))
 
     def know(self, name: str, value: Array) -> None:
         """Give the probe the value at a border."""
@@ -198,7 +203,11 @@ class Probe:
 
     def feed_linear(self, linear: LinearFound) -> tuple[int, ...]:
         """Let the probe know the shape of a linear map's output."""
-        shape = self.evaluate(linear.x).shape[: -linear.summed] + (linear.sizes or linear.weight.shape[1:])
+        given = self.evaluate(linear.x).shape
+        rows, inputs = given[: -linear.summed], math.prod(given[-linear.summed :])
+        if inputs != linear.weight.shape[0] or (linear.node.op in GEMMS and len(given) != 2):
+            raise UnsupportedModelError(f"{linear.node.describe()} cannot multiply {given} by {linear.weight.shape}")
+        shape = rows + (linear.sizes or linear.weight.shape[1:])
         self.know(linear.out, unknown(shape))
         return shape
 
@@ -249,6 +258,12 @@ class _Shapes(Evaluator):
                     break
         self.values[node.outputs[0]] = unknown(shape)
         return True
+
+
+def _fits(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    """Whether one shape is broadcast to the other."""
+    ends = zip(shape[::-1], target[::-1], strict=False)
+    return len(shape) <= len(target) and all(one in (1, size) for one, size in ends)
 
 
 def _broadcast(node: Node, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
