@@ -1,9 +1,9 @@
 """The inner loops of the tiles for float32 rows in the instructions of AVX2, as few of them as there can be.
 
-A step is two loads, and a broadcast and two multiply-adds for each row: 20 instructions for 6 rows. LLVM's own code has
-up to a quarter more, unrolled or not, since it computes addresses anew. That costs little while a core is ours alone;
-but where another guest of the machine uses the same core, each is given some three instructions a cycle, and every one
-of them counts.
+A step is two loads, and a broadcast and two multiply-adds for each row: 20 instructions for 6 rows (21 where b is
+bfloat16). LLVM's own code for float32 has up to a quarter more, unrolled or not, since it computes addresses anew. That
+costs little while a core is ours alone; but where another guest of the machine uses the same core, each is given some
+three instructions a cycle, and every one of them counts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from llvmlite import ir
 
 STEPS = 8  # written one after another, so that the loop around them adds one instruction to each
 LANES = 8
-# How a row of b comes into two registers, by the form of its numbers, in the order that `tile` wants
+# How a row of b comes into two registers, by the form of its numbers; of bfloat16 the even columns come into `low`
 LOADS = {
     "float32": ("vmovups {row}, {low}", "vmovups 32{row}, {high}"),
     "float16": ("vcvtph2ps {row}, {low}", "vcvtph2ps 16{row}, {high}"),
@@ -38,8 +38,8 @@ def steps(
     def place(pointer: ir.Value, first: ir.Value, stride: ir.Value, row: int) -> ir.Value:
         return builder.gep(pointer, [builder.add(first, builder.mul(stride, index(row)))])
 
-    # Operands: the sums, which stay where they are, and three registers of its own; then what is given, which with 6
-    # rows leaves just one register for a mask
+    # Operands: the sums, which stay where they are, and three registers of its own; then what is given, and a mask,
+    # with which 6 rows take all 16 vector registers
     b_first, size = builder.mul(k, b_stride), 4 if form == "float32" else 2
     given = [
         *(place(a, k, a_stride, row) for row in (0, 3)), builder.mul(a_stride, index(4)),

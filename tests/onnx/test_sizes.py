@@ -119,9 +119,9 @@ class Gemms(Form):
         return self.op("Gemm", x, *weights)
 
 
-def by_heads_alone(form, x, *axes):
-    """(B, H, ...) -> (B * H, ...)"""
-    return form.op("Reshape", x, form.op("Concat", form.ints(-1), *(form.size(x, axis) for axis in axes), axis=0))
+def by_heads_alone(form, x):
+    """(B, H, M, N) -> (B * H, M, N)"""
+    return form.op("Reshape", x, form.op("Concat", form.ints(-1), form.size(x, 2), form.size(x, 3), axis=0))
 
 
 def attention_of(which):
@@ -130,8 +130,8 @@ def attention_of(which):
     def attention(form, i, x):
         q, k, v = (split_heads(form, part) for part in qkv(form, i, x))
         k = form.op("Transpose", k, perm=[0, 1, 3, 2])
-        k = by_heads_alone(form, k, 2, 3) if which == "keys" else k
-        v = by_heads_alone(form, v, 2, 3) if which == "values" else v
+        k = by_heads_alone(form, k) if which == "keys" else k
+        v = by_heads_alone(form, v) if which == "values" else v
         scores = form.op("Mul", form.op("MatMul", q, k), form.constant(D**-0.5, np.float32))
         probs = form.op("Softmax", causal(form, scores), axis=-1)
         heads = form.op("Transpose", form.op("MatMul", probs, v), perm=[0, 2, 1, 3])
